@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.paths import PathText
-from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Fraction, Positive, Section, check_templates
+from univitar_ds.config.section import NAME_LIMIT, NAME_PATTERN, Positive, Section, check_templates
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.config.watch import ProfileConfig, WatchdogConfig
 from univitar_ds.errors import shortened
@@ -56,7 +56,7 @@ class OptimizerConfig(Section):
     options: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="arguments of a plugin's optimizer, by name"
     )
-    betas: tuple[Fraction, Fraction] = Field(
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.98),
         description="decay rates of the two moments; 0.98 forgets a jump of the gradient within about 50 steps",
     )

@@ -198,7 +198,7 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
         ("stages=null", "stages must be a list of sections, not empty, got null"),
         ("data.sources=[]", "data.sources must have at least 1 entry, got []"),
         ("data.cache.folder=''", "data.cache.folder must not be empty"),
-        ("optimizer.betas=[1]", "optimizer.betas must be a list of 2 (each a number, at least 0, at most 1); entry 1"),
+        ("optimizer.betas=[1]", "optimizer.betas must be a list of 2 (each a number, at least 0, below 1); entry 1"),
         ("objective.grad_cache_keep=-1", "grad_cache_keep must be a whole number, at least 0, or auto, got -1"),
         ("stages.0.checkpoint_every=some", "stages.0.checkpoint_every must be a whole number, at least 0, or one of "),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.collate import AHEAD
@@ -94,9 +95,12 @@ def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
     config = model.config
     size = max(checkpoint_bytes(config, stage, model.counts, place.resolved) for stage in config.stages)
     writers = min(cluster.nodes, max(1, place.sharing // cluster.per_node))
-    count = sum(own.steps for own in stages) // config.checkpoint.every_steps
+    every, forever = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    ends = list(accumulate(own.steps for own in stages))
+    count = ends[-1] // every + sum(end % every > 0 for end in ends)  # the end of a stage is saved too
+    kept = config.checkpoint.keep + 1 + (ends[-1] // forever if forever else 0)
     seconds = size / writers / value("write_rate")
-    return Checkpoints(size, seconds, count, size * (config.checkpoint.keep + 1))
+    return Checkpoints(size, seconds, count, size * kept)
 
 
 def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:

@@ -24,7 +24,7 @@ def test_every_key_has_a_description_and_a_type(name):
         ("optimizer.clip_norm", "a number, above 0, or null", 1.0),
         ("objective.kind", "text, at most 255 long", "sigmoid"),
         ("stages.N.frozen", "a list (each one of text, vision, patch_embedding)", []),
-        ("optimizer.betas", "a list of 2 (each a number, at least 0, at most 1)", (0.9, 0.98)),
+        ("optimizer.betas", "a list of 2 (each a number, at least 0, below 1)", (0.9, 0.98)),
         ("stages.N.weights", "a mapping of names (each to a number, at least 0)", {}),
         ("model.encoder", "one of tiny, 0.3b, 0.6b, 1b, or a section, or null", None),
         ("evaluation.sources", "a list of sections", []),

@@ -37,6 +37,14 @@ def test_a_plan_adds_up():
     assert plan.checkpoints.bytes == size
 
 
+def test_checkpoints_at_the_end_of_stages_and_those_that_stay_are_counted():
+    plan, forever = planned(), planned(4, "h100", "checkpoint.every_steps=1000", "checkpoint.keep_every_steps=10000")
+    ends = [sum(stage.steps for stage in forever.stages[:number]) for number in (1, 2, 3)]
+    assert plan.checkpoints.disk == plan.checkpoints.bytes * (plan.config.checkpoint.keep + 1)
+    assert forever.checkpoints.count == len({*range(1000, ends[-1] + 1, 1000), *ends})
+    assert forever.checkpoints.disk == forever.checkpoints.bytes * (plan.config.checkpoint.keep + 1 + ends[-1] // 10000)
+
+
 def test_recomputation_and_kept_packs_are_the_least_and_the_most_that_fit():
     roomy, tight = planned(4, "h200").stages[0], planned(4, "a100", "stages.0.token_budget=98304").stages[0]
     assert roomy.kind == 0
