@@ -51,7 +51,11 @@ def batch_lines(config: RunConfig, world_size: int, encoder: EncoderConfig, mean
     lanes, packs = config.data.lanes, packs_per_rank(config, world_size)
     shared = config.model.tensor_parallel * config.model.sequence_parallel
     readers = world_size // shared
-    noun = _plural(readers, "process", "processes") if shared == 1 else f"groups of {shared} processes"
+    noun = (
+        _plural(readers, "process", "processes")
+        if shared == 1
+        else _plural(readers, f"group of {shared} processes", f"groups of {shared} processes")
+    )
     unit = "items" if config.objective.classifies else "pairs"
     accumulated = "no accumulation" if packs == 1 else f"accumulated by GradCache, one loss over all {unit}"
     if config.objective.classifies and packs > 1:
