@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -22,6 +23,25 @@ class Section(BaseModel):
     """Base class of the sections: unknown keys are errors, values are immutable, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1: here it gets the error of a text."""
+        is_number = isinstance(value, bool) and _takes_numbers_alone(cls.model_fields[info.field_name].annotation)
+        return str(value).lower() if is_number else value
+
+
+@cache
+def _takes_numbers_alone(annotation: Any) -> bool:
+    """Whether a field takes numbers, and neither truth values nor any text."""
+    kinds = set(_kinds(annotation))
+    return bool(kinds & {int, float}) and not kinds & {bool, str}
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """Returns the types in an annotation; values of Literal are none."""
+    return [annotation, *(kind for inner in get_args(annotation) for kind in _kinds(inner))]
 
 
 def check_templates(templates: list[str]) -> None:

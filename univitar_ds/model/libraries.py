@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ _REQUIRED = {"huggingface_hub", "numpy", "PIL", "regex", "safetensors", "tokeniz
 """Packages that transformers requires."""
 _BESIDE_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 """Packages of which each release and build fits only one of torch."""
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers of optional packages that warn while transformers imports them, of what no run here uses."""
 
 
 @contextmanager
@@ -26,7 +29,8 @@ def working_imports(library: str) -> Iterator[None]:
     Raises: InstallationError that names the broken package, its version and the remedy.
     """
     try:
-        yield
+        with _without_warnings():
+            yield
     except Exception as error:  # broken packages raise any error: RuntimeError, OSError, AttributeError
         root = _root(error)
         package = _culprit(root) or library
@@ -34,6 +38,18 @@ def working_imports(library: str) -> Iterator[None]:
             f"{library} cannot be imported, since {package} {_version(package)} is broken or does not fit "
             f"{_fits(package)}: {type(root).__name__}: {_first_line(root)}; {_remedy(package)}"
         ) from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
+    for logger in before:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def _root(error: BaseException) -> BaseException:
