@@ -93,6 +93,7 @@ def test_a_callback_that_fails_ends_all_ranks_and_a_new_version_resumes(tmp_path
     plugin = tmp_path / "mine.py"
     plugin.write_text(PLUGIN)
     options = {"plugins": [str(plugin)], "objective": {"kind": "autograd", "chunk": 3}}
+    options["checkpoint"] = {"every_steps": 2, "keep": 100, "asynchronous": False}  # it is written before step 3
     run = create_run(small_config(tmp_path / "shards", tmp_path, **options), "test", 2)
     load_plugins(())
     ours, theirs = run_distributed(train_until_error, 2, run)
