@@ -107,5 +107,5 @@ def test_options_that_a_reader_uses_are_passed_on(photos):
 
 def test_a_reader_cannot_take_the_name_of_a_format(photos):
     loaded(photos, "  return []", name="table")
-    with pytest.raises(PluginError, match="registers the reader table, and there is a format"):
+    with pytest.raises(PluginError, match="reader table, and a format of this name exists"):
         read(photos / "all.lst")
