@@ -13,7 +13,7 @@ from univitar_ds.drafting.machine import Machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import PATCH, TUBELET, Modality
 from univitar_ds.model.config import PRESETS
-from univitar_ds.planning.memory import Kernels, backward_values, kept_values
+from univitar_ds.planning.memory import Kernels, backward_bytes, kept_bytes
 from univitar_ds.planning.sizes import amount
 
 GB = 1e9
@@ -200,8 +200,8 @@ def _bytes_per_token(basis: Basis, every: int) -> float:
     """Returns the bytes of activations per token of a pack: fp32 on a CPU, bf16 on a GPU."""
     encoder, width = basis.encoder, 2 if basis.on_gpu else 4
     kernels: Kernels = "fused" if basis.on_gpu else "plain" if basis.small else "compiled"
-    values = kept_values(encoder, every, width=width, kernels=kernels)
-    return width * (values + backward_values(encoder, every, width=width, kernels=kernels))
+    kept = kept_bytes(encoder, every, width=width, kernels=kernels)
+    return kept + backward_bytes(encoder, every, width=width, kernels=kernels)
 
 
 def _states(basis: Basis, processes: int) -> tuple[str, float]:

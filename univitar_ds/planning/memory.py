@@ -24,14 +24,14 @@ from typing import Any, Literal
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH
-from univitar_ds.model.blocks.activations import Kind
+from univitar_ds.model.blocks.activations import FUSED, Kind, bytes_of_block, bytes_per_token
 
 FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
 """What runs the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
 REDUCED_AT_ONCE = 500_000_000
 """Gradients that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
-_BLOCK = {"fused": (12, 3), "compiled": (13, 3), "plain": (20, 6)}
+_BLOCK = {"fused": FUSED, "compiled": (13, 3), "plain": (20, 6)}
 """What a block keeps for its backward pass, in values of a token: multiples of (D, F), counted. On a CPU attention runs
 item by item, so that two copies of its result exist; plain torch keeps what the other two recompute."""
 _PLAIN_BF16 = (29, 11)
@@ -174,50 +174,45 @@ def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
     return {name: _sum([always, *parts]) for name, parts in found.items()}
 
 
-def block_values(encoder: EncoderConfig, kernels: Kernels, width: int) -> float:
-    """Returns how many values a block keeps for a token if nothing is recomputed. Args: width: bytes of a value."""
-    across, inner = _PLAIN_BF16 if (kernels, width) == ("plain", 2) else _BLOCK[kernels]
-    return across * encoder.hidden_size + inner * encoder.inner_width + _statistics(encoder, width)
-
-
-def kept_values(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
-    """Returns the values that an encoder keeps for a token between its forward and backward pass.
+def kept_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
+    """Returns the bytes that an encoder keeps for a token between its forward and backward pass.
 
     Args: width: bytes of a value.
     """
-    layers, whole = encoder.num_hidden_layers, block_values(encoder, kernels, width)
-    if kind == "selective":
-        return layers * (7 * encoder.hidden_size + 2 * encoder.inner_width + _statistics(encoder, width))
-    recomputed = -(-layers // kind) if kind else 0
-    return recomputed * encoder.hidden_size + (layers - recomputed) * whole
+    return bytes_per_token(encoder, kind, width=width, block=_block(kernels, width))
 
 
-def backward_values(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
-    """Returns the values of a token that the backward pass of a block adds: what it computes again, and gradients.
+def backward_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
+    """Returns the bytes of a token that the backward pass of a block adds: what it computes again, and gradients.
 
     The peak is at the gradient of the feed-forward gate: two tensors of F and two of D.
     """
     across, inner = encoder.hidden_size, encoder.inner_width
-    gradients = 2 * across + (4 if kernels == "plain" else 2) * inner
+    gradients = width * (2 * across + (4 if kernels == "plain" else 2) * inner)
     if kind == "selective":
-        return gradients + 5 * across + inner
-    return gradients + (block_values(encoder, kernels, width) - 2 * across if kind else 0)
+        return gradients + width * (5 * across + inner)
+    again = bytes_of_block(encoder, width=width, block=_block(kernels, width)) - 2 * width * across if kind else 0
+    return gradients + again
+
+
+def _block(kernels: Kernels, width: int) -> tuple[int, int]:
+    return _PLAIN_BF16 if (kernels, width) == ("plain", 2) else _BLOCK[kernels]
 
 
 def encoder_kept(load: StepLoad, states: States) -> float:
     """Returns the bytes of the encoder's activations of a pack between forward and backward pass, with its pooling."""
     if not load.trains_encoder:
         return 0.0
-    kept = kept_values(load.encoder, load.kind, width=states.width, kernels=states.kernels)
-    return load.tokens * states.width * (kept + _POOLING * load.encoder.hidden_size)
+    kept = kept_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels)
+    return load.tokens * (kept + _pooling(load, states))
 
 
 def encoder_backward(load: StepLoad, states: States) -> float:
     """Returns the bytes of a pack that the backward pass of the last block adds. The pooling's are freed by then."""
     if not load.trains_encoder:
         return 0.0
-    added = backward_values(load.encoder, load.kind, width=states.width, kernels=states.kernels)
-    return load.tokens * states.width * (added - _POOLING * load.encoder.hidden_size)
+    added = backward_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels)
+    return load.tokens * (added - _pooling(load, states))
 
 
 def text_kept(load: StepLoad, states: States) -> float:
@@ -237,9 +232,9 @@ def text_backward(load: StepLoad, states: States) -> float:
     return load.items * text.length * (2 * text.inner + 2 * text.hidden) * states.width
 
 
-def _statistics(encoder: EncoderConfig, width: int) -> float:
-    """Returns float32 values of a token in values of `width` bytes: the softmax of each head."""
-    return encoder.num_attention_heads * FP32 / width
+def _pooling(load: StepLoad, states: States) -> int:
+    """Returns the bytes that the attention pooling keeps for a token."""
+    return states.width * _POOLING * load.encoder.hidden_size
 
 
 def _between(states: States) -> dict[str, float]:

@@ -11,7 +11,7 @@ from benchmarks.bench_recompute import GRIDS, TOKENS, Counter
 from tests.support.paths import ROOT
 from tests.support.pretence.recipe import Setting, foreseen
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.model.blocks.activations import LADDER, bytes_per_token
+from univitar_ds.model.blocks.activations import LADDER
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.planning.memory import (
@@ -19,8 +19,8 @@ from univitar_ds.planning.memory import (
     StepLoad,
     TeacherMemory,
     TextShape,
-    backward_values,
-    kept_values,
+    backward_bytes,
+    kept_bytes,
     moments,
     peak,
     pixel_bytes,
@@ -50,15 +50,13 @@ def test_plain_torch_keeps_the_stated_values_of_a_block(width):
                 kept.append(counter.alive())
             del output
         encoder = EncoderConfig(hidden, 1, 2, inner)
-        counted = (kept[1] - kept[0]) / 2 / TOKENS / width
-        assert abs(kept_values(encoder, 0, width=width, kernels="plain") / counted - 1) < 0.02
+        counted = (kept[1] - kept[0]) / 2 / TOKENS
+        assert abs(kept_bytes(encoder, 0, width=width, kernels="plain") / counted - 1) < 0.02
 
 
-def test_what_the_kernels_keep_is_what_the_choice_of_recomputation_counts():
+def test_the_backward_pass_of_a_block_adds_what_it_recomputes():
     for encoder in PRESETS.values():
-        for kind in (*LADDER, 3):
-            assert 2 * kept_values(encoder, kind, width=2, kernels="fused") == bytes_per_token(encoder, kind, width=2)
-        added = [backward_values(encoder, kind, width=2, kernels="fused") for kind in LADDER]
+        added = [backward_bytes(encoder, kind, width=2, kernels="fused") for kind in LADDER]
         assert added[0] < added[1] < added[2] == added[3]
 
 

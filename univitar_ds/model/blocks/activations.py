@@ -23,10 +23,15 @@ Kind = int | Literal["selective"]
 LADDER: tuple[Kind, ...] = (0, "selective", 2, 1)
 """Kinds from the least to the most recomputation. Selective recomputes no matrix product and no attention; every 2nd
 block costs half a forward pass and every block a whole one. Every 3rd block would keep more than selective does."""
+FUSED = 12, 3
+"""What a block keeps with the fused operations if nothing is recomputed, in multiples of (D, F)."""
 
 
-def bytes_per_token(config: EncoderConfig, kind: Kind, *, width: int) -> float:
-    """Returns the bytes that all blocks keep for one token. Args: width: bytes of a value, 2 in bfloat16."""
+def bytes_per_token(config: EncoderConfig, kind: Kind, *, width: int, block: tuple[int, int] = FUSED) -> float:
+    """Returns the bytes that all blocks keep for one token.
+
+    Args: width: bytes of a value, 2 in bfloat16; block: what a block keeps if nothing is recomputed, as FUSED.
+    """
     hidden, inner, layers = config.hidden_size, config.inner_width, config.num_hidden_layers
     statistics = 4 * config.num_attention_heads  # float32, of the attention's softmax
     whole = width * hidden
@@ -34,12 +39,13 @@ def bytes_per_token(config: EncoderConfig, kind: Kind, *, width: int) -> float:
     if kind == "selective":
         return layers * selective
     recomputed = -(-layers // kind) if kind else 0
-    return recomputed * whole + (layers - recomputed) * bytes_of_block(config, width=width)
+    return recomputed * whole + (layers - recomputed) * bytes_of_block(config, width=width, block=block)
 
 
-def bytes_of_block(config: EncoderConfig, *, width: int) -> float:
-    """Returns the bytes that a block keeps for one token if nothing is recomputed."""
-    return width * (12 * config.hidden_size + 3 * config.inner_width) + 4 * config.num_attention_heads
+def bytes_of_block(config: EncoderConfig, *, width: int, block: tuple[int, int] = FUSED) -> float:
+    """Returns the bytes that a block keeps for one token if nothing is recomputed. Args: as `bytes_per_token`."""
+    across, inner = block
+    return width * (across * config.hidden_size + inner * config.inner_width) + 4 * config.num_attention_heads
 
 
 def bytes_of_pack(config: EncoderConfig, kind: Kind, tokens: float, *, width: int) -> float:
