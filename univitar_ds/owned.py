@@ -126,6 +126,17 @@ def check_result(path: Path, ours: Callable[[Path], bool]) -> None:
         raise ConfigError(f"{path} is a file that this command has not written; give another name, or remove it")
 
 
+def drawn_by(software: str) -> Callable[[Path], bool]:
+    """Returns for `check_result` whether a file is a PNG that names `software` as the program that wrote it."""
+    label = b"tEXtSoftware\0" + software.encode()
+
+    def is_drawn(path: Path) -> bool:
+        with path.open("rb") as file:
+            return label in file.read(1024)
+
+    return is_drawn
+
+
 def write_result(path: Path, text: str) -> None:
     """Writes a file that `check_result` accepted, into /dev/stdout or a pipe if it is one. Raises: StorageError."""
     if path.exists() and not path.is_file():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli.common import add_command, add_overrides, add_storage, expand, expand_place, positive, shown
 from univitar_ds.errors import ConfigError
-from univitar_ds.owned import check_result, write_result
+from univitar_ds.owned import check_result, drawn_by, write_result
 from univitar_ds.screen import show
 
 if TYPE_CHECKING:
@@ -344,12 +344,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from univitar_ds.extras import extra
 
     with extra("train"):
-        from univitar_ds.data.tools.inspect_plot import draw, is_drawn
+        from univitar_ds.data.tools.inspect_plot import SOFTWARE, draw
     from univitar_ds.model.config import encoder_config
     from univitar_ds.model.flops import cost_coefficients
     from univitar_ds.plugins import load_plugins
 
-    check_result(arguments.png, is_drawn)
+    check_result(arguments.png, drawn_by(SOFTWARE))
     config = load_config(arguments.config, arguments.overrides)
     load_plugins(config.plugins)
     config = with_packed_sources(config)

@@ -88,13 +88,13 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _check_image(path: Path) -> None:
     """Raises: ConfigError if the name does not end in .png, or the file exists and `plan` did not draw it."""
     from univitar_ds.extras import extra
-    from univitar_ds.owned import check_result
+    from univitar_ds.owned import check_result, drawn_by
 
     with extra("train"):
-        from univitar_ds.planning.forecast.drawing import is_drawn
+        from univitar_ds.planning.forecast.drawing import SOFTWARE
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--png {path} does not end in .png; give the name of an image")
-    check_result(path, is_drawn)
+    check_result(path, drawn_by(SOFTWARE))
 
 
 def _draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:

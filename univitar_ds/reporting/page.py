@@ -17,7 +17,7 @@ from univitar_ds.config.load import dumped
 from univitar_ds.errors import UserError
 from univitar_ds.evaluation.report import render_evaluation, render_summary
 from univitar_ds.extras import extra
-from univitar_ds.owned import check_result, write_result
+from univitar_ds.owned import check_result, drawn_by, write_result
 from univitar_ds.reporting.curves import PANELS, SOFTWARE, Drawing, drawings
 from univitar_ds.reporting.differences import differences
 from univitar_ds.reporting.record import RunRecord, read_run
@@ -87,7 +87,7 @@ def check_page(out: Path, wanted: Wanted) -> None:
     check_result(out, is_page)
     if wanted.drawings is not None:
         for panel in PANELS:
-            check_result(wanted.drawings / f"{panel.key}.png", is_drawing)
+            check_result(wanted.drawings / f"{panel.key}.png", drawn_by(SOFTWARE))
 
 
 def write_page(folders: Sequence[Path], out: Path, wanted: Wanted = NOTHING) -> Iterator[str]:
@@ -116,12 +116,6 @@ def is_page(path: Path) -> bool:
     """Whether `report` wrote this file."""
     with path.open("rb") as file:
         return GENERATOR.encode() in file.read(2048)
-
-
-def is_drawing(path: Path) -> bool:
-    """Whether `report` wrote this PNG."""
-    with path.open("rb") as file:
-        return b"tEXtSoftware\0" + SOFTWARE.encode() in file.read(1024)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:

@@ -55,7 +55,8 @@ _WHOLE = {"integer": True, "min_n_ticks": 1}
 """Ticks of axes that count. With the default of two ticks, short axes have ticks at parts of a token."""
 _EMPTY, _EMPTY_EDGE = "white", "#555555"
 _COLOURS = colormaps["viridis"]
-_SOFTWARE = "univitar_ds data inspect"
+SOFTWARE = "univitar_ds data inspect"
+"""The program that a PNG names as its own."""
 
 
 class Box(NamedTuple):
@@ -88,7 +89,7 @@ def draw(inspection: Inspection, path: Path) -> None:
                 figure.savefig(path, format="png")
                 return
             with replacing(path) as partial:
-                figure.savefig(partial, format="png", metadata={"Software": _SOFTWARE})
+                figure.savefig(partial, format="png", metadata={"Software": SOFTWARE})
 
 
 def _families(captions: Sequence[str]) -> list[str]:
@@ -125,12 +126,6 @@ def _page(inspection: Inspection, absent: Sequence[str]) -> Figure:
         _draw_stream(figure, total, top, stream, page)
         top += height
     return figure
-
-
-def is_drawn(path: Path) -> bool:
-    """Whether `draw` wrote this file."""
-    with path.open("rb") as file:
-        return b"tEXtSoftware\0" + _SOFTWARE.encode() in file.read(1024)
 
 
 def _draw_stream(figure: Figure, total: float, top: float, stream: Stream, page: Gallery) -> None:

@@ -18,7 +18,8 @@ from univitar_ds.planning.forecast.text import duration, short
 from univitar_ds.planning.sizes import amount
 from univitar_ds.training.step.recomputation import NAMES
 
-_SOFTWARE = "univitar_ds plan"
+SOFTWARE = "univitar_ds plan"
+"""The program that a PNG names as its own."""
 _DPI = 110
 _COLOURS = colormaps["tab20"]
 GB = 1e9
@@ -41,13 +42,7 @@ def draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
         _days(middle, plan, scales)
         _mfu(right, plan, scales)
         with replacing(path) as partial:
-            figure.savefig(partial, format="png", metadata={"Software": _SOFTWARE})
-
-
-def is_drawn(path: Path) -> bool:
-    """Whether `draw` wrote this file."""
-    with path.open("rb") as file:
-        return b"tEXtSoftware\0" + _SOFTWARE.encode() in file.read(1024)
+            figure.savefig(partial, format="png", metadata={"Software": SOFTWARE})
 
 
 def _memory(axes: Axes, plan: Plan) -> None:
