@@ -17,15 +17,16 @@ def render_run(run: str | Path) -> str:
     Raises: UserError if the folder contains neither an evaluation nor a summary, or if one of them is damaged.
     """
     run = Path(run)
-    parts = []
     summary, evaluation = read_summary(run), read_evaluation(run)
     if not evaluation and not summary:
         raise UserError(f"{run} holds neither {EVALUATION} nor {SUMMARY}; name the folder of a run that has ended")
-    if evaluation:
-        parts.append(render_evaluation(evaluation))
-    if summary:
-        parts.append(render_summary(summary))
-    return "\n\n".join(parts)
+    return render_results(evaluation, summary)
+
+
+def render_results(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Returns both as tables, without that which is empty."""
+    parts = [render_evaluation(evaluation)] if evaluation else []
+    return "\n\n".join([*parts, render_summary(summary)] if summary else parts)
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> str:
@@ -39,11 +40,11 @@ def render_figures(title: str, result: Mapping[str, Any]) -> str:
     heads = ("task", "measure", "result", "95 %", "chance", "x chance", "n", "among")
     rows = [
         (
-            figure["task"] + (f" ({figure['set']})" if figure.get("set") else _of(figure)),
+            name_of(figure),
             figure["measure"],
-            f"{100 * figure['value']:.1f} %",
-            _interval(figure.get("interval")),
-            f"{100 * figure['chance']:.1f} %",
+            percent(figure["value"]),
+            interval_text(figure.get("interval")),
+            percent(figure["chance"]),
             f"{figure['value'] / figure['chance']:.1f}",
             str(figure["n"]),
             str(figure["candidates"]),
@@ -87,14 +88,23 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> 
     return "\n".join([line(heads), f"|{'|'.join(rule)}|", *map(line, rows)])
 
 
-def _interval(interval: Sequence[float] | None) -> str:
+def name_of(figure: Mapping[str, Any]) -> str:
+    """Returns the task of a figure with its set or modality, unless the task names that, as "text to image" does."""
+    task = figure["task"]
+    if figure.get("set"):
+        return f"{task} ({figure['set']})"
+    named = task.endswith(("text", "image", "video")) or task == "classification"
+    return task if named else f"{task} of {figure['modality']}s"
+
+
+def percent(share: float) -> str:
+    """Returns a share in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Returns the bounds of an interval of a share in percent, "" for None."""
     return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-
-
-def _of(figure: Mapping[str, Any]) -> str:
-    """Returns the modality, unless the name of the task has it: "text to image"."""
-    named = figure["task"].endswith(("text", "image", "video")) or figure["task"] == "classification"
-    return "" if named else f" of {figure['modality']}s"
 
 
 def _duration(seconds: float) -> str:

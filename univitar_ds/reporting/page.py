@@ -15,7 +15,7 @@ from PIL import Image
 from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.config.load import dumped
 from univitar_ds.errors import UserError
-from univitar_ds.evaluation.report import render_evaluation, render_summary
+from univitar_ds.evaluation.report import interval_text, name_of, percent, render_results
 from univitar_ds.extras import extra
 from univitar_ds.owned import check_result, drawn_by, write_result
 from univitar_ds.reporting.curves import PANELS, SOFTWARE, Drawing, drawings
@@ -100,9 +100,8 @@ def write_page(folders: Sequence[Path], out: Path, wanted: Wanted = NOTHING) -> 
     runs = read_runs(folders)
     for run in runs:
         title = [str(run.folder), ""] if len(runs) > 1 else []
-        parts = [render_evaluation(run.evaluation)] if run.evaluation else []
-        parts += [render_summary(run.summary)] if run.summary else []
-        yield "\n".join([*title, "\n\n".join(parts) or f"{run.folder} has no results yet"])
+        results = render_results(run.evaluation, run.summary)
+        yield "\n".join([*title, results or f"{run.folder} has no results yet"])
     page, drawn = render_page(runs, wanted)
     write_result(out, page)
     yield f"page in {out} ({len(page.encode()) / 1e6:.1f} MB)"
@@ -227,29 +226,21 @@ def _results(runs: Sequence[RunRecord]) -> list[Row]:
             named.setdefault((*(figure.get(name) for name in ("task", "set", "modality", "measure")),), {})[index] = (
                 figure
             )
-    return [_row(key, found, len(runs)) for key, found in named.items()]
+    return [_row(found, len(runs)) for found in named.values()]
 
 
-def _row(key: tuple[Any, ...], found: Mapping[int, Mapping[str, Any]], count: int) -> Row:
-    task, data_set, modality, measure = key
+def _row(found: Mapping[int, Mapping[str, Any]], count: int) -> Row:
     first = next(iter(found.values()))
     alike = len({(figure["n"], figure["candidates"], figure["chance"]) for figure in found.values()}) == 1
     best = max(figure["value"] for figure in found.values()) if len(found) > 1 and alike else None
     cells = [
         _cell(found[index], found[index]["value"] == best) if index in found else Cell("") for index in range(count)
     ]
-    about = data_set or ("" if task.endswith(("text", "image", "video")) else f"{modality}s")
-    return Row(f"{task} ({about})" if about else task, measure, _percent(first["chance"]), first["n"], cells)
+    return Row(name_of(first), first["measure"], percent(first["chance"]), first["n"], cells)
 
 
 def _cell(figure: Mapping[str, Any], best: bool) -> Cell:
-    interval = figure.get("interval")
-    between = "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-    return Cell(_percent(figure["value"]), between, best)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return Cell(percent(figure["value"]), interval_text(figure.get("interval")), best)
 
 
 def _weights(run: RunRecord) -> str:
