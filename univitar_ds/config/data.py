@@ -28,8 +28,9 @@ class TableConfig(Section):
 class SourceConfig(Section):
     """Shards to read: a folder packed by `univitar-ds data pack`, a tar, or a brace range of tars; local or s3://.
 
-    Also whatever `data pack` reads on this machine: class folders, a table, an imagefolder, COCO's captions and others.
-    They are packed when the run is created, into `data.cache.folder`, or else into the folder `output`.
+    A source may also be anything on this machine that `data pack` reads: class folders, a table, an imagefolder, COCO's
+    captions and others. It is packed when the run is created, into `data.cache.folder`, or else into the folder
+    `output`.
     """
 
     path: PathText = Field(
@@ -49,16 +50,16 @@ class SourceConfig(Section):
     class_names: PathText | None = Field(
         None,
         description="text file with one class name per line, the first for label 0; or numbered lines, or JSON; "
-        "absent: labels are names",
+        "absent: labels are class names",
     )
     table: TableConfig | None = Field(None, description="columns of a table, which is packed when the run is created")
 
     where: str | None = Field(
         None,
-        description="condition on each sample, such as 'json.similarity > 0.3 and width >= 256'; others are left out "
-        "and counted, also those that lack a field. Fields: json.NAME (of its .json), width and height (px, of the "
-        "file), frames, duration_s (0 for an image), caption_length (characters of its first caption), label (text). "
-        "A tokenizer and the classes of a run are made from all samples",
+        description="condition that samples must meet, such as 'json.similarity > 0.3 and width >= 256'; other "
+        "samples, and those that lack a field, are left out and counted. Fields: json.NAME (of its .json), width and "
+        "height (px, of the file), frames, duration_s (0 for an image), caption_length (characters of its first "
+        "caption), label (text). The tokenizer and the classes of a run are made from all samples",
     )
 
     @field_validator("where")
@@ -78,7 +79,7 @@ class SourceConfig(Section):
 
 
 class S3Config(Section):
-    """Settings of s3:// storage. boto3 finds the credentials: environment, profiles, instance roles."""
+    """Settings of s3:// storage. boto3 finds the credentials in the environment, profiles or instance roles."""
 
     endpoint_url: str | None = Field(None, description="URL of a store other than AWS, e.g. http://127.0.0.1:9000")
     profile: str | None = Field(None, description="a profile of ~/.aws/config")
@@ -97,8 +98,9 @@ class CacheConfig(Section):
 
     folder: Annotated[PathText, Field(min_length=1)] | None = Field(
         None,
-        description="kept between runs and shared by processes; absent: a private folder, removed at the end. Sources "
-        "that a run packs are kept in it too, without the limit (absent: in `output`); then all nodes must see it",
+        description="folder of the copies, kept between runs and shared by processes; absent: a private folder, "
+        "removed at the end. Shards that a run packs are also kept here, outside of limit_gb (absent: in `output`), "
+        "so all nodes must see the folder then",
     )
     limit_gb: Annotated[float, Field(gt=0)] = Field(
         20.0, description="maximum size; the least recently used shards are removed first"
@@ -113,8 +115,9 @@ class DataConfig(Section):
     )
     lanes: Positive = Field(
         4,
-        description="independent streams of packs, and packs of a step; the number of processes divides it, and each "
-        "process accumulates the gradients of lanes / processes packs (GradCache: one loss over all pairs of the step)",
+        description="number of independent streams of packs and of packs in a step; divisible by the number of "
+        "processes; each process accumulates the gradients of lanes / processes packs (GradCache: one loss over all "
+        "pairs of the step)",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         1, description="decoding processes per rank; 0: decode in the trainer, without limits for hostile files"
@@ -125,13 +128,13 @@ class DataConfig(Section):
     pool_samples: Positive = Field(192, description="samples from which a lane chooses to fill a pack")
     attention_cost: Annotated[float, Field(gt=0)] = Field(
         2.0,
-        description="time of attention per FLOP, as a multiple of that of the encoder's other operations; weighs items "
-        "where stages.N.cost_budget_tflops is auto",
+        description="time of attention per FLOP, as a multiple of that of the encoder's other operations; predicts "
+        "the time of items if stages.N.cost_budget_tflops is auto",
     )
     max_image_px: Positive = Field(
         100_000_000,
-        description="maximum pixels of a frame, and maximum decoding memory of an image: 10.7 bytes for each of them, "
-        "at least 1 GiB; a sample above is bad",
+        description="maximum pixels of a frame; the memory to decode an image is limited to 10.7 bytes times this "
+        "number, at least 1 GiB; a larger sample is bad",
     )
     decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0, description="maximum seconds of CPU to decode one video"
@@ -140,9 +143,9 @@ class DataConfig(Section):
     max_video_s: Annotated[float, Field(gt=0)] = Field(3600.0, description="a longer video is a bad sample")
     on_bad: Literal["skip", "fail"] = Field("skip", description="skip bad samples, or end the run at the first one")
     max_bad_per_thousand: Annotated[int, Field(ge=0)] = Field(
-        100, description="more bad samples among a thousand of one lane end the run"
+        100, description="maximum number of bad samples among a thousand of one lane; more end the run"
     )
-    max_bad_in_a_row: Positive = Field(64, description="more bad samples in a row end the run")
+    max_bad_in_a_row: Positive = Field(64, description="maximum number of bad samples in a row; more end the run")
     worker_restarts: Annotated[int, Field(ge=0)] = Field(
         10, description="maximum number of restarts of decoding processes"
     )

@@ -15,8 +15,8 @@ from univitar_ds.regular_files import read_utf8
 AUTO = "auto"
 """Value of the key `deepspeed` with which a run chooses a file of `ds_configs/`; see `planning.deepspeed_auto`."""
 SHARDING = "sharding_ranks"
-"""Key of a DeepSpeed JSON that DeepSpeed does not know: how many ranks share a training state under ZeRO-3, a number
-of consecutive ranks or NODE. Without it all ranks share one."""
+"""Key of a DeepSpeed JSON that only this program reads: the number of consecutive ranks that share a training state
+under ZeRO-3, or NODE. Without the key, all ranks share one."""
 NODE = "node"
 """Value of SHARDING: the ranks of each machine."""
 OFFLOADS = ("offload_optimizer", "offload_param")
@@ -52,7 +52,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"deepspeed: cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed: {path} holds no JSON object; begin with one of univitar_ds/ds_configs")
+        raise ConfigError(f"deepspeed: {path} does not contain a JSON object; start from one of univitar_ds/ds_configs")
     return content
 
 
@@ -70,7 +70,7 @@ def lanes_per_rank(lanes: int, world_size: int) -> int:
 def packs_per_rank(config: RunConfig, world_size: int) -> int:
     """Returns the number of lanes that each rank reads. Ranks that share packs or weights read the same lanes.
 
-    Raises: ConfigError if the ranks cannot share packs and weights so, or the lanes.
+    Raises: ConfigError if `world_size` does not fit tensor_parallel, sequence_parallel and the lanes.
     """
     model = config.model
     each = model.tensor_parallel * model.sequence_parallel
@@ -105,13 +105,13 @@ def resolve_deepspeed(
     Args:
         content: the DeepSpeed JSON as read.
         names: names of the run file and the JSON in messages.
-    Raises: ConfigError if `content` sets a key that belongs to the run file to another value or enables fp16, or if
-        `world_size` does not divide the lanes, or cannot share packs and weights as the run file says.
+    Raises: ConfigError if `content` contradicts the run file or has a setting that is not supported; or as
+        `packs_per_rank`.
     """
     owned = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": packs_per_rank(config, world_size),
-        # DeepSpeed takes each part of a pack for a pack.
+        # DeepSpeed counts each rank's part of a pack as a pack.
         "train_batch_size": config.data.lanes * config.model.sequence_parallel,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
     }
@@ -152,15 +152,15 @@ def _offload(content: Mapping[str, Any], name: str) -> str:
 
 
 def _tensor_faults(config: RunConfig, content: Mapping[str, Any], names: tuple[str, str]) -> Iterator[str]:
-    """Yields sentences on settings that tensor parallelism cannot be combined with."""
+    """Yields sentences about settings that tensor parallelism cannot be combined with."""
     ranks, optimizer = config.model.tensor_parallel, config.optimizer.kind
     if ranks == 1:
         return
     run_file, json_file = names
     if optimizer != "adamw":
         yield (
-            f"optimizer.kind is {optimizer} with model.tensor_parallel {ranks} in {run_file}, and a rank has slices of "
-            "the matrices; set it to adamw, or remove model.tensor_parallel"
+            f"optimizer.kind is {optimizer} with model.tensor_parallel {ranks} in {run_file}, but a rank has only "
+            "slices of the matrices; set it to adamw, or remove model.tensor_parallel"
         )
     if config.model.fp8:
         yield (
@@ -178,7 +178,7 @@ def _tensor_faults(config: RunConfig, content: Mapping[str, Any], names: tuple[s
 
 
 def _sharding_faults(content: Mapping[str, Any], world_size: int, json_file: str) -> Iterator[str]:
-    """Yields sentences on a SHARDING that cannot be used."""
+    """Yields sentences about a value of SHARDING that cannot be used."""
     value = content.get(SHARDING)
     if value is None:
         return

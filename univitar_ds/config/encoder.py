@@ -1,4 +1,4 @@
-"""The configuration of an encoder: the fields of the release's `config.json`, checked."""
+"""The configuration of an encoder: the checked fields of the `config.json` of UniViTAR's public release."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ REQUIRED = {
     "patch_size": PATCH,
     "temporal_patch_size": TUBELET,
 }
-"""Fields of the release and the only value of each that this architecture supports."""
+"""Fields of the public release, each with the only value that this architecture supports."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Architecture and preprocessing of one encoder, with the field names and defaults of the release (0.3B).
+    """Architecture and preprocessing of one encoder, with the field names and defaults of the public release (0.3B).
 
     `initializer_factor` is the initial value of LayerScale. `min_tokens` and `max_tokens` limit a whole item.
     `spatial_merge_size` is in patches, `resize_factor` in merged patches, `relarge_ratio` multiplies the sides before
@@ -92,7 +92,7 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """Returns the configuration in the content of a release's `config.json`. Absent fields get the defaults.
+        """Returns the configuration from the content of a `config.json`. Absent fields get the defaults.
 
         Ignores all other fields, such as dropout, attention back end and library versions.
         Raises: CheckpointError if a field is impossible, or has a value that this architecture does not support.
@@ -113,7 +113,7 @@ class EncoderConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of a `config.json` in the release's layout."""
+        """Returns the content of a `config.json` in the layout of the public release."""
         own = {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
@@ -168,7 +168,7 @@ class EncoderConfig:
         elif self.head_width % 4:
             faults.append(f"head width {self.head_width} is not divisible by 4, which 2-D rotary embedding needs")
         if self.inner_width < 1:
-            faults.append(f"intermediate_size {self.intermediate_size} must be at least 2, else no width is left")
+            faults.append(f"intermediate_size {self.intermediate_size} must be at least 2 (two thirds are used)")
         if self.min_tokens > self.max_tokens:
             faults.append(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
         if min(self.image_std) <= 0:

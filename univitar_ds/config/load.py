@@ -56,7 +56,7 @@ RESULT_FREE = (
 """Keys that a resumed run may change, because they change neither the samples nor the arithmetic of the run."""
 
 FIXED = ("checkpoint.folder",)
-"""Keys of RESULT_FREE that a resumed run may not change all the same: it would not find its checkpoints."""
+"""Keys below RESULT_FREE that a resumed run must not change, because it would not find its checkpoints."""
 
 
 def recipe_path(name: str) -> Path:
@@ -95,7 +95,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
 
     Raises: ConfigError if an entry has no `=`, a value that is not YAML, a path through a value, or a wrong index.
     """
-    content = json.loads(json.dumps(content, default=str))  # YAML knows dates and sets, which no key has
+    content = json.loads(json.dumps(content, default=str))  # dates and sets of YAML become text
     for entry in overrides:
         dotted, separator, text = entry.partition("=")
         if not separator or not dotted:
@@ -136,7 +136,7 @@ def _index(items: list, text: str, entry: str) -> int:
     """
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > len(items):
         raise ConfigError(
-            f"override {shortened(entry)!r}: {shortened(text)!r} is no index of a list of {len(items)}; "
+            f"override {shortened(entry)!r}: {shortened(text)!r} is not an index of a list of {len(items)}; "
             + (f"use {_range(len(items))}, or {len(items)} for one more" if items else "use 0 for its first entry")
         )
     if int(text) == len(items):
@@ -151,8 +151,8 @@ def _range(count: int) -> str:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Returns the checked run file at `path` (or the shipped recipe of that name) with overrides applied.
 
-    An override of `model.init_from` also replaces the file's `model.encoder` and `model.layer_scale_init`, if the file
-    itself starts from no model: they are of a model with initial weights.
+    An override of `model.init_from` also removes the file's `model.encoder` and `model.layer_scale_init` if the file
+    has no `model.init_from`, because they then describe a model with random weights.
 
     Raises: ConfigError that lists every error with its key, its value and the remedy.
     """
@@ -177,7 +177,7 @@ def _drop_initial(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def check_config(content: dict[str, Any], where: str) -> RunConfig:
-    """Returns `content` as a RunConfig. It may use earlier names of keys.
+    """Returns `content` as a RunConfig. `content` may use earlier names of keys.
 
     Raises: ConfigError that lists all errors and begins with `where`.
     """
@@ -192,7 +192,7 @@ def check_config(content: dict[str, Any], where: str) -> RunConfig:
 def _blamed(error: ConfigError, content: dict[str, Any], overrides: Sequence[str], where: str) -> ConfigError:
     """Returns the error of a run file with overrides, in which each error names the override that causes it.
 
-    An override causes an error that is gone without this override; without such an override, the file does.
+    An override is the cause of an error if the error disappears without it. If no override is, the file is the cause.
     """
     found = _faults(content, overrides)
     if found is None:  # a key is given under two names
@@ -204,7 +204,7 @@ def _blamed(error: ConfigError, content: dict[str, Any], overrides: Sequence[str
         causes = [
             entry for entry, left in zip(overrides, without, strict=True) if left is not None and fault not in left
         ]
-        if not causes and (in_file is None or fault not in in_file):  # several overrides cause it, each alone
+        if not causes and (in_file is None or fault not in in_file):  # each of several overrides causes it
             causes = [entry for entry in overrides if fault.place[:1] in ((), (present_key(entry).split(".")[0],))]
         from_file += not causes
         lines.append(": ".join([*([" and ".join(map(shortened, causes))] if causes else []), fault.sentence]))
@@ -295,7 +295,7 @@ def extended(config: RunConfig, extension: Sequence[str], where: str) -> RunConf
 
 
 def before_extension(saved: RunConfig, now: RunConfig) -> RunConfig:
-    """Returns `now` without the stages that were added to those of `saved`, which cannot have changed earlier steps."""
+    """Returns `now` without the stages that follow those of `saved`, because they do not affect earlier steps."""
     known = len(saved.stages)
     return now if len(now.stages) <= known else now.model_copy(update={"stages": now.stages[:known]})
 

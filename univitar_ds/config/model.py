@@ -38,7 +38,7 @@ class TextConfig(Section):
 
 
 class EncoderShape(Section):
-    """Shape of an encoder that has no name; the names and defaults are those of the release's config.json."""
+    """Shape of an encoder without a name here; keys and defaults are those of the public release's config.json."""
 
     hidden_size: Positive = Field(description="width, divisible by 4 times num_attention_heads")
     num_hidden_layers: Positive = Field(description="number of blocks")
@@ -49,7 +49,7 @@ class EncoderShape(Section):
     qkv_bias: bool = Field(False, description="biases of the query, key and value projections")
     qk_normalization: bool = Field(True, description="RMSNorm of queries and keys, which keeps attention logits small")
     patch_embedding_bias: bool = Field(True, description="bias of the patch embedding")
-    spatial_merge_size: Positive = Field(1, description="tokens come in blocks of this many rows and columns")
+    spatial_merge_size: Positive = Field(1, description="tokens are ordered in blocks of this many rows and columns")
 
     @model_validator(mode="after")
     def _possible(self) -> EncoderShape:
@@ -64,17 +64,20 @@ class ModelConfig(Section):
     """Settings of both towers and of their joint embedding."""
 
     encoder: EncoderSize | EncoderShape | None = Field(
-        None, description="tiny, 0.3b, 0.6b, 1b, or a shape; absent: the shape of init_from, without it tiny"
+        None, description="tiny, 0.3b, 0.6b, 1b, or a shape; absent: the shape of init_from, or tiny"
     )
     init_from: PathText | None = Field(
         None, description="model to start from: an export, a run, another folder with weights, s3://, or a hub name"
     )
     init_part: Literal["encoder", "model"] = Field(
-        "encoder", description="model: the text tower, tokenizer, pooling and projections of init_from too"
+        "encoder",
+        description="what is taken from init_from: its encoder, or the whole model with text tower, tokenizer, pooling "
+        "and projections",
     )
     layer_scale_init: Annotated[float, Field(gt=0)] = Field(
         0.1,
-        description="initial LayerScale, the factor of residual branches; 0.1 as in the release, 1 in recipes of tiny",
+        description="initial LayerScale, the factor of residual branches; 0.1 as in the public release, 1 in recipes "
+        "of tiny",
     )
     attention: Literal["auto", "flash", "flash2", "flash3", "flash4", "varlen", "sdpa"] = Field(
         "auto",
@@ -145,8 +148,8 @@ class TeacherConfig(Section):
     def _consistent(self) -> TeacherConfig:
         if self.partitioned and self.cache is not None:
             raise ValueError(
-                f"cache {self.cache} lets ranks skip the teacher at different steps, which partitioned cannot do; "
-                "choose one"
+                f"cache {self.cache} lets ranks skip the teacher at different steps, but partitioned needs all of "
+                "them; choose one"
             )
         if not self.patch_weight and not self.pooled_weight:
             raise ValueError("patch_weight and pooled_weight are both 0; raise one or remove the teacher")
@@ -160,10 +163,12 @@ class ClassificationConfig(Section):
         0.1, description="share of the target that is spread evenly over the classes of an item's set"
     )
     mixup: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="average two items, with a share from the beta distribution of this parameter; 0: off"
+        0.0, description="average two items: parameter of the beta distribution of their shares; 0: off"
     )
     cutmix: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="replace a rectangle of an item by that of another one, as mixup; with both, one is drawn"
+        0.0,
+        description="replace a rectangle of an item by that of another: parameter as for mixup; with both, one is "
+        "drawn for each pair of items",
     )
 
 

@@ -23,9 +23,9 @@ TRACKERS = "trackers.json"
 EXPORT = "export"
 PROFILE = "profile"
 MEMORY = "memory"
-"""Snapshots of GPUs that ran out of memory."""
+"""Memory snapshots of GPUs that ran out of memory."""
 STACKS = "stacks"
-"""What the ranks of a run that hung were doing."""
+"""Stacks and collectives of the ranks of a run that hung."""
 
 CHECKPOINT_FILES: Names = {
     r"rank\d{5,}\.(safetensors|json)|node\d{5,}\.safetensors|buffers\.safetensors|(state|index|manifest)\.json": None,
@@ -67,4 +67,4 @@ RUN_ENTRIES: Names = {
 }
 """All entries except the locks, which a new launch does not replace."""
 REPLACED: Names = {name: below for name, below in RUN_ENTRIES.items() if name != STACKS}
-"""What a new launch replaces if there is no checkpoint: all entries but those that say why the earlier launch ended."""
+"""Entries that a new launch replaces if there is no checkpoint. STACKS stays, to show why the earlier launch ended."""

@@ -24,23 +24,23 @@ from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS
 
 
 class MuonConfig(Section):
-    """Settings of Muon, with the names of torch.optim.Muon. It has the learning rate, weight decay and layer decay of
-    AdamW."""
+    """Settings of Muon, with the names of torch.optim.Muon. Learning rate, weight decay and layer decay are AdamW's."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="decay rate of the mean of gradients")
-    nesterov: bool = Field(True, description="add a share of the last gradient once more to its mean")
+    nesterov: bool = Field(True, description="Nesterov momentum: the last gradient has an additional share in the mean")
     ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
         5, description="Newton-Schulz iterations, which make the update of a matrix nearly orthogonal"
     )
     adjust_lr: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw",
-        description="scale of an update by its shape: match_rms_adamw takes learning rates of AdamW, original does not",
+        description="scaling of an update by the shape of its matrix; only match_rms_adamw suits AdamW's learning "
+        "rates",
     )
     lr_scale: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="ratio of the learning rate of Muon to that of the stage, which AdamW has"
+        1.0, description="factor of the stage's learning rate for Muon; AdamW uses the learning rate itself"
     )
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of the iterations and of the messages that bring matrices together; bf16 as in torch"
+        "bf16", description="precision of the iterations and of the collectives that gather matrices; bf16 as in torch"
     )
 
 
@@ -58,7 +58,7 @@ class OptimizerConfig(Section):
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.98),
-        description="decay rates of the two moments; 0.98 forgets a jump of the gradient within about 50 steps",
+        description="decay rates of the two moments; with 0.98 a jump of the gradient fades within about 50 steps",
     )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
@@ -83,7 +83,7 @@ class GuardConfig(Section):
     max_skipped_in_a_row: Annotated[int, Field(ge=0)] = Field(
         5,
         description="steps in a row whose update may be skipped because their loss or gradient is not finite; one more "
-        "is rolled back; 0: the first one is",
+        "causes a rollback; 0: the first one does",
     )
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="maximum per run; one more ends the run")
     spike_deviations: Annotated[float, Field(gt=0)] | None = Field(
@@ -139,8 +139,8 @@ class CheckpointConfig(Section):
             )
         if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
             raise ValueError(
-                f"keep_every_steps {self.keep_every_steps} is no multiple of every_steps {self.every_steps}, so that "
-                f"most of those checkpoints are never written; choose one, for example {10 * self.every_steps}"
+                f"keep_every_steps {self.keep_every_steps} is not a multiple of every_steps {self.every_steps}, so "
+                f"most of those checkpoints are never written; choose a multiple, for example {10 * self.every_steps}"
             )
         return self
 
@@ -185,7 +185,7 @@ class TrackerConfig(Section):
 
 
 class WandbConfig(TrackerConfig):
-    """Settings of Weights & Biases. The key of the account is no setting: `wandb login` or WANDB_API_KEY gives it."""
+    """Settings of Weights & Biases. The API key is not a setting; it comes from `wandb login` or WANDB_API_KEY."""
 
     entity: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="user or team that owns the project; absent: the default of the account"
@@ -225,11 +225,11 @@ class LoggingConfig(Section):
         "memory",
     )
     wandb: WandbConfig | None = Field(
-        None, description="also logs to Weights & Biases (extra `wandb`), with {} under the run's name"
+        None, description="log to Weights & Biases too (extra `wandb`); {}: with all defaults; absent: no"
     )
     """Weights & Biases; absent: not used."""
     trackio: TrackerConfig | None = Field(
-        None, description="also logs to Trackio on this machine (extra `trackio`), with {} under the run's name"
+        None, description="log to Trackio on this machine too (extra `trackio`); {}: with all defaults; absent: no"
     )
     """Trackio; absent: not used."""
 
@@ -249,8 +249,8 @@ class RunConfig(Section):
     )
     deepspeed: PathText = Field(
         "auto",
-        description="a name from ds_configs/, the path of a JSON, or auto: ZeRO stage and precision by the model, the "
-        "GPUs and their memory at every start",
+        description="a name from ds_configs/, the path of a JSON, or auto: ZeRO stage and precision are chosen at "
+        "every start, from the model, the GPUs and their memory",
     )
     plugins: list[Annotated[PathText, Field(min_length=1)]] = Field(
         default_factory=list,
@@ -264,7 +264,7 @@ class RunConfig(Section):
     )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="loss, and the teacher of the distillation")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW or Muon; the learning rate is stages.N.lr")
-    guard: GuardConfig = Field(GuardConfig(), description="rollback of steps whose loss or gradient is not sound")
+    guard: GuardConfig = Field(GuardConfig(), description="handling of steps with a bad loss or gradient")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="interval and number of checkpoints")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out data, evaluated after training")
     logging: LoggingConfig = Field(LoggingConfig(), description="metrics, TensorBoard, MFU")
@@ -272,8 +272,11 @@ class RunConfig(Section):
 
     @property
     def loaded_data(self) -> DataConfig:
-        """`data` as the loader takes it: a classifier needs no captions, so a sample with only a label is complete, and
-        its label is its caption if the source has no templates."""
+        """`data` for the loader.
+
+        For a classifier, sources without templates get the template "{}": a sample with only a label is complete then,
+        and its label is its caption.
+        """
         if not self.objective.classifies:
             return self.data
         sources = [source.model_copy(update={"templates": source.templates or ["{}"]}) for source in self.data.sources]
@@ -293,13 +296,13 @@ class RunConfig(Section):
             raise ValueError(f"plugins has {', '.join(twice)} twice; keep one")
         if self.objective.kind not in OBJECTIVES and not self.plugins:
             raise ValueError(
-                f"objective.kind {self.objective.kind} is none of {', '.join(OBJECTIVES)}, and there is no plugin that "
-                "may bring it; choose one of them, or name the plugin in plugins"
+                f"objective.kind {self.objective.kind} is none of {', '.join(OBJECTIVES)}, and plugins is empty; "
+                "choose one of them, or name in plugins the plugin that registers it"
             )
         if self.optimizer.kind not in OPTIMIZERS and not self.plugins:
             raise ValueError(
-                f"optimizer.kind {self.optimizer.kind} is neither {' nor '.join(OPTIMIZERS)}, and there is no plugin "
-                "that may bring it; choose one of them, or name the plugin in plugins"
+                f"optimizer.kind {self.optimizer.kind} is neither {' nor '.join(OPTIMIZERS)}, and plugins is "
+                "empty; choose one of them, or name in plugins the plugin that registers it"
             )
         return self
 

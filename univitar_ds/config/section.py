@@ -14,7 +14,7 @@ EncoderSize = Literal["tiny", "0.3b", "0.6b", "1b"]
 Part = Literal["text", "vision", "patch_embedding"]
 Checkpointing = Annotated[int, Field(ge=0)] | Literal["auto", "selective"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""Of a run's name, which is the name of a folder."""
+"""Pattern of a run's name, which is also the name of its folder."""
 NAME_LIMIT = 255
 """Maximum length of a run's name: the limit of file systems."""
 
@@ -27,25 +27,25 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1: here it gets the error of a text."""
+        """Turns booleans into text for fields of numbers, because pydantic would accept true as 1."""
         is_number = isinstance(value, bool) and _takes_numbers_alone(cls.model_fields[info.field_name].annotation)
         return str(value).lower() if is_number else value
 
 
 @cache
 def _takes_numbers_alone(annotation: Any) -> bool:
-    """Whether a field takes numbers, and neither truth values nor any text."""
+    """Whether a field accepts numbers, but neither booleans nor arbitrary text."""
     kinds = set(_kinds(annotation))
     return bool(kinds & {int, float}) and not kinds & {bool, str}
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """Returns the types in an annotation; values of Literal are none."""
+    """Returns an annotation and everything that is nested in it."""
     return [annotation, *(kind for inner in get_args(annotation) for kind in _kinds(inner))]
 
 
 def check_templates(templates: list[str]) -> None:
-    """Raises: ValueError if a template does not have exactly one {}."""
+    """Raises ValueError if a template does not have exactly one {}."""
     bad = [text for text in templates if text.count("{}") != 1]
     if bad:
-        raise ValueError(f"a template holds the label once, as {{}}; these do not: {bad}")
+        raise ValueError(f"a template must contain {{}} once, for the label; these do not: {bad}")

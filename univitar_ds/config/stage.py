@@ -26,7 +26,8 @@ class ResolutionConfig(Section):
         5832, description="maximum number of tokens of an item, of a video over all frames; a larger one is reduced"
     )
     divisor_px: Positive = Field(
-        112, description="both sides are multiples of this many pixels, itself a multiple of 14; 112 as published"
+        112,
+        description="both sides become multiples of this many pixels, which must be divisible by 14; 112 as published",
     )
     size_px: Positive | None = Field(None, description="side of the square when kind is fixed")
 
@@ -83,7 +84,7 @@ class AugmentConfig(Section):
         "Uniform in the logarithm, and limited so that a crop fits into its image",
     )
     flip: Fraction = Field(
-        0.0, description="probability of a horizontal flip; makes captions with left or right, and texts, wrong"
+        0.0, description="probability of a horizontal flip; captions with left or right and text in images become wrong"
     )
     jitter_probability: Fraction = Field(
         1.0, description="probability that brightness, contrast, saturation and hue change, in a random order"
@@ -92,9 +93,9 @@ class AugmentConfig(Section):
     contrast: Fraction = Field(0.0, description="the factor is drawn from 1 - contrast to 1 + contrast")
     saturation: Fraction = Field(0.0, description="the factor is drawn from 1 - saturation to 1 + saturation")
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.0, description="the hue turns by -hue to hue of the colour circle"
+        0.0, description="the hue shift is drawn from -hue to hue; 0.5 is half of the colour circle"
     )
-    grey: Fraction = Field(0.0, description="probability of greys instead of colours")
+    grey: Fraction = Field(0.0, description="probability that all pixels become grey")
 
     @property
     def is_off(self) -> bool:

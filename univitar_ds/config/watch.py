@@ -1,4 +1,4 @@
-"""The sections of the run file about watching a run: what ends a run that hangs, and profiles."""
+"""Configuration of the watchdog, which ends a run that hangs, and of profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Seconds = Annotated[float, Field(ge=1)]
 
 
 class WatchdogConfig(Section):
-    """When a run counts as hung. Then all ranks write their stacks, and the run ends so that Slurm continues it."""
+    """Limits after which a run counts as hung. Then all ranks write their stacks, and the run ends for a restart."""
 
     enabled: bool = Field(True, description="end a run that hangs; false: it waits until a collective fails")
     factor: Annotated[float, Field(ge=2)] = Field(
@@ -28,8 +28,8 @@ class WatchdogConfig(Section):
     evaluation_s: Seconds = Field(86400.0, description="limit of the evaluation after training, in seconds")
     max_stalls: Annotated[int, Field(ge=1)] = Field(
         3,
-        description="times that a run may hang without a new checkpoint in between; one more ends it with 1, and "
-        "Slurm does not continue it",
+        description="times that a run may hang without a new checkpoint in between; one more ends it with exit "
+        "code 1, and Slurm does not continue it",
     )
 
 

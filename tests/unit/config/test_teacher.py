@@ -23,7 +23,7 @@ def test_a_stage_that_distills_needs_a_teacher():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"partitioned": True, "cache": "c"}, "which partitioned cannot do; choose one"),
+        ({"partitioned": True, "cache": "c"}, "but partitioned needs all of them; choose one"),
         ({"patch_weight": 0, "pooled_weight": 0}, "are both 0; raise one or remove the teacher"),
         ({"patch_loss": "l2"}, "patch_loss"),
     ],

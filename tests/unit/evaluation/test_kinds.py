@@ -211,7 +211,7 @@ def test_how_the_data_are_read_can_be_overridden_and_results_are_the_runs_own(ca
         ("data.sources.0.path=x", "read only by training and has no effect"),
         ("data.lanes=2", "read only by training"),
         ("evaluation.surces=[]", "did you mean 'sources'"),
-        ("evaluation.sources.3.path=x", "is no index of a list of 1; use 0, or 1 for one more"),
+        ("evaluation.sources.3.path=x", "is not an index of a list of 1; use 0, or 1 for one more"),
         ("evaluation", "not of the form"),
     ],
 )

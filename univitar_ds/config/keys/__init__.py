@@ -1,4 +1,3 @@
-"""The keys of the run file: what each means, names that other trainers use for them, and faults in their values;
-keys that are set without effect, and earlier names."""
+"""The keys of the run file: descriptions, earlier names, names in other trainers, faults in values, unused keys."""
 
 __all__ = ["describe", "faults", "foreign", "json_schema", "renamed", "tree", "unused"]

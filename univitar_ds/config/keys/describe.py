@@ -14,7 +14,7 @@ from univitar_ds.config.keys.tree import INDEX, Key, all_keys, is_mapping
 from univitar_ds.errors import ConfigError, shortened
 
 WIDTH = 100
-"""Columns of the text."""
+"""Maximum number of columns of the text."""
 _OVERVIEW = """
 `univitar-ds config SECTION` describes the keys of a section, `univitar-ds config KEY` one key (stages.0.lr).
 A key without a default must be given. On the command line: univitar-ds train --config FILE KEY=VALUE ..."""
@@ -24,9 +24,9 @@ def describe(name: str | None, changeable: Collection[str] = (), fixed: Collecti
     """Returns the description of a section with all keys below it, or of a key; of all sections if `name` is None.
 
     Args: name: as in a run file or an override: `stages`, `data.sources`, `stages.0.lr`, `stages.N.lr`, `stages.lr`;
-        changeable: keys and sections that a resumed run may change, which is noted;
-        fixed: keys in them that it may not change.
-    Raises: ConfigError if there is no such key, with similar ones.
+        changeable: keys and sections that a resumed run may change, which the description then says;
+        fixed: keys below `changeable` that it may not change.
+    Raises: ConfigError, which names similar keys, if there is no such key.
     """
     if name is None:
         top = [key for key in all_keys().values() if len(key.parts) == 1]
@@ -38,7 +38,7 @@ def describe(name: str | None, changeable: Collection[str] = (), fixed: Collecti
 
 
 def find_key(name: str) -> Key:
-    """Returns the key of a name as `describe` takes it. Raises: ConfigError if there is none, with similar ones."""
+    """Returns the key for a name in any form that `describe` accepts. Raises: as `describe`."""
     keys = all_keys()
     parts = present_key(name.strip().strip(".")).split(".")
     wanted = [INDEX if part.isdigit() or part == "*" else part for part in parts]

@@ -22,16 +22,17 @@ _LIMITS = {
     "too_long": ("max_length", "must have at most {} entries"),
     "string_too_long": ("max_length", "must be at most {} characters long"),
 }
-"""Types of pydantic's faults about limits: the name of the limit, and the words."""
+"""For pydantic's error types about limits: the name of the limit in the error, and the wording."""
 _WORDS = {
-    "string_pattern_mismatch": "must begin with a letter or a digit and have only those, dots, underscores and dashes",
+    "string_pattern_mismatch": "must begin with a letter or a digit and have only letters, digits, dots, underscores "
+    "and dashes",
     "finite_number": "must be a finite number",
     "string_type": "must be text",
 }
 
 
 class Fault(NamedTuple):
-    """One fault. `place`: names and indices, without the branches of a choice of types; `sentence` begins with it."""
+    """One fault. `place`: keys and indices that lead to the value; `sentence`: the message, which begins with them."""
 
     place: tuple[Any, ...]
     sentence: str
@@ -53,7 +54,10 @@ def faults_of(error: ValidationError) -> list[Fault]:
 
 
 def _place_of(fault: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...] | None]:
-    """Returns the location of a fault without branches of a choice, and the place of that choice, None without one."""
+    """Returns the place of a fault, and the place of the choice of types that it belongs to, or None.
+
+    pydantic's location of a fault also names the branch of a choice, which the place leaves out.
+    """
     annotation: Any = RunConfig
     place: list[Any] = []
     branch = None
@@ -74,7 +78,7 @@ def _place_of(fault: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...] |
 
 
 def _of_choice(place: tuple[Any, ...], faults: Sequence[dict[str, Any]]) -> Iterator[Fault]:
-    """Yields the faults of a value that may be a section or something else: those of the section if it is one."""
+    """Yields the faults of a value that may be a section or something else: those in the section, else a single one."""
     inside = [fault for fault in faults if len(_place_of(fault)[0]) > len(place) or fault["type"] == "value_error"]
     if inside:
         for fault in inside:

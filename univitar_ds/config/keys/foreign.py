@@ -1,4 +1,4 @@
-"""Names that other trainers use for keys of the run file, so that an unknown key is answered with ours.
+"""Names that other trainers use for keys of the run file, so that the error about such a name gives our key.
 
 The names are those of open_clip, timm, transformers' Trainer, Lightning and DeepSpeed, without regard to case, dashes
 and leading dashes.
@@ -22,7 +22,7 @@ _WARMUP = "the warm-up is counted in samples"
 _PRECISION = 'it sets "bf16": {"enabled": true}, or fp32 without it'
 _SHIPPED = "choose zero2, zero3, zero3_offload, ... or a JSON of your own"
 _RESUME = "`univitar-ds train --resume RUN` continues a run; weights of another model are model.init_from"
-_BOARD = "metrics go to metrics.jsonl and TensorBoard; logging.wandb.project or logging.trackio.project sends them on"
+_BOARD = "metrics go to metrics.jsonl and TensorBoard; logging.wandb.project or logging.trackio.project adds a tracker"
 
 _ROWS = (
     ("stages.N.lr", "", "learning_rate lr base_lr max_lr peak_lr blr"),
@@ -126,13 +126,13 @@ _ROWS = (
         "nproc gpus num_gpus devices world_size num_processes",
     ),
 )
-"""Our key ("" where there is none), what else to know, and the foreign names."""
+"""Our key ("" if there is none), a remark, and the names in other trainers."""
 ANSWERS = {name: (ours, more) for ours, more, names in _ROWS for name in names.split()}
-"""Foreign name: our key, and what else to know."""
+"""Our key and the remark, by the name in other trainers."""
 
 
 def unknown_key(location: Sequence[Any]) -> str:
-    """Returns a sentence about an unknown key at a path of names and indices: ours, or those with a similar name."""
+    """Returns a sentence about an unknown key that names our key or similar ones. `location`: names and indices."""
     *sections, key = location
     place, name = shortened(".".join(map(str, location))), normalized(str(key))
     section = section_at(sections)
@@ -151,7 +151,7 @@ def unknown_key(location: Sequence[Any]) -> str:
 
 
 def answer(name: str) -> str | None:
-    """Returns a sentence with our key for a name of other trainers; None if the name is none."""
+    """Returns a sentence with our key for a name in other trainers; None if the table does not have the name."""
     found = ANSWERS.get(normalized(name))
     if found is None:
         return None
@@ -176,7 +176,7 @@ def similar_keys(name: str, names: Iterable[str]) -> list[str]:
 
 
 def normalized(name: str) -> str:
-    """Returns a name as the table has it: lower case, without leading dashes, with underscores."""
+    """Returns a name in the form of the table: lower case, without leading dashes, with underscores."""
     return name.strip().lstrip("-").replace("-", "_").lower()
 
 

@@ -11,7 +11,7 @@ FILE = "run.schema.json"
 """Name of the schema's file beside the shipped recipes, which name it in their first line."""
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _NUMBERS = {"integer": r"^[+-]?[0-9][0-9_]*$", "number": r"^[+-]?[0-9][0-9_]*\.?[0-9_]*([eE][+-]?[0-9]+)?$"}
-"""Numbers as text, which the program accepts: YAML 1.2 reads 12_000 as a text, and YAML 1.1 does so with 5e-4."""
+"""Patterns of numbers that are written as text: YAML 1.2 reads 12_000 as text, and YAML 1.1 reads 5e-4 as text."""
 
 
 def run_schema() -> dict[str, Any]:
@@ -26,7 +26,7 @@ def schema_text() -> str:
 
 
 def _with_number_texts(node: Any) -> Any:
-    """Returns a part of the schema in which every number may also be written as a text."""
+    """Returns a copy of a part of the schema in which every number may also be written as text."""
     if isinstance(node, list):
         return [_with_number_texts(entry) for entry in node]
     if not isinstance(node, dict):

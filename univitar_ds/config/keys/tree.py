@@ -25,7 +25,7 @@ _LIMITS = {
     "min_length": "not empty",
     "max_length": "at most {} long",
 }
-"""Names of limits in pydantic's metadata, and their words."""
+"""The wording of each limit in pydantic's metadata."""
 _PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -48,7 +48,7 @@ class Key:
 
     @property
     def default(self) -> Any:
-        """The default as plain values. Must not be asked of a required key."""
+        """The default as plain values. Must not be used for a required key."""
         value = self.field.get_default(call_default_factory=True)
         return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
@@ -78,7 +78,7 @@ def all_keys() -> dict[str, Key]:
 
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
-    """Returns the class of the section that a value of this type, or each entry of such a list, may be."""
+    """Returns the section class in the type of a value or of the entries of a list; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (list, Union, types.UnionType) or hasattr(annotation, "__metadata__"):

@@ -1,6 +1,6 @@
 """Finds keys of a run file that were set but have no effect because of another key.
 
-Reports only keys whose value differs from the default, and no effects of the data or the machine.
+Reports only keys whose value differs from the default. The data and the machine are not considered.
 Each section has a function, which yields (key, reason).
 """
 
@@ -18,7 +18,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.plugins import OPTIMIZERS
 
 UnusedKeys = Iterator[tuple[str, str]]
-"""Yields (key, reason) of keys without effect."""
+"""Keys without effect, as (key, reason)."""
 
 
 def unused_parts(config: RunConfig) -> list[str]:
@@ -126,7 +126,7 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
         rule = getattr(stage, modality)
         if rule.kind == "fixed" and _reads([stage], modality):
             names = ("min_tokens", "max_tokens")
-            yield from _because(_given(f"{place}.{modality}", rule, *names), "kind fixed has the size of size_px")
+            yield from _because(_given(f"{place}.{modality}", rule, *names), "kind fixed uses size_px")
     augment = stage.augment
     if augment.crop_scale[0] == 1:
         yield from _because(_given(f"{place}.augment", augment, "crop_ratio"), "crop_scale 1 keeps the whole image")
@@ -176,7 +176,7 @@ def _optimizer(config: RunConfig) -> UnusedKeys:
     if optimizer.kind != "muon":
         yield from _because(_given("optimizer.muon", optimizer.muon, *type(optimizer.muon).model_fields), why)
     if optimizer.kind in OPTIMIZERS:
-        yield from _because(_given("optimizer", optimizer, "options"), f"{why}, which no plugin brings")
+        yield from _because(_given("optimizer", optimizer, "options"), f"{why}, which is not from a plugin")
     else:
         given = _given("optimizer", optimizer, "betas", "eps")
         yield from _because(given, f"{why}, whose arguments are optimizer.options")
@@ -198,7 +198,7 @@ def _evaluation(config: RunConfig) -> UnusedKeys:
         return
     if config.objective.classifies:
         names = ("image_templates", "video_templates")
-        yield from _because(_given("evaluation", evaluation, *names), "a head is evaluated, not zero-shot")
+        yield from _because(_given("evaluation", evaluation, *names), "a classifier is not evaluated zero-shot")
     for modality in () if config.objective.classifies else ("image", "video"):
         if not _reads(config.stages, modality):
             templates = _given("evaluation", evaluation, f"{modality}_templates")
@@ -207,7 +207,7 @@ def _evaluation(config: RunConfig) -> UnusedKeys:
         place = f"evaluation.sources.{number}"
         yield from _split(place, source)
         templates = _given(place, source, "templates")
-        yield from _because(templates, "they make captions for training; zero-shot takes evaluation.image_templates")
+        yield from _because(templates, "they make captions for training; zero-shot uses evaluation.image_templates")
 
 
 def _logging(config: RunConfig) -> UnusedKeys:

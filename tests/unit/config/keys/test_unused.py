@@ -51,7 +51,7 @@ UNUSED = [
     (
         [*CLASSIFIES, "evaluation.image_templates=['my {}']"],
         "evaluation.image_templates",
-        "a head is evaluated",
+        "a classifier is not evaluated zero-shot",
     ),
     (["model.text.path=t", "model.text.hidden_size=64"], "model.text.hidden_size", "model.text.path"),
     (["model.text.path=t", "model.text.vocab_size=500"], "model.text.vocab_size", "model.text.path"),
@@ -76,7 +76,7 @@ UNUSED = [
     (["stages.0.frozen=[vision, patch_embedding]"], "stages.0.frozen patch_embedding", "vision is frozen too"),
     (["stages.0.frozen=[vision]", "optimizer.layer_decay=0.7"], "optimizer.layer_decay", "frozen in every stage"),
     (["optimizer.muon.momentum=0.9"], "optimizer.muon.momentum", "optimizer.kind is adamw"),
-    (["optimizer.kind=muon", "optimizer.options={a: 1}"], "optimizer.options", "no plugin brings"),
+    (["optimizer.kind=muon", "optimizer.options={a: 1}"], "optimizer.options", "not from a plugin"),
     (
         ["plugins=[a.py]", "optimizer.kind=lion", "optimizer.eps=1e-6"],
         "optimizer.eps",
