@@ -1,3 +1,3 @@
-"""The demo (`make demo`): rendered scenes and a training run on them, in one folder."""
+"""The demo (`make demo`): renders scenes and trains a model on them, in one folder."""
 
 __all__ = ["end_to_end", "synthetic"]

@@ -55,7 +55,7 @@ def claim(folder: Path) -> None:
 
 
 def remove_demo(folder: Path) -> str:
-    """Removes the files that the demo wrote in its folder, and no others. Returns a sentence on the result.
+    """Removes the files that the demo wrote in its folder, and no others. Returns a sentence about the result.
 
     Raises: RunLocked if a demo is training in the folder.
     """

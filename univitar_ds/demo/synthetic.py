@@ -21,7 +21,7 @@ FORMAT = 1
 MARKER = "scenes.json"
 """Name of the marker file in a folder of scenes."""
 TEST_SHARE = 8
-"""One of this many scenes is a test scene."""
+"""One in this many scenes is a test scene."""
 
 _BATCH = 32
 """Number of scenes per task of a process."""
@@ -39,7 +39,7 @@ def write_scenes(folder: str | Path, *, images: int, videos: int, seed: int = 0,
     """
     folder = Path(folder)
     if min(images, videos) < 0 or images + videos == 0:
-        raise DataError(f"images {images} and videos {videos} must be 0 or more and not both 0; ask for a scene")
+        raise DataError(f"images {images} and videos {videos} must be 0 or more and not both 0; raise one of them")
     wanted = {"format": FORMAT, "images": images, "clips": videos, "seed": seed}
     if _finished(folder, wanted):
         return
@@ -65,7 +65,7 @@ def _finished(folder: Path, wanted: dict[str, int]) -> bool:
     except ValueError:
         found = None
     if found != wanted:
-        raise DataError(f"{folder} holds the scene set {found}, wanted is {wanted}; name another folder or delete it")
+        raise DataError(f"{folder} holds the scene set {found}, not {wanted}; name another folder or delete it")
     return (folder / "metadata.jsonl").is_file()
 
 

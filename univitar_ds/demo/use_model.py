@@ -16,7 +16,7 @@ TEMPLATES = ("a {}", "a small {}", "a large {}")
 
 
 def classified(model_folder: Path, scenes: Path) -> str:
-    """Returns a table with held-out images, their label, and the most probable of all labels.
+    """Returns a table of held-out images, each with its label and the most probable of all labels.
 
     Args: model_folder: the whole model in a run's export; scenes: the folder of `write_scenes`.
     """

@@ -1,3 +1,3 @@
-"""Drafts the run file of `univitar-ds init` from a look at the data and at the machine."""
+"""Drafts the run file of `univitar-ds init` from the data and the machine."""
 
 __all__ = ["draft", "machine"]

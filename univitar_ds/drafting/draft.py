@@ -38,10 +38,10 @@ def draft(
     hours: float | None = None,
     s3: Mapping[str, str] | None = None,
 ) -> str:
-    """Returns the text of a run file for sources that were looked at.
+    """Returns the text of a run file for sources that were surveyed.
 
-    Args: size: encoder, None: by data and machine; hours: length of the run, None: by the data, on a CPU at most an
-        hour; s3: keys of `data.s3`.
+    Args: size: name of the encoder; None: chosen from data and machine; hours: maximum length of the run; None: no
+        limit on GPUs, an hour on a CPU; s3: keys of `data.s3`.
     Raises: DataError if there is too little to train on; ConfigError if the machine is too small for the encoder.
     """
     basis = basis_of(facts_of(surveys), machine, size)
@@ -68,7 +68,7 @@ def processes(text: str) -> int:
 
 
 def run_name(path: str) -> str:
-    """Returns a name for a run on a source: that of its folder, file or prefix."""
+    """Returns a name for a run on the source `path`: the name of its folder, file or prefix."""
     path = path.rstrip("/")
     place = path if "://" in path else os.path.abspath(path or "/")
     last = place.rpartition("/")[2]
@@ -84,7 +84,7 @@ def _quoted(text: str) -> str:
 
 
 def _fitted(line: str) -> str:
-    """Returns a line whose comment is above it if both together are too long."""
+    """Returns a line; a comment that would make it too long is moved to a line above it."""
     key, mark, comment = line.rpartition("  # ")
     if len(line) <= _WIDTH or not mark:
         return line
@@ -95,8 +95,8 @@ def _head(basis: Basis, length: Length) -> Iterator[str]:
     facts, machine = basis.facts, basis.machine
     schema = Path(str(resources.files("univitar_ds"))) / "recipes" / "run.schema.json"
     yield f"# yaml-language-server: $schema={schema}"
-    yield "# Drafted by univitar-ds init from a look at the data and the machine. Change what you know better:"
-    yield "# `univitar-ds config KEY` describes a key. Numbers are chosen here, none is published, unless marked."
+    yield "# Drafted by univitar-ds init from the data and the machine. Change what you know better:"
+    yield "# `univitar-ds config KEY` describes a key. Numbers are choices of this draft, unless marked as published."
     for survey in facts.training:
         yield f"# {json.dumps(survey.path)}: {_contents(survey)}"
     gpus = f"{machine.gpus} GPUs of {amount(machine.gpu_memory)}" if basis.on_gpu else "no GPU"
@@ -116,7 +116,7 @@ def _head(basis: Basis, length: Length) -> Iterator[str]:
 
 
 def _contents(survey: Survey) -> str:
-    """Returns a sentence on what a source holds."""
+    """Returns a sentence about the contents of a source."""
     about = "" if survey.exact else "about "
     parts = []
     for split, kinds in survey.counts.items():
@@ -153,7 +153,7 @@ def _model(basis: Basis) -> Iterator[str]:
     text = text_of(basis)
     yield f"  embed_dim: {text.hidden_size}  # as wide as the text tower"
     shape = f"hidden_size: {text.hidden_size}, layers: {text.layers}, heads: {text.heads}"
-    yield f"  # About {text.captions:,} different captions: a larger tower would learn them by heart."
+    yield f"  # About {text.captions:,} different captions: a larger tower would overfit them."
     yield f"  # context_length: 95 % of the captions have at most {text.longest} words."
     yield f"  text: {{{shape}, intermediate_size: {text.intermediate_size}, context_length: {text.context_length},"
     yield f"         vocab_size: {text.vocab_size}}}"
@@ -171,7 +171,7 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
     packs = budget.lanes // budget.processes
     each = "one for each process" if packs == 1 else f"{packs} for each process (one loss over all of them)"
     others = ", ".join(str(n) for n in range(1, budget.lanes + 1) if budget.lanes % n == 0)
-    yield f"  lanes: {budget.lanes}  # packs of a step, {each}; {others} processes divide it"
+    yield f"  lanes: {budget.lanes}  # packs of a step, {each}; {others} processes can share them"
     cores = basis.machine.cores / budget.processes
     workers = max(1, min(8, int(cores) - 1))
     yield f"  workers: {workers}  # decoding processes of each process, for which there are {cores:.3g} cores"

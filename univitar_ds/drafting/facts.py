@@ -1,4 +1,4 @@
-"""What the surveys of several sources say together about the data of a run."""
+"""Combines the surveys of several sources into facts about the data of a run."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Facts:
         return self.count("image") + self.count("video")
 
     def media(self, modality: Modality) -> list[MediaSize]:
-        """Returns the sizes that were seen of a modality."""
+        """Returns the sizes of the samples of a modality that were seen."""
         return [size for survey in self.training for size in survey.media if size.kind == modality]
 
     def sizes(self, modality: Modality) -> list[tuple[float, MediaSize]]:
-        """Returns the sizes that were seen of a modality with weights, by the numbers of samples of their sources."""
+        """Returns (weight, size) of the samples of a modality that were seen. Weights sum to the sample counts."""
         found = []
         for survey in self.training:
             own = [size for size in survey.media if size.kind == modality]
@@ -48,8 +48,7 @@ class Facts:
         return found
 
     def native_tokens(self, modality: Modality, share: float) -> float | None:
-        """Returns the tokens of a frame at its native size that this share of the samples does not exceed; None if no
-        size is known."""
+        """Returns the quantile `share` of the tokens of a frame at its native size; None if no size is known."""
         ordered = sorted((size.height * size.width / 196, weight) for weight, size in self.sizes(modality))
         left = share * sum(weight for _, weight in ordered)
         for tokens, weight in ordered:
@@ -99,7 +98,7 @@ class Facts:
 
 
 def facts_of(surveys: Sequence[Survey]) -> Facts:
-    """Returns the facts. A source of which only held-out data are known is evaluated on, if there is another one.
+    """Returns the facts. A source with only held-out data is used for evaluation if another has training data.
 
     Raises: DataError if there is too little to train on.
     """

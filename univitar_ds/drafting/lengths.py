@@ -12,7 +12,7 @@ from univitar_ds.screen import duration
 ONE_STAGE = 10_000
 """Below this number of samples a run has one stage."""
 CPU_HOURS = 1.0
-"""Length of a run on a CPU, if no other is asked for."""
+"""Maximum length of a run on a CPU, unless another is given."""
 _CORE_FLOPS, _GPU_FLOPS = 2e10, 1e14
 """FLOP/s of a core (measured: `tiny` trains about 1,000 tokens a second on one) and of a GPU (assumed)."""
 _WARMUP = 0.08
@@ -22,7 +22,7 @@ _EPOCHS = ((100_000, 30), (1_000_000, 15), (10_000_000, 5), (100_000_000, 2))
 
 @dataclass(frozen=True)
 class Length:
-    """Samples of a run. `epochs`: passes over the data that they are; `why`: for the comment."""
+    """The length of a run. `epochs`: the same as passes over the data; `why`: the reason, for a comment."""
 
     samples: int
     epochs: float
@@ -31,7 +31,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Stage:
-    """A drafted stage. `side`: of squares in pixels, None for native sizes; `why`: for the comment."""
+    """A drafted stage. `side`: side of squares in pixels, None for native sizes; `why`: the reason, for a comment."""
 
     name: str
     samples: int
@@ -44,7 +44,7 @@ class Stage:
 
 
 def length_of(basis: Basis, hours: float | None) -> Length:
-    """Returns how many samples a run takes: a number of epochs by the size of the data, less if `hours` end before."""
+    """Returns the length of a run: more epochs for fewer samples, but no more than fit into `hours`."""
     count = basis.facts.samples
     epochs = next((epochs for most, epochs in _EPOCHS if count < most), 1)
     samples, rate = epochs * count, samples_per_second(basis)
@@ -61,7 +61,7 @@ def length_of(basis: Basis, hours: float | None) -> Length:
 
 
 def samples_per_second(basis: Basis) -> float:
-    """Returns about how many samples all processes train in a second."""
+    """Returns the estimated number of samples that all processes together train on in a second."""
     linear, square = cost_coefficients(basis.encoder)
     tokens = _mean_sample(basis)
     machine = basis.machine
@@ -78,7 +78,7 @@ def _mean_sample(basis: Basis) -> float:
 
 
 def video_ratio(basis: Basis) -> float:
-    """Returns the share of steps with videos with which a video is seen as often as an image."""
+    """Returns the share of video steps for which each video is used as often as each image."""
     if not basis.videos:
         return 0.0
     if not basis.images:
@@ -88,14 +88,17 @@ def video_ratio(basis: Basis) -> float:
 
 
 def stages_of(basis: Basis, length: Length) -> list[Stage]:
-    """Returns the stages: native sizes only for small data and for videos alone; else squares first, then native sizes,
-    then videos too."""
+    """Returns the stages of a run.
+
+    Small data and data without large images get one stage with native sizes. Otherwise the first stage has squares,
+    the second native sizes, and a third also videos.
+    """
     rate, ratio = (1e-3 if basis.small else 5e-4), video_ratio(basis)
     side = (112 if not basis.on_gpu else 168) if basis.small else 224
     gains = basis.images and mean_of(basis, "image") > 1.2 * (side // PATCH) ** 2
     if basis.facts.samples < ONE_STAGE or not gains:
         why = (
-            f"one stage: fewer than {ONE_STAGE:,} samples do not pay for a curriculum"
+            f"one stage: a curriculum is not worth it for fewer than {ONE_STAGE:,} samples"
             if basis.facts.samples < ONE_STAGE
             else f"one stage: squares of {side} px would not be cheaper than the native sizes"
         )
@@ -123,13 +126,13 @@ def stages_of(basis: Basis, length: Length) -> list[Stage]:
 def _stage(
     name: str, samples: int, side: int | None, ratio: float, rates: tuple[float, float, float], why: str
 ) -> Stage:
-    """Args: rates: learning rate, warm-up as a share of the samples, and final rate as a share of the first."""
+    """Returns a stage. Args: rates: learning rate; shares of the samples for warm-up, and of the rate at the end."""
     lr, warmup, final = rates
     return Stage(name, samples, side, ratio, lr, min(round(warmup * samples), samples - 1), final, why)
 
 
 def checkpoint_steps(basis: Basis, length: Length) -> int:
-    """Returns the steps between checkpoints: about five minutes, between 20 and 1,000 steps."""
+    """Returns the steps between checkpoints: about five minutes or a quarter of the run, within 10 to 1,000 steps."""
     seconds = basis.budget.pairs / samples_per_second(basis)
     steps = length.samples / basis.budget.pairs
     return max(10, min(1000, round(300 / seconds), round(steps / 4)))

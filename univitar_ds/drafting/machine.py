@@ -1,4 +1,4 @@
-"""What a machine has: GPUs, memory and cores."""
+"""The GPUs, memory and cores of a machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ASSUMED_GPU_BYTES = 80e9
-"""Memory of a GPU that is asked for by number on a machine that has none."""
+"""Assumed memory of a GPU for a draft that is made on a machine without GPUs."""
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` of the process, bytes of `memory`, number of `gpus`, and bytes of the smallest GPU; `assumed`: whether
-    the GPUs are not those of this machine."""
+    """The machine of a draft.
+
+    `cores`: those that the process may use; `memory`: in bytes; `gpu_memory`: bytes of the smallest GPU; `assumed`:
+    whether the draft has more GPUs than this machine.
+    """
 
     cores: int
     memory: float
@@ -24,7 +27,7 @@ class Machine:
     assumed: bool = False
 
     def with_gpus(self, gpus: int | None) -> Machine:
-        """Returns the machine with this number of GPUs for each run, None for those that it has; 0 for its CPU."""
+        """Returns the machine with `gpus` GPUs. None: those that it has; 0: only its CPU."""
         if gpus is None or gpus == self.gpus:
             return self
         known = self.gpu_memory if gpus <= self.gpus else self.gpu_memory or ASSUMED_GPU_BYTES
@@ -32,7 +35,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Returns what this process may use."""
+    """Returns the GPUs, memory and cores that this process may use."""
     import torch
 
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

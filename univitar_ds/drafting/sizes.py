@@ -22,7 +22,7 @@ _PROCESS_BYTES = 1.5 * GB
 _CAPTIONED_PAIRS = 40
 """Pairs of a step on a CPU, as in the recipe photos, whose results are measured."""
 _STEPS_PER_EPOCH = 4
-"""Minimum number of steps in which an epoch is read: a step of more of the data repeats the same negatives."""
+"""Minimum number of steps per epoch. With fewer, larger steps the same negatives would repeat."""
 _LARGEST_STEP = 32_768
 """Pairs of a step in the full recipes."""
 
@@ -30,7 +30,8 @@ _LARGEST_STEP = 32_768
 @dataclass(frozen=True)
 class Budget:
     """Tokens of a pack, lanes and processes. `checkpointing`: whether every block is recomputed in the backward pass;
-    `mean`: expected tokens of an image, or of a video where there are no images; `deepspeed`: what fits here."""
+    `mean`: expected tokens of an image, or of a video if there are no images; `deepspeed`: the name of the DeepSpeed
+    JSON that fits the machine."""
 
     tokens: int
     lanes: int
@@ -47,7 +48,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a draft follows from. `size`: the encoder; `given`: whether the user has named it."""
+    """The basis of a draft. `size`: name of the encoder; `given`: whether the user has chosen it."""
 
     facts: Facts
     machine: Machine
@@ -89,7 +90,7 @@ class Basis:
 
     @cached_property
     def videos(self) -> bool:
-        """Whether the run reads videos: every lane needs some, unless there is nothing else."""
+        """Whether the run reads videos: only if there are enough for every lane, or no images."""
         count = self.facts.count("video")
         return count > 0 and (count >= _STEPS_PER_EPOCH * processes_of(self) or not self.images)
 
@@ -133,14 +134,14 @@ def image_rule(basis: Basis) -> ResolutionConfig:
 
 
 def _limits(basis: Basis) -> tuple[int, int, int]:
-    """Returns (minimum tokens, maximum tokens, divisor in pixels) of images before the sizes seen count."""
+    """Returns (minimum tokens, maximum tokens, divisor in pixels) of images, not adapted to the sizes of the data."""
     if not basis.small:
         return 576, 5832, 112
     return (64, 576, 28) if basis.on_gpu else (16, 144, 14)
 
 
 def video_frames(basis: Basis) -> int:
-    """Returns the maximum number of frames: 8, or 16 for large encoders, and not more than nearly all videos have."""
+    """Returns the maximum number of frames: 8, or 16 for large encoders, but at most the data's 90th percentile."""
     most = 8 if basis.small else 16
     counts = sorted(size.frames for size in basis.facts.media("video"))
     longest = counts[int(0.9 * (len(counts) - 1))] if counts else most
@@ -205,7 +206,7 @@ def _bytes_per_token(basis: Basis, every: int) -> float:
 
 
 def _states(basis: Basis, processes: int) -> tuple[str, float]:
-    """Returns the DeepSpeed JSON, and the memory of a process for activations.
+    """Returns the name of the DeepSpeed JSON, and the bytes of memory of a process for activations.
 
     Raises: ConfigError if weights and optimizer states take more memory than there is.
     """
@@ -217,7 +218,7 @@ def _states(basis: Basis, processes: int) -> tuple[str, float]:
             raise _too_large(basis, processes, f"weights, gradients and optimizer need {amount(32 * parameters)}")
         return "zero3_cpu", free
     memory = 0.8 * basis.machine.gpu_memory
-    whole = 6 * parameters + 12 * parameters / processes  # weights and gradients, and shared optimizer states
+    whole = 6 * parameters + 12 * parameters / processes  # weights and gradients, and sharded optimizer states
     if whole < 0.3 * memory:
         return "zero2", memory - whole
     shared = 18 * parameters / processes

@@ -1,4 +1,4 @@
-"""Chooses the text tower of a drafted run by the captions that were seen."""
+"""Chooses the text tower of a drafted run from the captions that were seen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _TINY = (192, 3, 3, 576, 8192)
 
 @dataclass(frozen=True)
 class Text:
-    """Shape of a text tower and the reasons. `captions`: about how many different captions there are."""
+    """Shape of a text tower and its reasons.
+
+    `captions`: estimated number of different captions; `longest`: words of the 95th percentile of captions.
+    """
 
     hidden_size: int
     layers: int

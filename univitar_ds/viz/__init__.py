@@ -1,3 +1,3 @@
-"""Pages of items and of their patch features as colours."""
+"""Draws pages of images and videos with their patch features as colours."""
 
 __all__ = ["cards", "fonts", "sheet", "training_images"]

@@ -24,7 +24,7 @@ TITLE_PX, TEXT_PX, NOTE_PX = 19, 13, 11
 IMAGE, FRAME = (150, 190), (116, 124)
 """Height and maximum width of an image, and of a frame of a video, in pixels."""
 NOTE_WIDTH = 112
-"""Width in pixels that the sizes below an image need, also below an image that is narrower."""
+"""Minimum width in pixels for the text with the sizes below an image."""
 SHOWN_FRAMES = 3
 TEXT_WIDTH, MARK = (150, 240), 17
 """Minimum and wanted width of the texts of a card, and width of a mark and its space, in pixels."""
@@ -43,7 +43,7 @@ ITEMS = {
 }
 """What a card of a modality shows, for the legend."""
 BLANK = 255
-"""Grey value of places whose tokens were dropped."""
+"""Grey value of the patches whose tokens were dropped."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,10 @@ def draw_page(title: str, details: Sequence[Line], shares: Sequence[float], card
 
 
 def _rows(cards: Sequence[Card]) -> list[list[tuple[Card, int]]]:
-    """Arranges the cards in rows, like words, with the width of each. Rows share the rest of the page's width.
+    """Arranges the cards in rows, like words in lines. Returns each card with its width.
 
-    The page is as narrow as the number of rows permits, so that rows are about equally full.
+    The page is as narrow as the number of rows permits, so that rows are about equally full. The cards of a row are
+    widened to fill it.
     """
     widths = [card.images_size[0] + card.text_width + 3 * PADDING for card in cards]
     inner = WIDTH - 2 * GAP

@@ -1,6 +1,6 @@
-"""Measures, wraps and draws text of any script with Pillow: DejaVu Sans first, then the fonts of the system.
+"""Measures, wraps and draws text of any script with Pillow, in DejaVu Sans or else in fonts of the system.
 
-Captions come from outside: control characters and text directions are removed, long texts are cut before they are
+Captions are untrusted: control characters and text directions are removed, and long texts are cut before they are
 measured. A character that no font has is drawn as a box, and `missing` lists it.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from PIL import ImageDraw, ImageFont
 
 MOST_CHARACTERS = 240
-"""Number of characters of a text that are read at most; no text on a sheet has space for more."""
+"""Maximum number of characters of a text that are drawn. No text on a page has space for more."""
 MOST_MARKS = 3
-"""Number of combining marks on one letter; more would be drawn over other lines."""
+"""Maximum number of combining marks on one letter. More would be drawn over other lines."""
 MOST_FONTS, MOST_FILES = 60, 20_000
-"""Number of the system's fonts that are searched for a glyph, and of files that are looked at to find them."""
+"""Maximum numbers of system fonts that are searched for a glyph, and of files that are listed to find fonts."""
 ELLIPSIS = "..."
 PREFERRED = ("notosanscjk", "sourcehansans", "wqy", "droidsansfallback", "ipag", "notosans", "freesans", "unifont")
 """Beginnings of names of fonts that have many glyphs. They are searched first."""
@@ -134,7 +134,7 @@ def _fitting(text: str, width: float, size: int, bold: bool) -> int:
 
 
 def _runs(text: str, size: int, bold: bool) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
-    """Yields the parts of a line that one font draws, in order. Spaces and marks stay with what they follow."""
+    """Yields the parts of a line that one font draws, in order. Spaces and marks keep the font of what they follow."""
     run, current = "", (0, bold)
     if _first_font() is None:
         text = text.replace(" ", "  ")  # the space of Pillow's own font is 0.2 em wide, so that words run together
@@ -173,7 +173,7 @@ def _first_font(bold: bool = False) -> Path | None:
 
 @cache
 def _font(number: int, size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Returns font `number` in a size in pixels: 0 is the first font, which Pillow's own replaces if there is none."""
+    """Returns font `number` in a size in pixels: 0 is the first font, or Pillow's own if there is none."""
     path = (_first_font(bold) or _first_font()) if number == 0 else _system_fonts()[number - 1]
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
 
@@ -187,7 +187,7 @@ def _font_of(char: str) -> int | None:
 
 
 def _has(number: int, char: str, bold: bool = False) -> bool:
-    """Whether a font has a glyph for `char`: one that differs from its box for characters that it lacks."""
+    """Whether a font has a glyph for `char`, which is not the box that it draws for characters that it lacks."""
     font, absent = _probed(number, bold)
     if font is None:
         return False
@@ -245,6 +245,6 @@ def _system_fonts() -> list[Path]:
 
 
 def forget_fonts() -> None:
-    """Searches the fonts again at the next text. For a process in which fonts are installed, and for tests."""
+    """Clears all caches of fonts, for a process in which fonts are installed and for tests."""
     for cached in (text_width, _first_font, _font, _font_of, _probed, _font_files, _system_fonts):
         cached.cache_clear()

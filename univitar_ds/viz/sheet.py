@@ -18,8 +18,7 @@ DIRECTIONS, ROUNDS = 8, 16
 def component_colours(features: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
     """Maps features of items, each (T_i, D), to the first three principal components as colours, (T_i, 3) uint8.
 
-    0 and 255 are the 2nd and the 98th percentile. Returns also the share of each component of the variance, from 0
-    to 1.
+    0 and 255 are the 2nd and the 98th percentile. Also returns each component's share of the variance, from 0 to 1.
     """
     centred = torch.cat(list(features)).float()
     centred -= centred.mean(dim=0)
@@ -56,7 +55,7 @@ def spread_frames(count: int, shown: int) -> list[int]:
 def to_size(pixels: Tensor | np.ndarray, height: int, max_width: int) -> Image.Image:
     """Resizes (h, w, 3) uint8 to `height`, or less if the width would exceed `max_width`. Keeps the aspect ratio.
 
-    Small images are enlarged by repeating pixels, so that what the encoder sees is not smoothed.
+    Small images are enlarged by repeating pixels, so that the encoder's input is not smoothed.
     """
     image = Image.fromarray(np.asarray(pixels))
     scale = min(height / image.height, max_width / image.width)

@@ -217,5 +217,5 @@ def test_a_foreign_folder_or_another_set_is_refused(folder: Path, tmp_path: Path
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         write_scenes(tmp_path, images=4, videos=4, seed=0)
-    with pytest.raises(DataError, match="ask for a scene"):
+    with pytest.raises(DataError, match="raise one of them"):
         write_scenes(tmp_path / "none", images=0, videos=0, seed=0)
