@@ -1,8 +1,8 @@
-"""Looks at a source of a run: its form, and the numbers, kinds, sizes and texts of its samples.
+"""Surveys a source of a run: its format, and the numbers, kinds, sizes and texts of its samples.
 
-The look is short. Lists of files are read whole, as a run reads them, up to `LISTING_S`; of the media files, the
-headers of `MEDIA` samples are read by decoding processes; tars without a manifest are scanned in a few places, and the
-numbers of their samples are estimated.
+A survey is short. Lists of files are read completely, as in a run, for at most `LISTING_S` seconds. Decoding processes
+read the headers of at most `MEDIA` media files. Tars without a manifest are scanned in part, and the number of their
+samples is estimated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from univitar_ds.data.importing.recognise import FORMATS, read_source
 from univitar_ds.data.importing.rows import ReadOptions, Row
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, MediaSize
 from univitar_ds.data.shards import tar_index
-from univitar_ds.data.shards.captions import EXTENSIONS, Texts, read_texts
+from univitar_ds.data.shards.captions import BYTES_LIMIT, EXTENSIONS, Texts, read_texts
 from univitar_ds.data.shards.listing import place_of
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.shards.samples import media_member, modality_of
@@ -45,9 +45,9 @@ MEDIA, MEDIA_S, MEDIA_BYTES = 128, 20.0, 256 << 20
 LISTING_S = 120.0
 """Maximum number of seconds in which the files of a source are listed."""
 TEXTS = 20_000
-"""Maximum number of samples of a list of files whose texts count."""
+"""Maximum number of samples of a list of files whose texts are used."""
 SHARDS, SHARD_TEXTS, SCANNED = 16, 512, 20_000
-"""Numbers of shards that are opened, of samples of each whose texts are read, and of samples that are scanned."""
+"""Maximum numbers of shards that are opened, of samples in each whose texts are read, and of samples scanned in all."""
 SCAN_BYTES = 128 << 20
 """Maximum number of bytes that are fetched to scan the shards of a source."""
 TRAINING = ("train", "training")
@@ -59,11 +59,11 @@ Counts = Mapping[str | None, Mapping[Modality, int]]
 
 @dataclass(frozen=True)
 class Survey:
-    """What a source holds.
+    """The contents of a source.
 
-    `path`: of the source; `title`: its form, for comments; `counts`: samples by split (None: it has no splits) and
+    `path`: of the source; `title`: its format, for comments; `counts`: samples by split (None: it has no splits) and
     modality, `exact` or estimated; `training`: the split to train on; `media`, `texts`: sizes and texts of some samples
-    of that split; `labels`: pairs of data set and label of those samples; `packed`: whether a run reads it as it is.
+    of that split; `labels`: pairs of data set and label of those samples; `packed`: whether it consists of shards.
     """
 
     path: str
@@ -78,17 +78,17 @@ class Survey:
 
     @property
     def evaluation(self) -> str | None:
-        """The split to evaluate on, None without one."""
+        """The split to evaluate on; None if there is none."""
         return next((name for name in EVALUATION if name in self.counts and name != self.training), None)
 
     @property
     def only_evaluation(self) -> bool:
-        """Whether the name of its only split is that of held-out data."""
+        """Whether all splits have names of held-out data."""
         return self.training in EVALUATION
 
 
 def survey(path: str, settings: StorageSettings = LOCAL) -> Survey:
-    """Looks at a source: a path or s3:// address of anything that `data.sources.N.path` may name.
+    """Surveys a source: a path or s3:// address of anything that `data.sources.N.path` may name.
 
     Raises: DataError if a run could not read it, or listing its files takes too long; StorageError.
     """
@@ -102,7 +102,7 @@ def survey(path: str, settings: StorageSettings = LOCAL) -> Survey:
 
 
 def training_split(counts: Counts) -> str | None:
-    """Returns the split to train on: `train`, else the first that has no name of held-out data, else the first."""
+    """Returns the split to train on: `train`, else the first whose name is not of held-out data, else the first."""
     names = [name for name in counts if name is not None]
     if not names:
         return None
@@ -111,7 +111,7 @@ def training_split(counts: Counts) -> str | None:
 
 
 def _may_be_shards(source: SourceConfig) -> bool:
-    """Whether `find_shards` has the better error: for everything but a folder of files that is no data set."""
+    """Whether to look for shards. For a folder without tars, the error of `read_source` is clearer."""
     path = place_of(source)
     return not os.path.isdir(path) or any(name.endswith(".tar") or name == MANIFEST for name in os.listdir(path))
 
@@ -132,7 +132,7 @@ def _of_rows(path: str, title: str) -> Survey:
 def _within(seconds: float, path: str, work: Callable[[], Any]) -> Any:
     """Returns the result of `work`, and shows that the files of a source are listed.
 
-    Raises: what `work` raises; DataError after `seconds`. The thread ends with the program then.
+    Raises: what `work` raises; DataError after `seconds`. The thread then continues until the program ends.
     """
     done: list[Any] = []
 
@@ -164,7 +164,7 @@ def _within(seconds: float, path: str, work: Callable[[], Any]) -> Any:
 
 
 def _kind_of(row: Row) -> Modality:
-    """The kind of a row, by the name of its file if the row has none."""
+    """Returns the kind of a row, by the name of its file if the row has none."""
     if row.kind is not None:
         return "video" if row.kind == "video" else "image"
     return "image" if row.file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else "video"
@@ -205,7 +205,7 @@ def _examined(jobs: Sequence[Job]) -> Iterator[Any]:
 
 @dataclass
 class _Scan:
-    """What a scan of some shards has found; `covered`: bytes of the shards that were scanned."""
+    """The results of scanning some shards. `covered`: number of bytes of the shards that were scanned."""
 
     counts: Counter[Modality] = field(default_factory=Counter)
     texts: list[Texts] = field(default_factory=list)
@@ -215,7 +215,7 @@ class _Scan:
 
 
 def _of_shards(path: str, source: SourceConfig, shards: Sequence[SourceShard], settings: StorageSettings) -> Survey:
-    """Returns the survey of shards: with a manifest its counts, else numbers by the bytes that were scanned."""
+    """Returns the survey of shards. Counts come from the manifest or are estimated from the scanned bytes."""
     packed = all(shard.modality is not None for shard in shards)
     counts: dict[str | None, Counter[Modality]] = {}
     if packed:
@@ -239,7 +239,7 @@ def _of_shards(path: str, source: SourceConfig, shards: Sequence[SourceShard], s
 
 
 def _scanned(path: str, shards: Sequence[SourceShard], scratch: Path, packed: bool) -> tuple[_Scan, list[Job]]:
-    """Scans a few shards. Media files whose sizes no metadata has are copied to `scratch`, to be examined."""
+    """Scans a few shards. Copies media files without a size in the metadata to `scratch`, to be examined."""
     scan, jobs = _Scan(), []
     chosen = [*_of_each_kind(shards)]
     scan.whole = len(chosen) == len(shards)
@@ -283,10 +283,10 @@ def _of_each_kind(shards: Sequence[SourceShard]) -> list[SourceShard]:
 
 
 def _texts_of(stream: Any, shard: SourceShard, group: tar_index.Group, packed: bool) -> Texts | None:
-    """Returns the texts of a sample, None if it has none that can be used."""
+    """Returns the texts of a sample; None if it has no usable text."""
     contents = {}
     for member in group.members:
-        if member.extension in EXTENSIONS and member.length <= tar_index.HEADER_TEXT_LIMIT:
+        if member.extension in EXTENSIONS and member.length <= BYTES_LIMIT:
             stream.seek(member.offset)
             contents[member.extension] = stream.read(member.length)
     with suppress(SampleError):
