@@ -104,7 +104,7 @@ def test_the_version_is_printed_with_those_of_torch_and_deepspeed(capsys, monkey
 
 def test_an_error_with_a_name_that_would_act_on_the_terminal_is_escaped(capsys, tmp_path):
     message = fails(capsys, "data", "pack", tmp_path / "\x1b[2Jx\udcff", tmp_path / "out")
-    assert r"\x1b[2Jx\udcff is no folder" in message
+    assert r"\x1b[2Jx\udcff is not a folder" in message
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_refused(capsys, run_file):

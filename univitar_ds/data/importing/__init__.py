@@ -1,3 +1,3 @@
-"""Lists the samples of data sets in the forms in which people have them: `recognise.read_source`."""
+"""Lists the samples of data sets in common formats; see `recognise.read_source`."""
 
 __all__ = ["from_plugins", "recognise", "rows"]

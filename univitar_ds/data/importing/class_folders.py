@@ -1,6 +1,6 @@
 """Lists the media files of class folders: `train/cat/a.jpg`, or `cat/a.jpg` without splits. They have only labels.
 
-The names of the folders are the labels, or names that a file gives them, such as ImageNet's LOC_synset_mapping.txt.
+The labels are the names of the folders, or class names that a file such as ImageNet's LOC_synset_mapping.txt gives.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def recognises(source: str) -> bool:
 def rows(source: str, options: ReadOptions) -> Listing:
     """Returns a row for each media file. A file outside of class folders is left out.
 
-    Raises: DataError if there is no row, or for a file of class names that lacks a folder.
+    Raises: DataError if there is no row, or if the file of class names lacks a folder.
     """
     folder = Path(source)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give one with a folder for each class")
+        raise DataError(f"{folder} is not a folder; give one with a folder for each class")
     collected = Collected(folder)
     files = list(_files(folder, collected.left_out))
     splits = _has_splits(files)
@@ -77,7 +77,7 @@ def _files(folder: Path, left_out: dict[str, str]) -> Iterator[PurePosixPath]:
 
 
 def _has_splits(files: list[PurePosixPath]) -> bool:
-    """Whether all folders with media are splits; a class may be called `test` too."""
+    """Whether all folders with media are splits, because a class may also be called `test`."""
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
     return bool(tops) and all(top.lower() in SPLIT_FOLDERS for top in tops)
 
@@ -129,11 +129,11 @@ def _read_names(path: Path) -> dict[str, str]:
 
 
 def _of_json(path: Path, text: str) -> dict[str, str]:
-    """The names in {folder: name}, or in {"0": [folder, name]} as Keras publishes ImageNet's."""
+    """Returns the names in {folder: name}, or in {"0": [folder, name]}, the form of ImageNet's names in Keras."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no JSON ({error}); {_FORM}") from error
+        raise DataError(f"{path}: is not JSON ({error}); {_FORM}") from error
     pairs = [tuple(value) if isinstance(value, list) else (key, value) for key, value in document.items()]
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(one, str) and one.strip() for one in pair):

@@ -1,4 +1,5 @@
-"""Lists the images of COCO's captions: a JSON with `images` and `annotations`, or a folder with `annotations/` of them.
+"""Lists the images of COCO's captions: a JSON with `images` and `annotations`, or a folder with such files in
+`annotations/`.
 
 The images are found beside the JSON, as in COCO's own folders.
 """
@@ -18,7 +19,7 @@ from univitar_ds.errors import DataError
 
 _SPLIT = re.compile(r"(?<![a-z])(train|val|test)(?![a-z])")
 _TRIED = 20
-"""Number of images by which the folder is found."""
+"""Number of images that are looked up to find their folder."""
 
 
 def recognises(source: str) -> bool:
@@ -38,7 +39,7 @@ def recognises(source: str) -> bool:
 def rows(source: str, options: ReadOptions) -> Listing:
     """Returns a row for each image with its captions. The split is `train`, `val` or `test` if the JSON's name has it.
 
-    Raises: DataError if a JSON is no such file, its images are not found, or there is no row without a fault.
+    Raises: DataError if a JSON does not have this form, its images are not found, or there is no row without a fault.
     """
     path = Path(source)
     files = sorted(path.glob("annotations/captions_*.json")) if path.is_dir() else [path]
@@ -110,7 +111,7 @@ def _add(collected: Collected, file: Path, document: dict[str, list[Any]], start
         where = f"{file.name}, annotation {number}"
         image = one.get("image_id") if isinstance(one, dict) else None
         if not _is_id(image) or image not in ids:
-            left_out[where] = f"its image_id {short(image)} is that of no image"
+            left_out[where] = f"its image_id {short(image)} is not the id of an image"
             continue
         try:
             texts = captions_of(one.get("caption"))
@@ -123,7 +124,7 @@ def _add(collected: Collected, file: Path, document: dict[str, list[Any]], start
         where = f"{file.name}, image {number}"
         try:
             if not isinstance(one, dict) or not _is_id(one.get("id")):
-                raise Fault("it is no object with an id and a file_name")
+                raise Fault("it is not an object with an id and a file_name")
             if ids[one["id"]] > 1:
                 raise Fault(f"duplicate: {ids[one['id']]} images have the id {short(one['id'])}; give each its own")
             texts = tuple(dict.fromkeys(captions.get(one["id"], ())))

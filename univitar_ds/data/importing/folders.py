@@ -12,7 +12,7 @@ _LINK = "link: the folder is packed under another path, or contains the folder t
 def folders_of(
     folder: Path, left_out: dict[str, str], *, deepest: int | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yields every folder once, with the names of its files: first those without links, then the targets of links.
+    """Yields every folder once, with the names of its files. Targets of links come last.
 
     Hidden files and folders are left out. `left_out` gets the folders that cannot be read or were yielded before.
     `deepest`: how many folders below `folder` are entered (None: all).

@@ -1,4 +1,4 @@
-"""What a format of sources is."""
+"""The description of a format of sources."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from univitar_ds.data.importing.rows import Listing, ReadOptions
 
 
 class Format(NamedTuple):
-    """A form of data sets: what it is called in messages, whether a source has it, its rows, and the options
-    (`ReadOptions`) that it uses. Those of plugins come first when a source is recognised."""
+    """A format of data sets.
+
+    `title`: its name in messages; `recognises`: returns whether a source has this format; `rows`: lists the samples of
+    a source; `uses`: the fields of `ReadOptions` that it uses.
+    """
 
     title: str
     recognises: Callable[[str], bool]

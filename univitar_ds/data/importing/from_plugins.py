@@ -53,7 +53,7 @@ def _rows(reader: Reader, source: str, options: ReadOptions) -> Listing:
     else:
         root = options.images or (Path(source) if os.path.isdir(source) else Path(source).absolute().parent)
     if not root.is_dir():
-        raise DataError(f"--images {root}: is no folder; name the folder in which the paths of {source} start")
+        raise DataError(f"--images {root}: is not a folder; name the folder in which the paths of {source} start")
     collected = Collected(root)
     table = Table(list(_FIELDS), _records(reader, source, options))
     add_records(collected, source, table, _KEYS, Reading(root, root, options.default_split))
@@ -61,7 +61,7 @@ def _rows(reader: Reader, source: str, options: ReadOptions) -> Listing:
 
 
 def _records(reader: Reader, source: str, options: ReadOptions) -> Iterator[Record]:
-    """Yields the rows of the plugin's function. Only the plugin's code runs within `calling`."""
+    """Yields the rows of the plugin's function. Only code of the plugin runs within `calling`."""
     with calling(reader.plugin, f"the reader {reader.name} of {source}"):
         rows = iter(reader.rows(source, options))
     number = 0
@@ -77,7 +77,7 @@ def _records(reader: Reader, source: str, options: ReadOptions) -> Iterator[Reco
 def _fields(row: Any) -> dict[str, Any] | str:
     """Returns the fields of a row, or a message if it is invalid."""
     if not isinstance(row, Mapping):
-        return f"{short(row)} is no mapping with file and caption or label"
+        return f"{short(row)} is not a mapping with file and caption or label"
     if unknown := [name for name in row if name not in _FIELDS]:
         return f"unknown field {short(unknown[0])}; fields are {', '.join(_FIELDS)}"
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in row.items()}

@@ -1,7 +1,7 @@
 """Lists the media files of an imagefolder or videofolder of Hugging Face's datasets.
 
 Its metadata.jsonl, metadata.csv or metadata.parquet has a `file_name` and texts for each file. It is in the folder
-itself, or in each folder of a split; a path that begins with the name of a split belongs to it.
+itself, or in each folder of a split. A path that begins with the name of a split belongs to that split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FILE_NAME = "file_name"
 
 
 def recognises(source: str) -> bool:
-    """Whether a source is a folder with such metadata; a metadata.jsonl with `file` is in our own form."""
+    """Whether a source is a folder with such metadata. A metadata.jsonl with `file` has the format `folder`."""
     folder = Path(source)
     if not folder.is_dir():
         return False
@@ -40,7 +40,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
     collected = Collected(folder)
     found = _metadata(folder)
     if not found:
-        raise DataError(f"{folder} has none of {', '.join(_NAMES)}, nor has a folder in it; name one that has")
+        raise DataError(f"neither {folder} nor a folder in it has one of {', '.join(_NAMES)}; name one that has")
     for path in found:
         table = read_table(path)
         reading = Reading(path.parent, path.parent, options.default_split, split_folders=True)
@@ -51,7 +51,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
 
 
 def _metadata(folder: Path) -> list[Path]:
-    """The metadata of the folder, else those of its folders and their folders, one for each.
+    """Returns the metadata of the folder, else that of its folders, else that of their folders.
 
     Raises: DataError if a folder has several.
     """
@@ -59,6 +59,6 @@ def _metadata(folder: Path) -> list[Path]:
     for parent, names in folders_of(folder, {}, deepest=len(depths) - 1):
         found = [Path(parent, name) for name in names if name in _NAMES]
         if len(found) > 1:
-            raise DataError(f"{parent} has {found[0].name} beside other metadata; keep one of them")
+            raise DataError(f"{parent} has {found[0].name} and other metadata; keep one of them")
         depths[len(Path(parent).relative_to(folder).parts)] += [path for path in found if path.is_file()]
     return next((sorted(found) for found in depths if found), [])

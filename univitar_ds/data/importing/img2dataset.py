@@ -25,8 +25,8 @@ def recognises(source: str) -> bool:
 
 
 def rows(source: str, options: ReadOptions) -> Listing:
-    """Returns a row for each image. Its caption is in its .txt, or, without one, texts in its .json. Images without a
-    text are left out.
+    """Returns a row for each image, with the texts in its .txt or else in its .json. Images without a text are left
+    out.
 
     Raises: DataError if there is no image with a text, or the output has another form.
     """
@@ -34,7 +34,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
         return tars.rows(source, options)
     folder = Path(source)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the output folder of img2dataset")
+        raise DataError(f"{folder} is not a folder; give the output folder of img2dataset")
     sidecars = read_sidecars(folder, lines=options.captions == "lines")
     collected = Collected(folder)
     for file, captions in sidecars.captions.items():
@@ -59,7 +59,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
 
 
 def _texts(file: Path) -> Texts | None:
-    """Returns the texts in the .json of a file; None if it has a .txt, or no .json. Raises: SampleError."""
+    """Returns the texts in the .json of a file; None if there is a .txt or no .json. Raises: SampleError."""
     path = file.with_suffix(".json")
     if file.with_suffix(".txt").exists() or not is_media(file.name) or not path.exists():
         return None

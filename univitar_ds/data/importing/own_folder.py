@@ -44,11 +44,11 @@ def recognises(source: str) -> bool:
 def rows(source: str, options: ReadOptions) -> Listing:
     """Returns all rows of a folder.
 
-    Raises: DataError if the folder is missing or has no media file, or for the faults of its rows, of which it names 5.
+    Raises: DataError if the folder is missing or has no media file, or if rows have faults, of which the error names 5.
     """
     folder, captions = Path(source), options.captions
     if not folder.is_dir():
-        what = "is a file of no known form (--format csv reads it as CSV)" if folder.is_file() else "is no folder"
+        what = "is a file of unknown format (--format csv reads it as CSV)" if folder.is_file() else "is not a folder"
         raise DataError(
             f"{folder} {what}; give a folder with media files, a tar, a table (.csv, .tsv, .jsonl, .json, .parquet), "
             "or a JSON of COCO"
@@ -67,7 +67,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
     if faults:
         rest = f" (and {len(faults) - _MAX_REPORTED} more)" if len(faults) > _MAX_REPORTED else ""
         raise DataError(
-            f"{folder}: {len(faults)} faults in its descriptions, nothing was packed; correct or remove: "
+            f"{folder}: {len(faults)} faults in its descriptions, nothing was packed; correct or remove them: "
             + "; ".join(faults[:_MAX_REPORTED])
             + rest
         )
@@ -108,7 +108,7 @@ def _fields(line: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise Fault(f"no JSON ({error})") from error
+        raise Fault(f"not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise Fault(f"a {type(fields).__name__}, not an object with file and caption")
     return fields
@@ -142,9 +142,9 @@ def _captions(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _inside(folder: Path, file: Any) -> str:
-    """The normalized path of an existing file in the folder."""
+    """Returns the normalized path of an existing file in the folder. Raises: Fault."""
     if not isinstance(file, str) or not file or "\0" in file:
-        raise Fault(f"file {short(file)} is no path")
+        raise Fault(f"file {short(file)} is not a path")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
         raise Fault(f"file {file!r} must be a path relative to the folder, without '..'")

@@ -58,12 +58,12 @@ FORMATS: dict[str, Format] = {
         for form in ("csv", "tsv", "jsonl", "json", "parquet")
     },
 }
-"""All formats, in the order in which they are tried: a folder with our own captions comes before all that are read by
-other files in it, so that it gives the same shards as ever."""
+"""All formats, in the order in which they are tried. `folder` precedes formats of other files, so that a folder with
+captions in .txt files keeps this format. `img2dataset` precedes it, because its output may have .txt files too."""
 
 
 def known_formats() -> dict[str, Format]:
-    """Returns `FORMATS` after those that the plugins register.
+    """Returns the formats that plugins register, then `FORMATS`.
 
     Raises: PluginError if a plugin's reader has the name of one of `FORMATS`.
     """
@@ -71,7 +71,7 @@ def known_formats() -> dict[str, Format]:
 
 
 def format_of(source: str) -> str | None:
-    """Returns the name of the format of a source, None if it has none that is known.
+    """Returns the name of the format of a source, None if it is not recognised. Plugins come first.
 
     Raises: DataError for a folder that `data pack` has written.
     """
@@ -88,8 +88,8 @@ def format_of(source: str) -> str | None:
 def read_source(source: str | Path, options: ReadOptions) -> Listing:
     """Returns the samples of a data set in any of `FORMATS`, without opening media files.
 
-    Raises: DataError if the source is missing, has no known form or nothing to pack, or for an option that its format
-        does not use.
+    Raises: DataError if the source is missing, is not recognised or has nothing to pack, or for an option that its
+        format does not use.
     """
     source = str(source)
     if not from_plugins.reads(source):
@@ -99,7 +99,7 @@ def read_source(source: str | Path, options: ReadOptions) -> Listing:
     check_split(options.split)
     name = options.format or format_of(source)
     if name is None:
-        return own_folder.rows(source, _checked(source, "folder", options))  # its errors say what is missing
+        return own_folder.rows(source, _checked(source, "folder", options))  # raises an error that says what is missing
     options = _checked(source, name, options)
     if options.format is None and name != "folder":
         _log.info("%s is read as %s (--format %s)", source, known_formats()[name].title, name)
@@ -118,7 +118,7 @@ def _checked(source: str, name: str, options: ReadOptions) -> ReadOptions:
     ]
     if unused:
         raise DataError(
-            f"{source} is read as {forms[name].title}, which has no use for {', '.join(unused)}; leave it out, or "
+            f"{source} is read as {forms[name].title}, which does not use {', '.join(unused)}; leave it out, or "
             "give another --format"
         )
     return options

@@ -1,4 +1,4 @@
-"""Rows of a data set, as every format gives them to the writer, and the checks that formats share."""
+"""The rows of a data set that every format passes to the writer, and checks that formats share."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Row:
     """One media file. `file` is relative to the root of the listing, with slashes; if `kind` is None, the content
     determines it.
 
-    There are captions or a label. `set` names the data set of the label, if a source holds several. With `part`, the
-    file is in a tar: `file` is then the name of the tar and of the member, and identifies the row.
+    A row has captions, a label or both. `set` names the data set of the label, if a source holds several. If `part` is
+    given, the file is in a tar, and `file` consists of the names of the tar and the member.
     """
 
     file: str
@@ -62,12 +62,12 @@ class Listing:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a source is read.
+    """Options for reading a source.
 
-    `format`: a name of `known_formats`; None: it is recognised. `captions`: whether a .txt has one caption, or one
-    per line. `split`: split of rows that name none; None: "train". Names of columns of tables (None and (): usual names
-    are tried): `image_key` of paths of images or videos, `caption_keys`, `label_key`, `split_key`. `images`: folder of
-    the media of a table or COCO file. `class_names`: file with the names of class folders.
+    `format`: a name of `known_formats`; None: the format is recognised. `captions`: whether a .txt has one caption, or
+    one per line. `split`: split of rows that name none; None: "train". Names of columns of tables (None and (): usual
+    names are tried): `image_key` of paths of images or videos, `caption_keys`, `label_key`, `split_key`. `images`:
+    folder of the media of a table or COCO file. `class_names`: file with the names of class folders.
     """
 
     format: str | None = None
@@ -87,7 +87,7 @@ class ReadOptions:
 
 
 class Fault(Exception):
-    """A fault of one row: a sentence."""
+    """A fault of one row. The message is the reason for which the row is left out."""
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Collected:
     def add(self, row: Row, where: str) -> None:
         """Adds a row. `where` names its line for messages. Rows of one file are joined, each caption once.
 
-        Raises: Fault if the file is known with another split, label or set, has nothing new, or is other media of a
-            tar.
+        Raises: Fault if the file has been added with another split, label or set, if the row has no new caption, or if
+            its tar has other media of this name.
         """
         _check_size(row.captions)
         known = self._rows.get(row.file)
@@ -132,13 +132,13 @@ class Collected:
 
 
 def first_left_out(left_out: dict[str, str]) -> str:
-    """Returns the number of entries and the first one for messages, "" without any."""
+    """Returns the number of entries and the first one, for messages; "" if there are none."""
     first = next((f"{name}: {reason}" for name, reason in left_out.items()), None)
     return f" ({len(left_out)} left out, the first: {first})" if first else ""
 
 
 def _check_size(captions: tuple[str, ...]) -> None:
-    """Raises: Fault for more text than the loader reads of a sample."""
+    """Raises Fault if there is more text than the loader reads of a sample."""
     if len(captions) > MAX_CAPTIONS:
         raise Fault(f"bad_caption: {len(captions)} captions, at most {MAX_CAPTIONS} are read; keep fewer")
     if sum(map(len, captions)) > BYTES_LIMIT // 16 and len(json.dumps(captions)) > BYTES_LIMIT // 2:
@@ -151,14 +151,14 @@ def is_media(name: str) -> bool:
 
 
 def checked_split(value: Any) -> str:
-    """Returns the name of a split. Raises: Fault if it is none."""
+    """Returns the name of a split. Raises: Fault if it is not a valid name."""
     if not isinstance(value, str) or not _SPLIT.fullmatch(value):
         raise Fault(f"split {short(value)} {_SPLIT_RULE}")
     return value
 
 
 def check_split(split: str | None) -> None:
-    """Raises: DataError if the default split of a source is no name."""
+    """Raises DataError if the default split of a source is not a valid name."""
     if split is not None and not _SPLIT.fullmatch(split):
         raise DataError(f"--split {split!r} {_SPLIT_RULE}")
 
@@ -194,14 +194,14 @@ def captions_of(value: Any) -> tuple[str, ...]:
 def file_inside(root: Path, value: Any, start: Path, above: Path) -> str:
     """Returns the path of an existing file relative to `root`.
 
-    A relative path starts in `start`, or in `above` if it begins with `..`. It and an absolute path must lead into
-    `root`: the text of a foreign table cannot name other files of this machine. Links are followed wherever they lead,
-    as in all folders: copies of the hub's cache consist of links. Pack no folder whose links you do not trust.
+    A relative path starts in `start`, or in `above` if it begins with `..`. The file must be inside `root`, also if
+    the path is absolute: a foreign table must not name other files of this machine. Links are followed wherever they
+    lead, as in all folders: copies of the hub's cache consist of links. Pack no folder whose links you do not trust.
 
-    Raises: Fault if the value is no such path, or there is no such file.
+    Raises: Fault if the value is not such a path, or the file does not exist.
     """
     if not isinstance(value, str) or not value or "\0" in value:
-        raise Fault(f"file {short(value)} is no path")
+        raise Fault(f"file {short(value)} is not a path")
     if "://" in value:
         raise Fault(f"file {short(value)} is an address; download the files first, for example with img2dataset")
     base = os.path.abspath(root)

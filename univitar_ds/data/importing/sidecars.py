@@ -29,7 +29,7 @@ class Sidecars:
 
 
 def read_sidecars(folder: Path, lines: bool) -> Sidecars:
-    """Read the captions of all media files except hidden ones, in an order that depends only on their names.
+    """Reads the captions of all media files except hidden ones, in an order that depends only on their names.
 
     Args: lines: whether each line of a .txt is a caption; else the whole file is one.
     """
@@ -68,7 +68,7 @@ def warn_of_lines(source: object, several: int, total: int) -> None:
 
 
 def texts_by_stem(names: list[str]) -> dict[str, str]:
-    """The .txt of each stem, in upper or lower case; lower case takes precedence."""
+    """Returns the .txt of each stem. The extension may be in upper case; one in lower case takes precedence."""
     texts: dict[str, str] = {}
     for name in names:
         stem, dot, extension = name.rpartition(".")
@@ -78,7 +78,7 @@ def texts_by_stem(names: list[str]) -> dict[str, str]:
 
 
 def _captions(path: Path) -> tuple[str, ...]:
-    """The non-blank lines of a .txt, each run of whitespace as one space.
+    """Returns the non-blank lines of a .txt, with each run of whitespace as one space.
 
     Raises: SampleError if the file has no such line or cannot be read.
     """

@@ -1,7 +1,7 @@
 """Reads the records of a CSV, TSV, JSONL, JSON or Parquet file, one after another.
 
-Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. A line that cannot be read is a record
-with a sentence; the file is read further.
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. The record of a line that cannot
+be read has an error message, and reading continues.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ EXTENSIONS = {
 }
 """The form of a table by the extension of its file."""
 _LINE_LIMIT = 16 << 20
-"""Maximum characters of a line. A file without line ends would fill the memory."""
+"""Maximum characters of a line. Otherwise a file without line breaks would fill the memory."""
 _FIELD_LIMIT = 1 << 20
-"""Maximum characters of a field of CSV. An open quote would take the rest of the file."""
+"""Maximum characters of a field of CSV. Otherwise an open quote would include the rest of the file."""
 _JSON_LIMIT = 2 << 30
 _FIRST_RECORDS = 1000
 """Number of records of JSON lines whose keys are the columns of the table."""
@@ -41,7 +41,7 @@ _MARKS += ((codecs.BOM_UTF16_BE, "utf-16"),)
 
 
 class Record(NamedTuple):
-    """A record: the place for messages (`line 3`), and its fields, or a sentence why it cannot be read."""
+    """A record: the place for messages (`line 3`), and its fields, or the reason why it cannot be read."""
 
     place: str
     fields: dict[str, Any] | str
@@ -61,7 +61,7 @@ def read_table(path: Path, form: str | None = None) -> Table:
     """
     form = form or EXTENSIONS.get(path.suffix.lower())
     if form is None:
-        raise DataError(f"{path}: is no table; its name must end in {', '.join(EXTENSIONS)}, or give --format csv")
+        raise DataError(f"{path}: is not a table; its name must end in {', '.join(EXTENSIONS)}, or give --format csv")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; check the path")
     if form == "parquet":
@@ -76,7 +76,7 @@ def read_table(path: Path, form: str | None = None) -> Table:
 
 
 def load_json(path: Path) -> Any:
-    """Returns the document in a JSON file. Raises: DataError if it is none, or too large for the memory."""
+    """Returns the document in a JSON file. Raises: DataError if it is not JSON or too large."""
     try:
         with open_regular(path) as stream:
             size = stream.seek(0, 2)
@@ -87,7 +87,7 @@ def load_json(path: Path) -> Any:
             stream.seek(0)
             return json.loads(stream.read())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no JSON ({error}); correct the file") from error
+        raise DataError(f"{path}: is not JSON ({error}); correct the file") from error
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -108,7 +108,7 @@ def _json(path: Path) -> Table:
 
 
 def _object(value: Any) -> dict[str, Any] | str:
-    return value if isinstance(value, dict) else f"no object but a {type(value).__name__}"
+    return value if isinstance(value, dict) else f"not an object but a {type(value).__name__}"
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -119,7 +119,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
             try:
                 yield Record(f"line {number}", _object(json.loads(line)))
             except (ValueError, RecursionError) as error:
-                yield Record(f"line {number}", f"no JSON ({error})")
+                yield Record(f"line {number}", f"not JSON ({error})")
 
 
 def _separated(path: Path, delimiter: str | None) -> Iterator[Record]:
@@ -147,7 +147,7 @@ def _separated(path: Path, delimiter: str | None) -> Iterator[Record]:
                 remedy = "quote fields and double quotes"
                 if "field limit" in str(error):
                     remedy = "close an open quote, or shorten the field"
-                yield Record(place, f"no CSV up to line {reader.line_num} ({error}); {remedy}")
+                yield Record(place, f"not CSV up to line {reader.line_num} ({error}); {remedy}")
                 continue
             if not values:
                 continue
@@ -161,7 +161,7 @@ def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
-        raise DataError(f"{path}: its first line is no CSV ({error}); it must name the columns") from error
+        raise DataError(f"{path}: its first line is not CSV ({error}); it must name the columns") from error
     if not any(header):
         raise DataError(f"{path}: is empty or has no header; its first line must name the columns")
     twice = next((name for name in header if header.count(name) > 1), None)
@@ -206,7 +206,7 @@ def _parquet(path: Path) -> Table:
         file = ParquetFile(path)
         names = file.schema_arrow.names
     except (OSError, ArrowException) as error:
-        raise DataError(f"{path}: is no Parquet file that can be read ({error}); restore it") from error
+        raise DataError(f"{path}: is not a Parquet file that can be read ({error}); restore it") from error
     return Table(list(names), _parquet_records(path, file))
 
 

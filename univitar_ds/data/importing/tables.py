@@ -1,7 +1,7 @@
 """Lists the media files that a table names, with captions and labels from its columns.
 
-Paths start in the folder of the table, or in the folder that `images` names, and must stay in it; an absolute path too.
-Several rows of one file are joined, as in tables with a caption a row.
+Relative paths start in the folder of the table, or in the folder `images`. All paths, also absolute ones, must be
+inside this folder. Several rows of one file are joined, as in tables with one caption per row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SPLIT_KEY, _SET_KEY = "split", "set"
 
 
 class Keys(NamedTuple):
-    """Columns of a table: of paths, of captions, and of label, split and set, None without one."""
+    """Columns of a table: of paths, captions, label, split and set. The last three are None if there is no column."""
 
     image: str
     captions: tuple[str, ...]
@@ -46,8 +46,11 @@ class Keys(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How the records of a table become rows: the folder in which relative paths `start`, that of paths that begin with
-    `..` (`above`), the split of records that name none, and whether a first folder named as a split is one."""
+    """Settings for turning the records of a table into rows.
+
+    `start`: folder of relative paths; `above`: folder of those that begin with `..`; `default_split`: split of records
+    that name none; `split_folders`: whether a first folder with the name of a split is one.
+    """
 
     start: Path
     above: Path
@@ -68,7 +71,7 @@ def rows(source: str, options: ReadOptions, form: str | None = None) -> Listing:
     path = Path(source)
     root = path.parent if options.images is None else options.images
     if not root.is_dir():
-        raise DataError(f"--images {root}: is no folder; name the folder in which the paths of {path} start")
+        raise DataError(f"--images {root}: is not a folder; name the folder in which the paths of {path} start")
     collected = Collected(root)
     table = read_table(path, form)
     keys = keys_of(path, table.columns, options)
@@ -77,7 +80,7 @@ def rows(source: str, options: ReadOptions, form: str | None = None) -> Listing:
 
 
 def keys_of(path: Path, columns: Sequence[str], options: ReadOptions) -> Keys:
-    """Returns the columns to read. Raises: DataError, with the columns that are there, if one is missing."""
+    """Returns the columns to read. Raises: DataError that lists the columns if one is missing."""
     there = f"{path} has the columns {', '.join(columns)}" if columns else f"{path} has no row"
     asked = {"--image-key": options.image_key, "--label-key": options.label_key, "--split-key": options.split_key}
     wanted = [(name, key) for name, key in asked.items() if key is not None]
@@ -122,7 +125,7 @@ def _row(root: Path, fields: dict[str, Any], keys: Keys, form: Reading) -> Row:
     captions = tuple(dict.fromkeys(text for key in keys.captions for text in captions_of(fields.get(key))))
     label = None if keys.label is None else label_of(fields.get(keys.label))
     if not captions and label is None:
-        raise Fault("no_caption: neither a caption nor a label")
+        raise Fault("no_caption: it has neither a caption nor a label")
     split = None if keys.split is None else fields.get(keys.split)
     if split in (None, ""):
         top = file.partition("/")[0]

@@ -55,7 +55,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
 
 
 def _add(collected: Collected, stream: BinaryIO, shard: Shard, group: Group, options: ReadOptions) -> Texts | None:
-    """Adds the row of a sample. Returns its texts, None if it is left out."""
+    """Adds the row of a sample. Returns its texts; None if it is left out."""
     name = f"{shard.name}.tar/{group.key}"
     try:
         members = group.members

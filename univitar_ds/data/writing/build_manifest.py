@@ -18,7 +18,7 @@ def build_manifest(
     skipped: list[dict[str, str]],
     fingerprint: str,
 ) -> dict[str, Any]:
-    """The manifest: shards, skipped files, and counts and histograms of the samples.
+    """Returns the manifest: shards, skipped files, and counts and histograms of the samples.
 
     Tokens are those of a frame at native size: pixels / 196. The buckets of a histogram are named by their first and
     last value.
@@ -49,7 +49,7 @@ def build_manifest(
 
 
 def _histogram(values: Iterable[int]) -> dict[str, int]:
-    """Counts in buckets of doubling size: 0, 1, 2-3, 4-7, ..."""
+    """Returns counts in buckets of doubling size: 0, 1, 2-3, 4-7, ..."""
     counts = Counter(value.bit_length() for value in values)
     names = {bits: f"{1 << bits - 1}-{(1 << bits) - 1}" if bits > 1 else str(bits) for bits in counts}
     return {names[bits]: counts[bits] for bits in sorted(counts)}

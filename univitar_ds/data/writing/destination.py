@@ -26,28 +26,28 @@ class Destination(Protocol):
     place: str
 
     def claim(self) -> None:
-        """Mark the location as used for this folder. Raises: DataError if it has other content."""
+        """Marks the location as used for this folder. Raises: DataError if it has other content."""
 
     def names(self) -> set[str]:
-        """Names of the files at the location."""
+        """Returns the names of the files at the location."""
 
     def holds(self, name: str, entry: dict[str, Any]) -> bool:
         """Whether a file exists and is complete."""
 
     def publish(self, partial: Path, name: str, entry: dict[str, Any]) -> None:
-        """Move a finished file from the workspace to the location under this name."""
+        """Moves a finished file from the workspace to the location under this name."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file atomically."""
+        """Writes a small file atomically."""
 
     def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
+        """Removes a file if it exists."""
 
     def fingerprint(self) -> str | None:
-        """The fingerprint in the manifest at the location, None without one."""
+        """Returns the fingerprint in the manifest at the location; None if there is none."""
 
     def shards(self) -> set[str]:
-        """Names of the shards that the manifest lists."""
+        """Returns the names of the shards that the manifest lists."""
 
 
 class LocalFolder:
@@ -159,7 +159,7 @@ class S3Prefix:
 def destination_of(
     out: str | Path, folder: Path, settings: StorageSettings, state: Path | None
 ) -> LocalFolder | S3Prefix:
-    """The destination at `out`. `state`: the folder of all workspaces (None: in ~/.local/state).
+    """Returns the destination at `out`. `state`: the folder of all workspaces (None: in ~/.local/state).
 
     Raises: DataError for an address without a bucket or with an unsupported scheme.
     """
@@ -179,7 +179,7 @@ def _state_folder() -> Path:
 
 
 def _manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
-    """The manifest in a folder, {} without one that can be read."""
+    """Returns the manifest in a folder; {} if there is none that can be read."""
     try:
         return read_manifest(folder, storage)
     except DataError:

@@ -40,8 +40,11 @@ _SILENCE_S = 2 * _VIDEO_TIMEOUT_S
 
 @dataclass(frozen=True)
 class Job:
-    """A file to examine. `kind` is the kind in its row, None if the row has none. `part`: its bytes, if it is in a tar;
-    then `path` is only its name."""
+    """A file to examine.
+
+    `kind`: the kind in its row, None if the row has none; `verify`: whether to decode it; `part`: its bytes, if it is
+    in a tar; then only the name of `path` is used.
+    """
 
     path: Path
     kind: str | None
@@ -77,7 +80,7 @@ class _Examined(NamedTuple):
 
 
 def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, MediaInfo]]:
-    """Examine files in `workers` processes. Yields the index of each job with its result, in order of completion.
+    """Examines files in `workers` processes. Yields the index of each job with its result, in order of completion.
 
     A file that crashes its process, makes it hang or exceeds the memory limit of an image has a fault with this reason.
 
@@ -99,7 +102,7 @@ def examine_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, MediaI
 
 
 def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
-    """Examine the files of a batch in order, beginning at `task.start`."""
+    """Examines the files of a batch in order, beginning at `task.start`."""
     for index in range(task.start, len(task.job)):
         report(Next(index, index, index + 1))
         job: Job = task.job[index]
@@ -111,7 +114,7 @@ def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
 
 
 def examine(job: Job) -> MediaInfo:
-    """Read, hash, probe and, if asked, decode one file."""
+    """Reads, hashes and probes one file, and decodes it if `job.verify`."""
     try:
         data = _content(job)
         extension = job.path.suffix.lower().lstrip(".")
@@ -126,7 +129,7 @@ def examine(job: Job) -> MediaInfo:
     except SampleError as error:
         return MediaInfo(f"{error.kind}: {error}")
     except MemoryError:
-        return MediaInfo(f"too_large: decoding it takes more memory than {_MAX_PX} pixels may; store it smaller")
+        return MediaInfo(f"too_large: decoding it takes more memory than {_MAX_PX} pixels may; store a smaller file")
     return MediaInfo(
         None,
         len(data),
@@ -141,7 +144,7 @@ def examine(job: Job) -> MediaInfo:
 
 
 def _content(job: Job) -> bytes:
-    """Raises: SampleError."""
+    """Returns the bytes of a file. Raises: SampleError if it is too large or cannot be read."""
     limit = f"; at most {_MOST_BYTES} fit into a sample"
     if job.part is None:
         return read_file(job.path, _MOST_BYTES, limit)
@@ -154,7 +157,7 @@ def _content(job: Job) -> bytes:
 
 
 def _decoded_size(data: bytes, size: MediaSize) -> tuple[int, int]:
-    """(height, width) of the decoded pixels: some containers have no rotation in their header."""
+    """Returns (height, width) of the decoded pixels, because some containers have no rotation in their header."""
     if size.kind == "image":
         return decode_image(data, max_px=_MAX_PX).shape[:2]
     from univitar_ds.data.media.video_decode import decode_video  # trainers import this module, but may need no FFmpeg
@@ -168,7 +171,7 @@ def _sides(frame: np.ndarray) -> np.ndarray:
 
 
 def _matching_extension(data: bytes, extension: str, kind: str) -> str:
-    """The file's own extension if it matches the kind, else another one that does."""
+    """Returns the file's own extension if it matches the kind, else another one that does."""
     if kind == "image":
         return extension if extension in IMAGE_EXTENSIONS else "jpg" if is_jpeg(data) else "png"
     if extension in VIDEO_EXTENSIONS:

@@ -1,7 +1,7 @@
-"""Packs the sources of a run that are no shards: folders and tables as `data pack` reads them.
+"""Packs the sources of a run that are not shards: folders and tables as `data pack` reads them.
 
-A source is packed once, into a folder whose name follows from its content. It is changed by no later packing, so that
-runs that read it are not disturbed if the source changes.
+A source is packed once, into a folder whose name depends on its content. Later packings do not change this folder, so a
+change of the source does not affect runs that read it.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ _KEYS = {
     "--images": "table.images",
     "--class-names": "class_names",
 }
-"""Options of `data pack`, and the keys of a source that mean the same."""
+"""The key of a source for each option of `data pack`."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 def all_are_shards(config: RunConfig) -> bool:
-    """Whether no source of the run has to be packed."""
+    """Whether all sources of the run are shards, so that none has to be packed."""
     return all(format_to_pack(source) is None for source in (*config.data.sources, *config.evaluation.sources))
 
 
 def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool = True) -> RunConfig:
-    """Returns the configuration with packed folders as the paths of sources that are no shards.
+    """Packs sources that are not shards. Returns the configuration with the packed folders as their paths.
 
-    They are in `data.cache.folder`, or without it in the folder `output`, which all ranks reach. Call it in one process
-    before the others start. A source keeps its name in `stages.N.weights`.
+    The folders are in `data.cache.folder`, or without it in the folder `output`, which all ranks reach. Call it in one
+    process before the others start. A source keeps its name in `stages.N.weights`.
 
     Args: training: whether `data.sources` are packed, besides `evaluation.sources`; pack: whether sources may be
-        packed now. If not, only those that were packed before are found.
-    Raises: DataError as `writer.pack_folder`, with the source, or if a source would have to be packed; StorageError if
-        the folder cannot be written.
+        packed now; if not, they must have been packed before.
+    Raises: DataError as `writer.pack_folder`, with the source, or if a source would have to be packed although `pack`
+        is False; StorageError if the folder cannot be written.
     """
     place = Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute()
     if training:
@@ -70,7 +70,7 @@ def _packed(sources: Sequence[SourceConfig], place: Path, key: str, pack: bool) 
         try:
             form = format_to_pack(source)
             if form is None and source.table is not None:
-                raise DataError(f"{source.path} is no table, so remove {key}.{number}.table")
+                raise DataError(f"{source.path} is not a table, so remove {key}.{number}.table")
             found.append(source if form is None else _pack(source, form, place, pack))
         except DataError as error:
             raise DataError(f"{key}.{number}: {_in_run_file(str(error), f'{key}.{number}')}") from error
@@ -78,7 +78,7 @@ def _packed(sources: Sequence[SourceConfig], place: Path, key: str, pack: bool) 
 
 
 def packed_source(source: SourceConfig, folder: Path) -> SourceConfig:
-    """Returns a source that belongs to no run, packed once into `folder` if it is no shards.
+    """Returns a source that is not part of a run. Packs it once into `folder` if it is not shards.
 
     Raises: DataError or StorageError as `with_packed_sources`.
     """
@@ -94,7 +94,7 @@ def _in_run_file(text: str, place: str) -> str:
 
 
 def format_to_pack(source: SourceConfig) -> str | None:
-    """Returns the format of a source, None if the loader reads or refuses it itself."""
+    """Returns the format of a source; None if the loader itself reads or rejects it."""
     if from_plugins.reads(source.path):
         return format_of(source.path)
     path = place_of(source)
@@ -129,15 +129,16 @@ def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceCon
             "source %s is %s; it is packed once, and then read from %s", path, known_formats()[form].title, target
         )
         _pack_into(target, path, listing)
-    # The labels of class folders have their names now.
+    # Packed labels of class folders are already class names.
     names = None if form == "classes" else source.class_names
     return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
 
 
 def _pack_into(target: Path, path: str, listing: Listing) -> None:
-    """Packs a source into `target`. If another process does that already, waits for it and uses its result.
+    """Packs a source into `target`. If another process is packing it, waits for it and uses its result.
 
-    Args: listing: the one that the name of `target` follows from, so that it has what its name says."""
+    Args: listing: the listing of the source from which the name of `target` was computed.
+    """
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     options = PackOptions(progress=sys.stderr.isatty())
@@ -158,7 +159,7 @@ def _pack_into(target: Path, path: str, listing: Listing) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a packed folder has a manifest and all of its shards. Someone may have removed or cut some of them."""
+    """Whether a packed folder has a manifest and all of its shards, with their sizes in bytes."""
     try:
         shards = read_manifest(folder)["shards"]
         return all(os.path.getsize(folder / shard["file"]) == shard["bytes"] for shard in shards)

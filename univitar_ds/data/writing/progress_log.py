@@ -26,7 +26,7 @@ LOCK = ".pack.lock"
 SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.partial")
 _FIRST_PARTIAL = ".pack.jsonl.partial"
-"""Another process may be writing its first log, or was killed then."""
+"""Name of the partial file of a first log. Another process may be writing it, or was killed while it did."""
 _VERSION = 2
 """Version of the entries. If it differs, every file is examined again."""
 
@@ -36,8 +36,10 @@ class InUseError(DataError):
 
 
 def wait_until_free(out: Path) -> None:
-    """Waits until no other process packs into `out`, without a limit of time. The system frees the lock of a process
-    that has ended, however it ended."""
+    """Waits until no other process packs into `out`, without a limit of time.
+
+    The operating system releases the lock of a process that has ended for any reason.
+    """
     with writing(out), (out / LOCK).open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
@@ -54,7 +56,7 @@ class ProgressLog:
         self._stream: TextIO = self._rewritten()
 
     def info(self, row: Row, stamp: list[int], verify: bool) -> MediaInfo | None:
-        """The result for a file, None if it is not known or if its stamp (size, modification time) has changed."""
+        """Returns the result for a file; None if it is unknown or its stamp (size, modification time) has changed."""
         entry = self._entries.get(f"file {row.file}")
         if entry is None or [entry["stamp"], entry["kind"], entry["verify"]] != [stamp, row.kind, verify]:
             return None
@@ -64,12 +66,12 @@ class ProgressLog:
         self._add(f"file {row.file}", {"stamp": stamp, "kind": row.kind, "verify": verify, "finding": asdict(info)})
 
     def shard(self, name: str, plan: str) -> dict[str, Any] | None:
-        """Size and hash of a shard written by this plan, None if there is none."""
+        """Returns size and hash of the shard if it was written by this plan, else None."""
         entry = self._entries.get(f"shard {name}")
         return entry if entry is not None and entry["plan"] == plan else None
 
     def begin_shard(self, name: str) -> None:
-        """Record the name of a shard before the shard is published.
+        """Records the name of a shard before the shard is published.
 
         If this process ends in between, the next packing recognizes the shard as its own.
         """
@@ -81,7 +83,7 @@ class ProgressLog:
         self._add(f"shard {name}", entry)
 
     def compact(self, files: set[str], shards: set[str]) -> None:
-        """Keep only the entries of these files and shards, sorted, so that the same packing gives the same file."""
+        """Keeps only the entries of these files and shards, sorted, so that the same packing gives the same file."""
         wanted = {f"file {file}" for file in files} | {f"shard {shard}" for shard in shards}
         self._entries = {key: self._entries[key] for key in sorted(self._entries) if key in wanted}
         self.close()
@@ -96,7 +98,7 @@ class ProgressLog:
         self._stream.flush()
 
     def _rewritten(self) -> TextIO:
-        """Rewrite the file, without an incomplete last line. Returns it open for appending."""
+        """Rewrites the file, without an incomplete last line. Returns it open for appending."""
         lines = [json.dumps(self._header), *(json.dumps([key, entry]) for key, entry in self._entries.items())]
         replace_bytes(self._path, "".join(line + "\n" for line in lines).encode(), durable=True)
         return self._path.open("a", encoding="utf-8")
@@ -104,7 +106,7 @@ class ProgressLog:
 
 @contextmanager
 def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
-    """Open the progress log in `out` for packing `folder`. Creates `out`, locks it and removes partial files.
+    """Opens the progress log in `out` for packing `folder`. Creates `out`, locks it and removes partial files.
 
     Raises: InUseError if another process is packing into `out`; DataError if its content was not packed from `folder`.
     """
@@ -135,12 +137,12 @@ def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
 
 
 def _decoders() -> dict[str, str]:
-    """Versions of the decoders. With another version, every file is examined again."""
+    """Returns the versions of the decoders. If one has changed, every file is examined again."""
     return {name: version(name) for name in ("av", "pillow", "simplejpeg")}
 
 
 def _entries_of(path: Path, header: dict[str, Any], out: Path) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """The entries that are still valid, and the names of all shards ever written."""
+    """Returns the entries that are still valid, and the names of all shards ever written."""
     if not path.exists():
         return {}, set()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -160,7 +162,7 @@ def _entries_of(path: Path, header: dict[str, Any], out: Path) -> tuple[dict[str
 
 
 def _parsed(line: str) -> Any:
-    """The JSON of a line; None for an incomplete last line."""
+    """Returns the JSON value of a line; None for an incomplete last line."""
     try:
         return json.loads(line)
     except ValueError:

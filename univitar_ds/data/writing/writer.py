@@ -1,7 +1,7 @@
 """Packs media files of a folder, a table or tars into WebDataset shards and a manifest.
 
 The output depends only on the rows and the contents of the files, and not on interruptions. A shard gets its final name
-only when it is complete, and the manifest is written when all shards are.
+only when it is complete, and the manifest is written when all shards are complete.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class _Shard:
     samples: Sequence[Sample]
 
     def plan(self) -> str:
-        """Hash of everything that the bytes of the shard depend on."""
+        """Returns a hash of everything that the bytes of the shard depend on."""
         return _digest([[_LAYOUT, self.first], [[*_identity(row, found)] for row, found in self.samples]])
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a source is packed.
+    """Options for packing a source.
 
     `shard_mb`: size of a shard in 10^6 bytes; a larger sample gets its own shard. `workers`: processes that examine
     files (None: as many as are useful). `verify`: decode every file once, instead of reading only headers. `progress`:
@@ -86,7 +86,7 @@ def pack_folder(
     state: Path | None = None,
     listing: Listing | None = None,
 ) -> dict[str, Any]:
-    """Pack a source into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
+    """Packs a source into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
 
     `folder` is a folder, a table, a JSON of COCO, a tar or a brace range of tars; see `importing.recognise.FORMATS`.
 
@@ -98,8 +98,8 @@ def pack_folder(
     by a hash of their file names, so that every shard is a representative mix.
     Media that cannot be read are left out and listed under `skipped`.
 
-    Args: options (None: the defaults); settings, for access to S3; state, the folder for the progress logs of packing
-        to S3 (None: ~/.local/state/univitar_ds/pack); listing, of `folder`, if the caller has read it already.
+    Args: options: None: the defaults; settings: for access to S3; state: the folder for the progress logs of packing to
+        S3, None: ~/.local/state/univitar_ds/pack; listing: of `folder`, if the caller has read it already.
     Returns: the manifest.
     Raises: DataError for a source with faulty rows or nothing to pack, and for an `out` that is in use or has other
         content.
@@ -128,7 +128,7 @@ def pack_folder(
 
 
 def _examine(listing: Listing, progress_log: ProgressLog, options: PackOptions) -> list[Sample]:
-    """Every row with its result. Files that have not changed since an earlier packing are not opened again."""
+    """Returns every row with its result. Files that have not changed since an earlier packing are not opened again."""
     verify, workers = options.verify, options.workers or os.cpu_count() or 1
     folder, rows = listing.root, listing.rows
     infos: dict[str, MediaInfo] = {}
@@ -161,7 +161,7 @@ def _examine(listing: Listing, progress_log: ProgressLog, options: PackOptions) 
 
 
 def _planned(samples: Sequence[Sample], shard_mb: float) -> list[_Shard]:
-    """Samples of each split and kind in the order of their hashes, divided into shards by size."""
+    """Returns the shards: samples of each split and kind in the order of their hashes, divided by size."""
 
     def group(sample: Sample) -> tuple[str, str]:
         return sample[0].split, sample[1].kind
@@ -179,7 +179,7 @@ def _planned(samples: Sequence[Sample], shard_mb: float) -> list[_Shard]:
 
 
 def _runs(samples: Sequence[Sample], most_bytes: float) -> Iterator[list[Sample]]:
-    """Runs of consecutive samples with at most this many bytes of media, at least one sample each."""
+    """Yields runs of consecutive samples with at most this many bytes of media, at least one sample each."""
     run: list[Sample] = []
     room = most_bytes
     for sample in samples:
@@ -199,7 +199,7 @@ def _write_all(
     progress_log: ProgressLog,
     options: PackOptions,
 ) -> dict[str, Any]:
-    """Remove the shards of an earlier packing, write missing shards, then the manifest."""
+    """Removes the shards of an earlier packing, and writes missing shards and then the manifest."""
     shards = _planned(samples, options.shard_mb)
     identities = [[*_identity(row, found)] for row, found in samples]
     fingerprint = _digest([_LAYOUT, options.shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
@@ -243,7 +243,7 @@ def _write_all(
 
 
 def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
-    """Write one shard. Returns its size and hash."""
+    """Writes one shard. Returns its size and hash."""
     with extra("webdataset"):
         from webdataset import TarWriter  # imports torch, so only if there is a shard to write
 
@@ -272,7 +272,7 @@ class _Hashing:
 
 
 def _add(tar: TarWriter, key: str, extension: str, content: bytes) -> None:
-    """Write one member. With several in one call, `TarWriter` would write a .json before a .png."""
+    """Writes one member. With several members in one call, `TarWriter` would write a .json before a .png."""
     tar.write({"__key__": key, extension: content})
 
 

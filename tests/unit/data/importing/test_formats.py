@@ -105,7 +105,7 @@ def test_a_packed_folder_is_not_packed_again(tmp_path):
     [
         ({"format": "zip"}, "zip: there is no such format; give one of .*coco"),
         ({"split": "../x"}, "--split '../x' is not a name"),
-        ({"image_key": "x"}, "class folders, which has no use for --image-key"),
+        ({"image_key": "x"}, "class folders, which does not use --image-key"),
         ({"captions": "lines"}, "no use for --captions lines"),
     ],
 )
@@ -216,7 +216,7 @@ def test_numbered_class_folders_get_the_names_of_a_list(tmp_path):
         ("cat\n", "line 1 is 'cat', not a folder and its name"),
         ("cat\tx\ncat\ty\n", "line 2 names folder 'cat' again"),
         ('{"cat": 3}', "not a folder and its name"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         (b"\xff\xfe\xff", "cannot be read as UTF-8"),
     ],
 )
@@ -270,7 +270,7 @@ def test_rows_of_one_file_are_joined_and_faulty_rows_left_out(tmp_path):
         12: "split 'a/b' is not a name",
         13: "2 fields, but the header has 4",
         14: "no file in file",
-        15: "no CSV up to line 15",
+        15: "not CSV up to line 15",
     }.items():
         assert re.search(message, found.left_out.pop(f"t.csv, line {line}")), line
     assert found.left_out == {}
@@ -325,7 +325,7 @@ def test_lines_that_are_no_json_are_left_out(tmp_path):
     source = write(tmp_path, images() | {"t.jsonl": '{"file": "0.jpg", "caption": "x"}\n{\n3\n\n' + deep})
     found = listed(source / "t.jsonl")
     assert texts_of(found) == {"0.jpg": ("x",)}
-    assert [reason[:7] for reason in found.left_out.values()] == ["no JSON", "no obje", "no JSON"]
+    assert [reason[:7] for reason in found.left_out.values()] == ["not JSO", "not an ", "not JSO"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -344,9 +344,9 @@ def test_tables_may_have_a_byte_order_mark(tmp_path, encoding):
         ("t.csv", "file,caption\n0.jpg,größe\n".encode("latin1"), "is not UTF-8 text .*iconv"),
         ("t.csv", b"file,caption\n" + b"x" * (17 << 20), "line 2 has 16777216 characters"),
         ("t.jsonl", b"", "has no row"),
-        ("t.json", b"[{", "is no JSON"),
+        ("t.json", b"[{", "is not JSON"),
         ("t.json", b"[3]", "has no row"),
-        ("t.parquet", b"PAR1", "is no Parquet file that can be read"),
+        ("t.parquet", b"PAR1", "is not a Parquet file that can be read"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_refused(tmp_path, name, content, message):
@@ -384,7 +384,7 @@ def test_an_imagefolder_without_its_column_or_with_two_metadata_is_refused(tmp_p
     with pytest.raises(DataError, match=r"'file_name': there is no such column; .*columns name, text"):
         listed(tmp_path)
     write(tmp_path, {"metadata.parquet": b""})
-    with pytest.raises(DataError, match=r"metadata\.csv beside other metadata"):
+    with pytest.raises(DataError, match=r"metadata\.csv and other metadata"):
         listed(tmp_path)
 
 
@@ -426,12 +426,12 @@ def test_faults_of_coco_are_left_out(tmp_path):
     found = listed(source)
     assert len(found.rows) == 3
     for where, message in {
-        "annotation 6": "its image_id 99 is that of no image",
+        "annotation 6": "its image_id 99 is not the id of an image",
         "annotation 7": "the caption is empty",
-        "annotation 8": "its image_id None is that of no image",
+        "annotation 8": "its image_id None is not the id of an image",
         "image 3": "no annotation has the image_id 50",
         "image 4": "file '../x.jpg' is outside of",
-        "image 5": "no object with an id",
+        "image 5": "not an object with an id",
     }.items():
         assert message in found.left_out.pop(f"captions_val2017.json, {where}")
     assert found.left_out == {}

@@ -64,7 +64,7 @@ def test_a_row_with_a_fault_is_left_out(photos):
     listing = read(photos / "all.lst")
     assert [row.captions for row in listing.rows] == [("a cat", "a pet")]
     reasons = list(listing.left_out.values())
-    for reason, said in zip(reasons, ("no mapping", "no_caption", "captoin", "outside", "missing"), strict=True):
+    for reason, said in zip(reasons, ("not a mapping", "no_caption", "captoin", "outside", "missing"), strict=True):
         assert said in reason
 
 
@@ -95,7 +95,7 @@ def test_nothing_to_pack_a_missing_source_and_options_without_use_are_refused(ph
         read(photos / "all.lst")
     with pytest.raises(DataError, match=r"other\.lst: there is no such file"):
         read(photos / "other.lst")
-    with pytest.raises(DataError, match=r"mine \(plugin plugin\), which has no use for --image-key"):
+    with pytest.raises(DataError, match=r"mine \(plugin plugin\), which does not use --image-key"):
         read(photos / "all.lst", image_key="x")
 
 

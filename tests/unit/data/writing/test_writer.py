@@ -254,7 +254,7 @@ def test_only_the_file_of_an_invalid_or_empty_text_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"file": "images/0.jpg", "caption"', "no JSON"),
+        ('{"file": "images/0.jpg", "caption"', "not JSON"),
         ("[1, 2]", "a list, not an object"),
         (image_row(0, caption=7), "caption 7 is not text"),
         (image_row(0, caption=None), "caption None is not text"),
@@ -263,13 +263,13 @@ def test_only_the_file_of_an_invalid_or_empty_text_is_left_out(tmp_path):
         (image_row(0, captions=[]), r"captions \[\] is not a list"),
         (image_row(0, captions="text"), "captions 'text' is not a list"),
         ({"file": "images/0.jpg"}, "captions \\[\\] is not a list"),
-        ({"caption": "x"}, "file None is no path"),
+        ({"caption": "x"}, "file None is not a path"),
         (image_row(0, file="../secret.jpg"), "'../secret.jpg' must be a path relative to the folder"),
         (image_row(0, file="images/../../secret.jpg"), "must be a path relative to the folder"),
         (image_row(0, file="/etc/passwd"), "'/etc/passwd' must be a path relative to the folder"),
         (image_row(0, file="images/none.jpg"), "'images/none.jpg' is missing"),
         (image_row(0, file="images"), "'images' is missing"),
-        (image_row(0, file="a\0b"), "is no path"),
+        (image_row(0, file="a\0b"), "is not a path"),
         (image_row(0, kind="audio"), "kind 'audio' is neither image nor video"),
         (image_row(0, split="../up"), "split '../up' is not a name"),
         (image_row(0, split=3), "split 3 is not a name"),
@@ -308,7 +308,7 @@ def test_a_folder_with_nothing_to_pack_is_rejected(tmp_path):
         DataError, match=r"nothing to pack \(1 left out, the first: a\.jpg: no_caption: there is no \.txt"
     ):
         pack(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(DataError, match="is no folder;"):
+    with pytest.raises(DataError, match="is not a folder;"):
         pack(tmp_path / "none", tmp_path / "out")
     with pytest.raises(DataError, match=r"shard\.tar is missing \(1 of 1 are\)"):
         pack(tmp_path / "shard.tar", tmp_path / "out")
@@ -409,12 +409,12 @@ def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no manifest.json, its packing never ended"),
+        (None, "has no manifest.json, so its packing did not end"),
         (b"{", "cannot be read"),
         (b"[]", "has version None"),
         (b'{"version": 99}', "has version 99, this program reads 1"),
-        (b'{"version": 1}', "no sound list of shards"),
-        (b'{"version": 1, "shards": [{"file": "a.tar"}]}', "no sound list of shards"),
+        (b'{"version": 1}', "no valid list of shards"),
+        (b'{"version": 1, "shards": [{"file": "a.tar"}]}', "no valid list of shards"),
         (
             json.dumps(
                 {
@@ -424,7 +424,7 @@ def test_a_full_disk_leaves_no_manifest_that_describes_other_shards(folder, tmp_
                     ],
                 }
             ).encode(),
-            "no sound list of shards",
+            "no valid list of shards",
         ),
     ],
 )
