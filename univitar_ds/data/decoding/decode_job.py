@@ -17,7 +17,7 @@ from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import PATCH, Modality, item_bytes
 
-if TYPE_CHECKING:  # decoding processes need none of what reads shards
+if TYPE_CHECKING:  # decoding processes do not import the code that reads shards
     from univitar_ds.data.shards.samples import Sample
 
 Failure = tuple[int, str, str]
@@ -47,7 +47,7 @@ class DecodeItem:
 
     @classmethod
     def from_sample(cls, sample: Sample) -> DecodeItem:
-        """Returns the item that decodes a sample, and compares it with its metadata unless the sample was probed."""
+        """Returns the item of a sample. Its `size` is None if the sample was probed."""
         return cls(
             sample.shard.path,
             sample.media_offset,
@@ -78,7 +78,7 @@ class DecodeJob:
     name: str = ""
     """Name of the pack in messages of the trainer; not sent to decoding processes."""
     whole_files: bool = False
-    """Whether each item is a file of its own, not a part of a shard. One that cannot be read is a failed item."""
+    """Whether each item is a whole file, not a part of a shard. A file that cannot be read is then a failed item."""
 
     @property
     def max_image_px(self) -> int:
@@ -146,7 +146,7 @@ def decode_pack(
             failures.append((index, "unreadable", str(error)))
         except MemoryError:
             detail = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
-            failures.append((index, "too_large", f"{detail}; raise it or store the file smaller"))
+            failures.append((index, "too_large", f"{detail}; raise it or store a smaller file"))
         else:
             start += item.bytes
         after_item()
@@ -154,9 +154,9 @@ def decode_pack(
 
 
 def check_crc32(data: bytes, packed: int | None) -> None:
-    """Raises: SampleError if the CRC-32 of `data` is not `packed`, the CRC-32 at packing; None if unknown."""
+    """Raises SampleError if the CRC-32 of `data` is not `packed`, that of the packed file. None: not checked."""
     if packed is not None and (found := zlib.crc32(data)) != packed:
-        detail = f"its bytes have the CRC-32 {found:08x}, {packed:08x} when they were packed"
+        detail = f"its bytes have the CRC-32 {found:08x}, but had {packed:08x} when they were packed"
         raise SampleError("checksum", f"{detail}; restore the shard")
 
 

@@ -105,7 +105,7 @@ class Pipeline(Generic[Plan]):
     ) -> None:
         """Starts the decoding processes. One for probing starts when the planner first needs the size of a file.
 
-        Args: page_lock: locks the slots in memory for copies to a device; None: they stay as they are.
+        Args: page_lock: locks the slots in memory for copies to a device; None: they are not locked.
         """
         self._config = config
         self._job_of = job_of

@@ -25,10 +25,12 @@ _START_S = 60.0
 
 
 class Next(NamedTuple):
-    """The event that an item is processed next. If the process ends during it, another one begins at `retry`, with
-    this item; if that process ends during it too, the item is lost, and a third one continues at `resume`.
+    """The event that an item is processed next.
 
-    The system may kill any process, for example if memory runs out: the item is blamed only after two."""
+    If the process ends during the item, another process starts at `retry`, with this item. If that process ends during
+    it too, the item is lost, and a third process continues at `resume`.
+
+    The system may kill any process, for example if memory runs out, so the item counts as the cause only after two."""
 
     item: Any
     retry: Any
@@ -93,8 +95,11 @@ class TaskPool:
     """A context manager that owns the processes and ends them on exit."""
 
     def __init__(self, work: Work, workers: int, silence_s: float, preload: Sequence[str] = ()) -> None:
-        """Args: work: a module-level function; workers: number of processes; silence_s: seconds without an event after
-        which a process counts as hung; preload: modules to import before forking, so that they are in memory once."""
+        """Creates a pool without processes; `run` starts them.
+
+        Args: work: a module-level function; workers: number of processes; silence_s: seconds without an event after
+            which a process counts as hung; preload: modules to import before forking, so that they are in memory once.
+        """
         assert workers >= 1, workers
         self._work, self._workers, self._silence_s = work, workers, silence_s
         self._preload = [work.__module__, *preload]
@@ -141,7 +146,7 @@ class TaskPool:
                 yield from ((number, event) for event in self._lost(worker, "timeout", detail, again))
 
     def _assign(self, coming: Iterator[Task], again: deque[Task]) -> bool:
-        """Gives tasks to idle processes, of which it starts more if needed. Returns False if all tasks are finished."""
+        """Gives tasks to idle processes and starts processes if needed. Returns False if all tasks are finished."""
         idle = [worker for worker in self._running if worker.task is None]
         while idle or len(self._running) < self._workers:
             task = again.popleft() if again else next(coming, None)

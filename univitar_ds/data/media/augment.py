@@ -1,8 +1,8 @@
 """Augments images and videos: draws a crop, a flip and colours for an item, and applies them to uint8 pixels.
 
-Colours follow torchvision's transforms `ColorJitter` and `RandomGrayscale` on Pillow images, which timm and open_clip
-use, to the bit, except for the hue: Pillow's HSV of 8 bits is off by up to 5 levels and takes two to three times the
-time. All frames of a video are changed alike.
+Colours are bitwise equal to those of torchvision's `ColorJitter` and `RandomGrayscale` on Pillow images, which timm and
+open_clip use. The exception is the hue, because Pillow's 8-bit HSV is off by up to 5 levels and takes two to three
+times as long. All frames of a video are changed in the same way.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class Crop(NamedTuple):
     of_width: int
 
     def whole(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the least size of the whole image at which the crop has at least `height` x `width` pixels."""
+        """Returns the smallest size of the whole image at which the crop has at least `height` x `width` pixels."""
         return -(-height * self.of_height // self.height), -(-width * self.of_width // self.width)
 
     def cut(self, pixels: np.ndarray, extent: Extent | None = None) -> tuple[np.ndarray, Extent]:
         """Cuts the crop out of an image, also if the image was decoded at a smaller scale.
 
-        Then the first row and column are those nearest to the crop's (see `_STEP`). It may end within the last ones.
+        In that case the first row and column are those nearest to the crop's (see `_STEP`), and the crop may end within
+        the last ones.
 
         Args: pixels (H, W, 3); extent: the size of the image within `pixels` (default: all of it).
         Returns: a view of `pixels`, and the extent of the crop within it.
@@ -62,7 +63,7 @@ def _span(start: int, length: int, whole: int, extent: float) -> tuple[int, floa
 
 
 class Augmentation(NamedTuple):
-    """What one item gets, in this order: crop, flip, operations on colours, grey. Empty fields change nothing.
+    """The changes of one item, in this order: crop, flip, operations on colours, grey. Empty fields change nothing.
 
     `jitter` has pairs of operation and factor. As JSON it is a list with the same elements.
     """
@@ -90,7 +91,7 @@ class Augmentation(NamedTuple):
 
 @dataclass(frozen=True)
 class Augment:
-    """How a stage augments items; see `config.stage.AugmentConfig`, which has the same fields."""
+    """The augmentation of a stage; see `config.stage.AugmentConfig`, which has the same fields."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     crop_ratio: tuple[float, float] = (1.0, 1.0)
@@ -184,8 +185,8 @@ def _turn_hue(pixels: np.ndarray, factor: float) -> None:
     """Turns hues in place; value and chroma of HSV stay. Args: pixels: (n, 3) uint8; factor: share of the circle.
 
     With value v, chroma c and hue h in sixths, a channel is v - c * max(0, min(k, 4 - k, 1)), with k = h plus 5, 3 or 1
-    modulo 6. Here, `turn` is c * h, so that no division is needed, and absolute values join the two periods that it may
-    fall into, which is faster than a remainder.
+    modulo 6. Here, `turn` is c * h, so that no division is needed. It may lie in one of two periods; absolute values
+    treat both alike, which is faster than a remainder.
     """
     for start in range(0, len(pixels), _BLOCK):
         part = pixels[start : start + _BLOCK]

@@ -47,7 +47,7 @@ VIDEO_EXTENSION_OF = {
 
 
 def video_demuxer(data: bytes) -> str | None:
-    """FFmpeg's name of the demuxer for a video file; None if the bytes are not a supported video container.
+    """Returns FFmpeg's name of the demuxer for a video file; None if the bytes are not a supported video container.
 
     Returns "gif" for every GIF: its bytes do not show whether it is meant as an image or as a video.
     """
@@ -63,7 +63,7 @@ def video_demuxer(data: bytes) -> str | None:
 
 
 def mp4_matrices(data: bytes) -> dict[int, Matrix]:
-    """Display matrix of each track id of an MP4 or MOV file; empty if the boxes are invalid."""
+    """Returns the display matrix of each track id of an MP4 or MOV file; empty if the boxes are invalid."""
     matrices = {}
     for moov in _boxes_named(b"moov", data, 0, len(data)):
         for trak in _boxes_named(b"trak", data, *moov):
@@ -79,7 +79,7 @@ def mp4_matrices(data: bytes) -> dict[int, Matrix]:
 
 
 def matroska_matrix(data: bytes) -> Matrix:
-    """Display matrix of the first video track of a Matroska or WebM file: its roll, rounded to 90 degrees."""
+    """Returns the display matrix of the first video track of a Matroska or WebM file, from its roll."""
     for track in _elements_at(data, [_SEGMENT, _TRACKS, _TRACK]):
         if not list(_elements_named(data, *track, _VIDEO)):
             continue
@@ -93,7 +93,7 @@ def matroska_matrix(data: bytes) -> Matrix:
 
 
 def missing_bytes(data: bytes, demuxer: str) -> int:
-    """Number of bytes by which the top-level boxes of an MP4, MOV, Matroska or WebM file extend beyond its end."""
+    """Returns the number of bytes by which top-level boxes of an MP4, MOV, Matroska or WebM file exceed its end."""
     ends: Iterator[int] = iter(())
     if demuxer == "mov":
         outermost = itertools.islice(boxes(data, 0, len(data)), _MOST_BOXES)
@@ -104,12 +104,12 @@ def missing_bytes(data: bytes, demuxer: str) -> int:
 
 
 def _boxes_named(name: bytes, data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the contents of the boxes with this name, clipped to `end`."""
+    """Yields (start, end) of the contents of the boxes with this name, clipped to `end`."""
     return ((min(inner, end), min(stop, end)) for found, inner, stop in boxes(data, start, end) if found == name)
 
 
 def _elements_at(data: bytes, path: Sequence[int], within: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
-    """(start, end) of the contents of the elements at a path of IDs."""
+    """Yields (start, end) of the contents of the elements at a path of IDs."""
     first, *rest = path
     for found in _elements_named(data, *(within or (0, len(data))), first):
         if rest:
@@ -123,8 +123,8 @@ def _elements_named(data: bytes, start: int, end: int, name: int) -> Iterator[tu
 
 
 def _all_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """ID and (start, end) of the contents of the elements between two offsets. `end` follows from the stored size and
-    may be beyond the data; an element of unknown size extends to the end."""
+    """Yields ID and (start, end) of the contents of the elements between two offsets. `end` follows from the stored
+    size and may be beyond the data; an element of unknown size extends to the end."""
     for _ in range(_MOST_ELEMENTS):
         if start >= end:
             return
@@ -139,7 +139,7 @@ def _all_elements(data: bytes, start: int, end: int) -> Iterator[tuple[int, int,
 
 
 def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
-    """A variable-length integer of EBML and the offset after it; (0, 0) if there is none.
+    """Returns a variable-length integer of EBML and the offset after it; (0, 0) if there is none.
 
     The position of its first set bit gives its length.
     """
@@ -152,7 +152,8 @@ def _vint(data: bytes, at: int, keep_length: bool = False) -> tuple[int, int]:
 
 
 def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name and (start, end) of the contents of the boxes of MP4, MOV or JP2 between two offsets, without nested boxes.
+    """Yields name and (start, end) of the contents of MP4, MOV or JP2 boxes between two offsets, without nested boxes.
+
     `end` follows from the stored size and may be beyond the data."""
     while start + 8 <= end:
         size, header = int.from_bytes(data[start : start + 4], "big"), 8

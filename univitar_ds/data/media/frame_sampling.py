@@ -16,7 +16,7 @@ _PART = 1 << 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a stage samples frames; see `config.stage.VideoSampling`."""
+    """The sampling of frames in a stage; see `config.stage.VideoSampling`."""
 
     kind: Literal["uniform", "fps"] = "uniform"
     fps: float = 2.0
@@ -27,7 +27,8 @@ UNIFORM = Sampling()
 
 
 def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
-    """Number of frames to sample from a video: a multiple of the tubelet size, at least one tubelet, at most `most`.
+    """Returns the number of frames to sample from a video: a multiple of the tubelet size, at least one tubelet, at
+    most `most`.
 
     Uniform sampling takes `most` frames from every video, fps sampling a number proportional to the duration, or `most`
     if the header has no duration (0).
@@ -40,7 +41,7 @@ def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
 
 
 def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
-    """Ascending positions in a video at which frames are sampled, as numerators over frames * 2**64.
+    """Returns ascending positions in a video at which frames are sampled, as numerators over frames * 2**64.
 
     The video is divided into `frames` equal parts. The position is the middle of each part or, with jitter, a point in
     it that depends on `draw` and the number of the part.
@@ -51,12 +52,12 @@ def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
 
 
 def by_count(positions: Sequence[int], total: int) -> list[int]:
-    """Indices of the frames at these positions of a video of `total` frames that have the same duration."""
+    """Returns the indices of the frames at these positions of a video of `total` frames that have the same duration."""
     return [at * total // (len(positions) * _PART) for at in positions]
 
 
 def by_time(positions: Sequence[int], times: Sequence[int], end: int) -> list[int]:
-    """Indices of the frames displayed at these positions of a video.
+    """Returns the indices of the frames displayed at these positions of a video.
 
     `times` are the strictly ascending start times of all frames, `end` is the end of the last one.
     """

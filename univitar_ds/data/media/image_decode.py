@@ -22,7 +22,8 @@ _DAMAGED_SCAN = re.compile("bad Huffman code|bad arithmetic|premature end of dat
 
 _SCAN = b"\xff\xda"
 MOST_SCANS = 500
-"""Each scan of a progressive JPEG decodes all pixels. Ordinary images have 10 scans; 2,000 fit into a megabyte."""
+"""Maximum number of scans of a progressive JPEG. Each scan processes all pixels; ordinary images have 10 scans, and
+2,000 fit into a megabyte."""
 _MIN_SCALE = 2
 """A JPEG decoded at a smaller scale has at least this many times the target's height and width. After resizing, it
 differs from a full decode by 1 level of 255 on average; if decoded to the target size, by 2 to 4, most in printed text
@@ -30,11 +31,11 @@ and fine texture."""
 
 
 def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
-    """Decode an image, of an animated one the first frame.
+    """Decodes an image, or the first frame of an animated image.
 
     EXIF orientation is applied, and transparent pixels are composited on white.
 
-    Args: max_px, maximum number of pixels.
+    Args: max_px: maximum number of pixels.
     Returns: (H, W, 3) uint8.
     Raises: SampleError.
     """
@@ -44,9 +45,10 @@ def decode_image(data: bytes, *, max_px: int) -> np.ndarray:
 def decode_near(
     data: bytes, *, max_px: int, target: tuple[int, int] | None, size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, Extent]:
-    """Decode an image that will be resized to `target`, (height, width). A much larger JPEG is decoded at a smaller
-    scale, at least twice the target. `size`: the (height, width) that the image must have, None for any.
+    """Decodes an image that will be resized to `target`. A much larger JPEG is decoded at a smaller scale.
 
+    Args: max_px: maximum number of pixels; target: (height, width), None: decode at full size; size: the (height,
+        width) that the image must have, None for any.
     Returns: (H, W, 3) uint8, and the extent of the image in these pixels: at a smaller scale, it may end within the
         last row or column.
     Raises: SampleError.
@@ -71,7 +73,7 @@ def decode_near(
 def _turbo(
     data: bytes, header: jpeg_header.JpegHeader, target: tuple[int, int] | None
 ) -> tuple[np.ndarray, Extent] | None:
-    """Decode with libjpeg-turbo. Returns None for errors after which Pillow is tried."""
+    """Decodes with libjpeg-turbo. Returns None for errors after which Pillow is tried."""
     scale = {}
     if target is not None and _may_shrink(header):
         height, width = display_size(*target, header.orientation)
@@ -115,7 +117,7 @@ def _pillow(data: bytes, max_px: int, orientation: int | None) -> np.ndarray:
 
 
 def _icon_size(data: bytes, icon: IcoImagePlugin.IcoImageFile) -> tuple[int, int]:
-    """(height, width) of the image in an icon that Pillow decodes. The size in the icon's directory may differ."""
+    """Returns (height, width) of the image in an icon that Pillow decodes, not of the icon's directory."""
     stream = io.BytesIO(data)
     inner: Image.Image
     try:

@@ -53,7 +53,7 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """Read the frame header and the orientation. Skip stray bytes between markers, as decoders do.
+    """Reads the frame header and the orientation. Skips stray bytes between markers, as decoders do.
 
     Raises: SampleError if there is no frame header, or if its height or width is 0.
     """
@@ -73,7 +73,7 @@ def read_header(data: bytes) -> JpegHeader:
 
 
 def _read_slowly(data: bytes) -> JpegHeader:
-    """`read_header` for files with EXIF or XMP, with padding or stray bytes between markers, or with damage."""
+    """Reads a header with EXIF or XMP, with padding or stray bytes between markers, or with damage."""
     from_exif = from_xmp = 0
     position = 2
     while True:
@@ -107,7 +107,7 @@ def _frame(body: bytes, orientation: int, progressive: bool) -> JpegHeader:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Orientation 1 to 8 of a TIFF block's first directory, 0 if there is no valid one."""
+    """Returns the orientation, 1 to 8, in a TIFF block's first directory; 0 if there is no valid one."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:
         return 0

@@ -34,7 +34,7 @@ def is_shown(codec: str, packet: av.Packet) -> bool:
 
 
 def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) -> list[int]:
-    """Ascending indices of the packets at which decoding may begin, except the first packet.
+    """Returns ascending indices of the packets at which decoding may begin, except the first packet.
 
     Decoding from such a packet gives the same frames as decoding from the first packet, for all frames that follow the
     packet in both decoding order and display order.
@@ -51,7 +51,7 @@ def restarts(codec: str, extradata: bytes | None, packets: Sequence[av.Packet]) 
 
 
 def _parameterised(codec: str, extradata: bytes, packets: Sequence[av.Packet], keys: set[int]) -> list[int]:
-    """`restarts` of H.264 and HEVC: IDR pictures whose parameter sets are in the same packet or in the extradata."""
+    """Returns `restarts` of H.264 and HEVC: IDR pictures with parameter sets in the same packet or in the extradata."""
     found = []
     sets_in_band = False
     for index, packet in enumerate(packets):
@@ -65,7 +65,7 @@ def _parameterised(codec: str, extradata: bytes, packets: Sequence[av.Packet], k
 
 
 def _length_bytes(codec: str, extradata: bytes) -> int:
-    """Size in bytes of the length field before each NAL unit; 0 if start codes separate the units."""
+    """Returns the size in bytes of the length field before each NAL unit; 0 if start codes separate the units."""
     at = 4 if codec == "h264" else 21
     return (extradata[at] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > at else 0
 
@@ -76,7 +76,7 @@ def _unit_types(codec: str, data: bytes, length_bytes: int) -> Iterator[int]:
 
 
 def _units(data: bytes, length_bytes: int) -> Iterator[int]:
-    """Offset of each NAL unit of a packet."""
+    """Yields the offset of each NAL unit of a packet."""
     at = 0
     if not length_bytes:
         while 0 <= (at := data.find(_START_CODE, at)) < len(data) - 3:

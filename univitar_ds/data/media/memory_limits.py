@@ -3,7 +3,7 @@
 
 `confine` stops hostile files, independently of their headers. A valid image loaded by Pillow and its RGB copy take 7
 bytes per pixel. Most decoders need little more, at most 10.1 in total (all numbers here are measured with Pillow 13.0
-on images of 2.5 to 100 Mpx). The formats named here need more. The size of the file is added.
+on images of 2.5 to 100 Mpx). The formats in `_bytes_needed` need more. The size of the file is added.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ film grain, which Pillow does not report."""
 _WEBP = 16.4
 """Two canvases of 4 bytes per pixel, the frame as bytes and the loaded image."""
 _CMYK_JPEG = 12.0
-"""For progressive files; others take 7, but all are treated alike."""
+"""Progressive files need this, others 7; both are treated alike."""
 _DEEP_PPM = 13.2
 """Decoded in Python with two copies; 7 if the maximum value is 65535."""
 _CODESTREAM = b"\xff\x4f\xff\x51"
@@ -44,13 +44,13 @@ addition to the samples."""
 
 
 def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
-    """Reject a valid image, by its header, if decoding it may exceed the limit that `confine` sets.
+    """Rejects a valid image if, by its header, decoding may exceed the limit that `confine` sets.
 
-    If only `confine` rejected it, the result would depend on the process: earlier images leave as little as half of the
-    limit (measured). Also, the decoders of JPEG 2000 and of progressive CMYK JPEG report a failed allocation as damage.
+    If only `confine` rejected it, the result would depend on the process: memory for earlier images leaves as little as
+    half of the limit (measured). Also, the decoders of JPEG 2000 and of progressive CMYK JPEG report a failed
+    allocation as damage.
 
-    Args: the opened image, not yet decoded; its file's bytes; data.max_image_px.
-
+    Args: image: opened, but not decoded; data: the bytes of its file; max_px: `data.max_image_px`.
     Raises: SampleError if decoding may take more memory than `max_px` allows.
     """
     needed = _MARGIN * _bytes_needed(image, data)
@@ -65,11 +65,11 @@ def check_memory(image: Image.Image, data: bytes, max_px: int) -> None:
 
 
 def confine(max_px: int, file_bytes: int) -> None:
-    """Limit the memory that this decoding process may allocate, in addition to its memory at the first call.
+    """Limits the memory that this decoding process may allocate, in addition to its memory at the first call.
 
     An allocation above the limit fails, and the file counts as a bad sample. Has an effect on Linux only.
 
-    Args: data.max_image_px; size in bytes of the file, which decoders may copy.
+    Args: max_px: `data.max_image_px`; file_bytes: size of the file, which decoders may copy.
     """
     with suppress(OSError, ValueError):
         most = int(_data_bytes_at_first() + _limit(max_px) + 2 * file_bytes)
@@ -79,7 +79,7 @@ def confine(max_px: int, file_bytes: int) -> None:
 
 @cache
 def _data_bytes_at_first() -> int:
-    """Size in bytes of the private writable memory of this process at the first call."""
+    """Returns the size in bytes of the private writable memory of this process at the first call."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[5]) * mmap.PAGESIZE
 
 
@@ -88,7 +88,7 @@ def _limit(max_px: int) -> float:
 
 
 def _bytes_needed(image: Image.Image, data: bytes) -> float:
-    """Bytes that decoding may take; 0 for images that need less than `BYTES_A_PIXEL`."""
+    """Returns the bytes that decoding may take; 0 for images that need less than `BYTES_A_PIXEL`."""
     pixels = image.width * image.height
     match image.format:
         case "WEBP":
@@ -107,7 +107,7 @@ def _bytes_needed(image: Image.Image, data: bytes) -> float:
 
 
 def _tiff_bytes(image: Image.Image) -> float:
-    """The image, a copy if it is rotated, and a strip or tile, which may be larger than the image."""
+    """Returns the bytes of the image, of a copy if it is rotated, and of a strip or tile, which may be larger."""
     if not image.tile or image.tile[0].codec_name != "libtiff":
         return 0.0
     tags = image.tag_v2
@@ -123,7 +123,7 @@ def _tiff_bytes(image: Image.Image) -> float:
 
 
 def _jpeg2000_bytes(image: Image.Image, data: bytes) -> float:
-    """The image and its largest tile; 0 if the header is incomplete, which the decoder reports."""
+    """Returns the bytes of the image and its largest tile; 0 if the header is incomplete, which the decoder reports."""
     try:
         at = data.index(_CODESTREAM) + 8
         right, bottom, left, top, tile_width, tile_height, _, _, components = struct.unpack_from(">8IH", data, at)
@@ -136,11 +136,11 @@ def _jpeg2000_bytes(image: Image.Image, data: bytes) -> float:
 
 
 def _number(value: object, default: int) -> int:
-    """The largest value of a tag."""
+    """Returns the largest value of a tag."""
     values = value if isinstance(value, tuple) else (value,)
     return max((int(each) for each in values if isinstance(each, int)), default=default)
 
 
 def _stored(mode: str) -> int:
-    """Bytes per pixel of a loaded image."""
+    """Returns the bytes per pixel of a loaded image."""
     return 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4

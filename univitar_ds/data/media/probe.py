@@ -62,7 +62,7 @@ def probe(data: bytes, extension: str) -> MediaSize:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an image with Pillow without decoding it. Formats that run programs or open other files are not supported.
+    """Opens an image with Pillow without decoding it. Formats that run programs or open other files are not supported.
 
     The size comes from the header and is not checked: call `check_area` before decoding. Opening a PNG decompresses its
     text chunks. Opening a GIF may allocate a buffer of the size of its first frame, with which Pillow clears this frame
@@ -83,7 +83,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _check_tiff_tables(data: bytes) -> None:
-    """Check the number of strips and tiles, for each of which Pillow creates a Python object when it opens a TIFF.
+    """Checks the number of strips and tiles, for each of which Pillow creates a Python object when it opens a TIFF.
 
     Close to the memory limit of the process, opening does not fail but becomes slow: 2.5 million strips take 8 s, 4
     million (32 MB) more than 3 minutes (measured).
@@ -106,7 +106,8 @@ def _check_tiff_tables(data: bytes) -> None:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """EXIF orientation, 1 to 8, from the metadata before the pixels; None for a TIFF, which Pillow rotates itself.
+    """Returns the EXIF orientation, 1 to 8, from the metadata before the pixels; None for a TIFF, which Pillow rotates
+    itself.
 
     Planning and decoding both use this function, so that they agree.
     """
@@ -123,5 +124,5 @@ def orientation_of(image: Image.Image) -> int | None:
 
 
 def _image_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF orientation."""
+    """Returns (height, width) after EXIF orientation."""
     return display_size(image.height, image.width, orientation_of(image) or 1)

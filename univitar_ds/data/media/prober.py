@@ -32,7 +32,7 @@ def probe_each(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
 
 
 def probe_at(media: MediaAddress) -> MediaSize | SampleError:
-    """The size of one file, or a SampleError if it cannot be used. Raises: DataError if its shard cannot be read."""
+    """Returns the size of one file, or a SampleError. Raises: DataError if its shard cannot be read."""
     from univitar_ds.data.media.probe import probe  # imports Pillow, which trainers do not need
 
     try:

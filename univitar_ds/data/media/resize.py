@@ -29,7 +29,7 @@ Extent = tuple[float, float]
 
 
 def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) -> None:
-    """Resize an image into `out`, with bicubic weights that cover every source pixel (antialiased).
+    """Resizes an image into `out`, with bicubic weights that cover every source pixel (antialiased).
 
     The result differs from Pillow's bicubic by at most 1 level, except by 2 levels in 3 of a million values on
     photographs (10 on black and white edges). Columns and rows are resized in two passes, with 8 bits between them. The
@@ -37,8 +37,8 @@ def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) ->
     difference of 2 occurs if several such values of the first pass contribute to one of the second. The kernel does not
     support finer weights. The order of the passes, which changes values by up to 20 levels, is that of Pillow 13.
 
-    Args: source (H, W, 3) and out (h, w, 3), both uint8 and C-contiguous; extent, the size of the image within the
-    source, from its first pixel (default: all of it).
+    Args: source: (H, W, 3), out: (h, w, 3), both uint8 and C-contiguous; extent: the size of the image within `source`,
+        from its first pixel; None: all of it.
     """
     (height, width, _), (rows, columns, _) = source.shape, out.shape
     image_height, image_width = extent or (height, width)
@@ -68,7 +68,7 @@ def _call(source: np.ndarray, out: np.ndarray, image_height: float, image_width:
 
 
 def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
-    """A tensor (1, 3, H, W), channels last, that shares the memory of the array."""
+    """Returns a tensor (1, 3, H, W), channels last, that shares the memory of the array."""
     height, width, channels = pixels.shape
     sizes = (c_int64 * 4)(1, channels, height, width)
     strides = (c_int64 * 4)(height * width * channels, 1, width * channels, channels)
@@ -85,7 +85,7 @@ def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
 
 
 def _optional(library: ctypes.CDLL, value: float | None) -> int:
-    """An optional number for the C interface: 0 or a pointer to memory of C++, which the call frees."""
+    """Returns an optional number for the C interface: 0 or a pointer to memory of C++, which the call frees."""
     if value is None:
         return 0
     address = library._Znwm(c_size_t(8))  # operator new
@@ -95,7 +95,7 @@ def _optional(library: ctypes.CDLL, value: float | None) -> int:
 
 @cache
 def load() -> tuple[ctypes.CDLL, c_uint64]:
-    """torch's C++ library, and its version number for the C interface."""
+    """Loads torch's C++ library. Returns it with its version number for the C interface."""
     found = importlib.util.find_spec("torch")
     if found is None:
         raise ImportError("torch is not installed in this environment; install it, see requirements.txt")
@@ -115,10 +115,10 @@ def load() -> tuple[ctypes.CDLL, c_uint64]:
 def fit_image(
     pixels: np.ndarray, grid_thw: Sequence[int], out: np.ndarray | None = None, extent: Extent | None = None
 ) -> np.ndarray:
-    """Resize an image to its grid, bicubic and antialiased. See `resize` for the difference to the release.
+    """Resizes an image to its grid, bicubic and antialiased. See `resize` for the difference from Pillow.
 
-    Args: pixels (H, W, 3) uint8; grid (t, h, w) in tokens; out, an array for the result (default: a new one);
-        extent, see `resize`.
+    Args: pixels: (H, W, 3) uint8; grid_thw: (t, h, w) in tokens; out: array for the result, None: a new one; extent:
+        see `resize`.
     Returns: (h * 14, w * 14, 3) uint8; `pixels` itself if it has this size and `out` is None.
     """
     _, h, w = grid_thw

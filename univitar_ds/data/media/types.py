@@ -33,7 +33,8 @@ class DecodeLimits:
 
 _LENGTH_SLACK_S, _LENGTH_SLACK = 0.5, 0.05
 MAX_SIDE_PX = 1 << 20
-"""Decoders allocate tables per row, and the resizing kernel weights per row and column: 3 GB for 100 million."""
+"""Maximum side of an image. Decoders allocate tables for each row, and the resizing kernel weights for each row and
+column: 3 GB for a side of 100 million."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class MediaSize:
 
 
 def check_area(height: int, width: int, max_px: int) -> None:
-    """Raises: SampleError for a frame of more than `max_px` pixels, or with a side above `MAX_SIDE_PX`."""
+    """Raises SampleError for a frame of more than `max_px` pixels, or with a side above `MAX_SIDE_PX`."""
     if max(height, width) > MAX_SIDE_PX:
         raise SampleError("too_large", f"{width} x {height} has a side of more than {MAX_SIDE_PX} pixels")
     if height * width > max_px:
@@ -63,15 +64,15 @@ def check_area(height: int, width: int, max_px: int) -> None:
 
 
 def check_duration(seconds: float, max_video_s: float) -> None:
-    """Raises: SampleError for a video of more than `max_video_s` seconds."""
+    """Raises SampleError for a video of more than `max_video_s` seconds."""
     if seconds > max_video_s:
         raise SampleError("too_large", f"the video lasts {seconds:.6g} s, above data.max_video_s = {max_video_s:g}")
 
 
 def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None:
-    """Args: (height, width) in the metadata of the sample, None if there is none; (height, width) of the file.
+    """Raises SampleError if the size of a file differs from its metadata.
 
-    Raises: SampleError if they differ.
+    Args: expected: (height, width) in the metadata, None if it has no size; found: (height, width) of the file.
     """
     if expected is not None and expected != tuple(found):
         (height, width), (own_height, own_width) = expected, found
@@ -80,9 +81,11 @@ def check_size(expected: tuple[int, int] | None, found: tuple[int, ...]) -> None
 
 
 def check_length(expected_s: float, found_s: float) -> None:
-    """Args: seconds in the metadata of a video, and in its header.
+    """Raises SampleError if the duration of a video differs from its metadata.
 
-    Raises: SampleError if they differ by more than FFmpeg's versions do, which estimate it if the container lacks it.
+    The tolerance is for versions of FFmpeg, which estimate the duration differently if the container lacks it.
+
+    Args: expected_s: seconds in the metadata; found_s: seconds in the header.
     """
     if abs(expected_s - found_s) > max(_LENGTH_SLACK_S, _LENGTH_SLACK * found_s):
         detail = f"its metadata says {expected_s:.6g} s, the file lasts {found_s:.6g} s"
@@ -90,6 +93,6 @@ def check_length(expected_s: float, found_s: float) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The error of a library as one line that is the same on every machine."""
+    """Returns the error of a library as one line that is the same on every machine."""
     text = getattr(error, "strerror", None) or str(error)
     return f"{type(error).__name__}: {text.strip().splitlines()[0]}" if text.strip() else type(error).__name__

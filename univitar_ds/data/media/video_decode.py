@@ -44,7 +44,7 @@ def decode_video(
     size: tuple[int, int, float] | None = None,
     fit: Fit | None = None,
 ) -> np.ndarray:
-    """Decode upright frames of a video in display order: one from each of `frames` equal parts.
+    """Decodes upright frames of a video in display order: one from each of `frames` equal parts.
 
     Uniform sampling uses parts with the same number of frames, fps sampling uses parts of the same duration. Without
     jitter, uniform sampling of n frames returns those with the indices floor((i + 0.5) * n / frames). n is counted from
@@ -97,7 +97,7 @@ class _FrameCollector:
         self._reformatter = VideoReformatter()
 
     def put(self, frame: av.VideoFrame, at: Sequence[int]) -> None:
-        """Convert a frame and store it at these indices. Raises: SampleError for a frame above the pixel limit."""
+        """Converts a frame and stores it at these indices. Raises: SampleError for a frame above the pixel limit."""
         check_area(frame.height, frame.width, self._max_px)
         # The frame size may change within a video.
         first, self._size = self._size is None, self._size or (frame.width, frame.height)
@@ -114,7 +114,7 @@ class _FrameCollector:
 
 
 def _check_size(data: bytes, size: tuple[int, int], pixels: np.ndarray) -> None:
-    """Raises: SampleError if the size in the metadata is neither that of the first frame nor that in the header.
+    """Raises SampleError if the size in the metadata is neither that of the first frame nor that in the header.
 
     Some videos store a rotation only with their frames; `data pack` writes the size of the frames if it decodes them.
     """
@@ -125,7 +125,7 @@ def _check_size(data: bytes, size: tuple[int, int], pixels: np.ndarray) -> None:
 
 
 def _packets(container: av.container.InputContainer, stream: VideoStream, deadline: float) -> list[av.Packet]:
-    """All packets of the stream that are not empty."""
+    """Returns all packets of the stream that are not empty."""
     packets = []
     try:
         for packet in container.demux(stream):
@@ -140,7 +140,7 @@ def _packets(container: av.container.InputContainer, stream: VideoStream, deadli
 
 
 def _display_order(container: str, codec: str, packets: Sequence[av.Packet]) -> list[int]:
-    """Indices of the displayed packets in display order; empty if their times are unknown."""
+    """Returns the indices of the displayed packets in display order; empty if their times are unknown."""
     shown = [i for i, packet in enumerate(packets) if keyframes.is_shown(codec, packet)]
     times = {packets[i].pts for i in shown}
     if container in _WITHOUT_TIMES or None in times or len(times) < len(shown):
@@ -155,7 +155,7 @@ def _collect_packets(
     collector: _FrameCollector,
     deadline: float,
 ) -> bool:
-    """Collect the frames of the packets `wanted`. Returns False if some are not decoded or times are wrong."""
+    """Collects the frames of the packets `wanted`. Returns False if some are not decoded or times are wrong."""
     at: dict[int, list[int]] = {}
     for place, index in enumerate(wanted):
         at.setdefault(packets[index].pts, []).append(place)
@@ -175,7 +175,7 @@ def _collect_packets(
 
 
 def _runs(times: Sequence[int | None], wanted: Sequence[int], starts: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges [start, stop) of packets to decode for the wanted ones; `starts`: packets at which decoding may begin."""
+    """Returns the ranges [start, stop) of packets to decode. `starts`: packets at which decoding may begin."""
     needs = []
     for index in wanted:
         usable = (i for i in reversed(starts) if i <= index and times[i] is not None and times[i] <= times[index])
@@ -191,7 +191,7 @@ def _runs(times: Sequence[int | None], wanted: Sequence[int], starts: Sequence[i
 def _run(
     stream: VideoStream, packets: Sequence[av.Packet], wanted: dict[int, list[int]] | None, deadline: float
 ) -> Iterator[av.VideoFrame]:
-    """The frames of consecutive packets. With `wanted`, frames that are neither wanted nor referenced are skipped."""
+    """Yields the frames of consecutive packets. `wanted`: skip frames that are neither wanted nor referenced."""
     context = stream.codec_context
     context.flush_buffers()
     for packet in packets:
@@ -209,7 +209,7 @@ def _collect_by_count(
     deadline: float,
     stop_early: bool,
 ) -> None:
-    """Collect the frames at these positions of the video, as if all frames had the same duration."""
+    """Collects the frames at these positions of the video, as if all frames had the same duration."""
     packets = _packets(container, stream, deadline)
     # In nearly all files, a packet is one frame. If the header gives as many frames as there are packets, decoding may
     # stop after the last wanted frame.
@@ -232,7 +232,7 @@ def _collect_numbers(
     collector: _FrameCollector,
     deadline: float,
 ) -> int | None:
-    """Collect the frames with these ascending numbers. Returns the number of all frames, None if stopped early."""
+    """Collects the frames with these ascending numbers. Returns the number of all frames, None if stopped early."""
     at: dict[int, list[int]] = {}
     for place, number in enumerate(wanted):
         at.setdefault(number, []).append(place)
@@ -249,7 +249,7 @@ def _collect_numbers(
 
 
 def _decoded(stream: VideoStream, packet: av.Packet | None, deadline: float) -> list[av.VideoFrame]:
-    """The frames that the decoder returns for a packet; None flushes the decoder."""
+    """Returns the frames of the decoder for a packet; None flushes the decoder."""
     _check_time(deadline)
     try:
         frames = stream.codec_context.decode(packet)
@@ -276,7 +276,7 @@ def _matrix(frame: av.VideoFrame) -> Matrix:
 
 
 def _oriented(rgb: np.ndarray, matrix: Matrix) -> np.ndarray:
-    """Apply a display matrix, rounded to 90 degrees, with reflections. Returns (H, W, 3), contiguous."""
+    """Applies a display matrix, rounded to 90 degrees, with reflections. Returns (H, W, 3), contiguous."""
     pixels = rgb.view("V3")[..., 0]  # copies each pixel as one element, in half the time of copying bytes
     oriented = np.ascontiguousarray(upright(pixels, orientation_of_matrix(matrix)))
     return oriented.view(np.uint8).reshape(*oriented.shape, 3)

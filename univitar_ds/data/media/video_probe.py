@@ -21,7 +21,7 @@ from univitar_ds.image_ops import display_size, orientation_of_matrix
 
 
 def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputContainer, VideoStream]:
-    """Open a container. Returns it with its first video stream; cover art of audio files does not count.
+    """Opens a container. Returns it with its first video stream; cover art of audio files does not count.
 
     With `thorough`, FFmpeg decodes up to 20 frames to find the pixel format and the number of reordered frames, which
     the header may not have; this takes 20 to 200 ms for large frames. It is needed to decode all frames in order, and
@@ -59,7 +59,7 @@ def open_video(data: bytes, thorough: bool = False) -> tuple[av.container.InputC
 
 
 def probe_video(data: bytes, demuxer: str) -> MediaSize:
-    """The size of a video for `probe.probe`. Raises: see `open_video`."""
+    """Returns the size of a video for `probe.probe`. Raises: see `open_video`."""
     container, stream = open_video(data)
     with container:
         orientation = orientation_of_matrix(_matrix(data, demuxer, stream.id))
@@ -77,7 +77,7 @@ def duration_of(container: av.container.InputContainer, stream: VideoStream) -> 
 
 
 def _matrix(data: bytes, demuxer: str, track: int) -> Matrix:
-    """The display matrix, which FFmpeg returns only with decoded frames."""
+    """Returns the display matrix, which FFmpeg returns only with decoded frames."""
     if demuxer == "matroska":
         return matroska_matrix(data)
     return mp4_matrices(data).get(track, (1, 0, 0, 1)) if demuxer == "mov" else (1, 0, 0, 1)
