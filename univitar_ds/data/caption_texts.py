@@ -1,4 +1,4 @@
-"""Reads the texts of whole shards, and captions of the sources of a run for a tokenizer that is trained on them."""
+"""Reads the texts of shards, and the captions on which a run trains its tokenizer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
 
 
 def texts_of(shard: SourceShard, ranges: RangeReader) -> Iterator[dict[str, bytes]]:
-    """Yields the contents of each sample's texts by extension, read by `ranges`, for `captions.read_texts`."""
+    """Yields the texts of each sample as bytes by extension, for `captions.read_texts`. `ranges` reads the shard."""
     with ranges.buffered() as stream:
         for found in tar_index.scan(stream, shard.name, shard.size):
             if isinstance(found, tar_index.Damage):

@@ -25,7 +25,7 @@ from univitar_ds.geometry import TUBELET, Modality, item_bytes
 
 AHEAD = 3
 """Number of packs decoded ahead if `data.prefetch_packs` is not set and workers share the CPU cores with the trainer.
-One fewer while the trainer holds its maximum number of packs, which costs no samples per second."""
+While the trainer holds its maximum number of packs, one fewer is decoded ahead, which does not reduce throughput."""
 
 
 def decoded(
@@ -127,7 +127,7 @@ def tokenized(plans: Iterator[Plan], tokenizer: Tokenizer | None, context_length
 
 
 def collate(decoded: DecodedPack[Plan], tokenizer: Tokenizer | None) -> PackedBatch:
-    """Returns the batch of a decoded and `tokenized` plan without failed items; without a tokenizer, no token ids."""
+    """Returns the batch of a decoded, `tokenized` plan without its failed items. No tokenizer: no token ids."""
     plan = decoded.plan
     failed = {index for index, _, _ in decoded.failures}
     kept = [index for index in range(len(plan.samples)) if index not in failed]

@@ -17,17 +17,18 @@ from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.errors import SampleError
 
 NAMED_SHARDS, NAMED_SAMPLES = 64, 256
-"""Numbers of evenly spaced shards of a source with class names, and of samples of each, that are read for the names of
-data sets."""
+"""Numbers of evenly spaced shards, and of samples in each, that are read for the names of data sets from a source with
+class names."""
 
 
 def iterate_labels(
     sources: Sequence[SourceConfig], settings: StorageSettings = LOCAL
 ) -> Iterator[tuple[str | None, str]]:
-    """Yields pairs of data set and label of all samples, in any number.
+    """Yields pairs (data set, label) of all samples. A pair may occur several times.
 
-    Of a source with `class_names`, the labels are all its names, and only the sets are read, from its first samples.
-    Of another source every sample is read, since any may have a new label. Damaged and unusable texts are skipped.
+    If a source has `class_names`, all of them are its labels, and some of its samples are read for the data sets. Of
+    another source all samples are read, since any may have a new label. Damaged and unusable texts are skipped.
+
     Raises: DataError as `find_shards` does, or if a shard cannot be read.
     """
     shards = find_shards(sources, settings)

@@ -112,14 +112,14 @@ class PackLoader:
     ) -> None:
         """Lists the shards of the sources, unless `lanes` has them, and starts planning and decoding ahead.
 
-        Many arguments because the trainer, the model and the device each bring some.
+        Many arguments because they come from the trainer, the model and the device.
 
         Args:
             modality_of: modality of a step.
             tokenizer: path of tokenizer.json; None for batches without token ids.
             cost: coefficients (a, b) of an item's FLOPs, a*tokens + b*tokens**2.
             prefetch_full_step: whether to decode a whole step ahead, for a trainer that leaves the CPU cores idle.
-            page_lock: locks the memory of the packs for copies to a device; None: it stays as it is.
+            page_lock: locks the memory of the packs for copies to a device; None: it is not locked.
         Raises: DataError if sources are unusable or cursors belong to other data; ConfigError if the tokenizer is
             unusable.
         """

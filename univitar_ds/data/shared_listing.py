@@ -1,6 +1,6 @@
 """The shards of a run's sources as JSON: rank 0 lists the sources, and the other ranks build the same shards from it.
 
-Hundreds of ranks that list a source would each send the requests of a whole listing, which a store throttles.
+If hundreds of ranks listed the sources, a store would throttle their requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def listing_of(shards: Sequence[SourceShard]) -> list[dict[str, Any]]:
 def shards_of(
     listing: Sequence[dict[str, Any]], sources: Sequence[SourceConfig], settings: StorageSettings
 ) -> list[SourceShard]:
-    """Returns the shards of a listing that another rank has made of the same sources, without a request."""
+    """Returns the shards in a `listing_of` the same sources by another rank. Sends no requests."""
     found: list[SourceShard] = []
     for entry, source in zip(listing, sources, strict=True):
         storage = storage_for(place_of(source), settings)
@@ -42,9 +42,10 @@ def shards_of(
 
 
 def check_reachable(shards: Sequence[SourceShard], rank: int) -> None:
-    """Checks that this rank sees what rank 0 has listed, by one shard of every source, another one on each rank.
+    """Compares one shard of each source, a different one on each rank, with the listing of rank 0.
 
-    Raises: DataError if this machine does not reach a shard, or sees another size."""
+    Raises: DataError if this machine cannot reach a shard or finds another size.
+    """
     chosen = [own[rank % len(own)] for own in _by_source(shards)]
     for fault in at_once(lambda shard: _fault(shard, rank), chosen, [shard.storage for shard in chosen]):
         if fault is not None:

@@ -14,21 +14,23 @@ from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.errors import DataError, SampleError
 
 SHARDS, BYTES = 64, 256 << 20
-"""Maximum numbers of shards of a source, and of bytes in them, in which a text is looked for; the first sample of a
-source usually has one."""
+"""Maximum numbers of shards of a source, and of bytes in them, that are searched for a usable text. The first sample
+usually has one."""
 _CAPTIONS = 'if it has labels, set templates: ["a photo of a {}"] in the source, or objective.kind=classification'
 _LABELS = "leave the source out, or give its samples labels (in .json or .cls)"
 
 
 def check_texts(config: RunConfig, shards: Sequence[SourceShard]) -> None:
-    """Checks the shards of training. Raises: DataError with all sources that lack texts, as `faults_of_texts`."""
+    """Checks the shards of training. Raises: DataError that names all sources without usable texts."""
     if faults := faults_of_texts(config, shards):
         raise DataError("; ".join(faults))
 
 
 def faults_of_texts(config: RunConfig, shards: Sequence[SourceShard]) -> list[str]:
-    """Returns an error message for each source in which no sample was found that the objective can use: one with a
-    caption, or to classify one with a label. Empty if the run may skip all samples of a lane.
+    """Returns an error message for each source without a sample that the objective can use.
+
+    A classifier needs a label, other objectives need a caption. There are no messages if `data.max_bad_per_thousand`
+    allows every sample to be bad.
 
     Raises: DataError if a shard cannot be read.
     """
@@ -51,7 +53,7 @@ def faults_of_texts(config: RunConfig, shards: Sequence[SourceShard]) -> list[st
 
 
 def _unusable(shards: Sequence[SourceShard], classifies: bool) -> int:
-    """Returns how many samples of a source were read; 0 if one of them can be used or there is none."""
+    """Returns the number of samples that were read if none can be used; 0 if one can, or there are none."""
     chosen, samples = spread(shards, SHARDS), 0
     for shard in chosen:
         ranges = RangeReader(shard.storage, shard.path, shard.size)

@@ -1,8 +1,8 @@
 """The cost budget of `cost_budget_tflops: auto`, with which the packs of a step take about the same time.
 
 All lanes need the same budget, whatever they have read. It follows from the mean cost of a token in the first samples
-of the first lanes, so it is a pure function of the seed, the sources and the stage: every rank finds the same one, and
-a resumed run the one that it had.
+of the first lanes, so it is a pure function of the seed, the sources and the stage. Every rank, and a resumed
+run, computes the same budget.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ step exceeds the mean by little, whatever the number of lanes. Less headroom mak
 
 
 def balanced(configs: Mapping[Modality, StreamConfig]) -> dict[Modality, StreamConfig]:
-    """Returns the configurations with the cost budgets of those that balance time; reads samples for them.
+    """Returns the configurations, each with a cost budget if it balances time. Reads samples to compute it.
 
-    Raises: DataError as reading a lane does.
+    Raises: DataError if samples cannot be read.
     """
     return {modality: _with_budget(config) if config.balance_time else config for modality, config in configs.items()}
 

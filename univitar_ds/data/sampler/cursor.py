@@ -16,8 +16,8 @@ from univitar_ds.errors import DataError
 
 VERSION = 3
 EPOCH_STRIDE = 1 << 20
-"""Groups that are new in a stage begin at a multiple of this number, the same in all lanes, that no earlier stage used.
-So a sample that an earlier stage read in another group gets new random numbers."""
+"""A group that is new in a stage begins at an epoch that is a multiple of this number, equal in all lanes and not used
+by earlier stages. So a sample that an earlier stage read in another group gets new random numbers."""
 _RESTART = 1 << 10
 """Number of multiples of EPOCH_STRIDE skipped if the sources have changed; larger than the number of groups."""
 MODALITIES = ("image", "video")

@@ -30,7 +30,7 @@ _64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
 """A warning is logged if a pack has less than this share of the token budget because a group has too few samples."""
 LONG_WAIT = 64
-"""Maximum number of packs that the oldest sample of the buffer waits for those of a starved group; see `Stream`."""
+"""Maximum number of packs that the oldest sample of the buffer waits behind a starved group; see `Stream`."""
 BUFFER_BUDGETS = 2
 """The shuffle buffer is filled to at least this many times `token_budget` tokens, so that packs of small items are
 full too."""

@@ -33,7 +33,7 @@ HINTED = 4
 BATCH = 32
 """Number of samples of a shard whose texts are read together."""
 FILES_OF_A_GROUP = 2
-"""Maximum number of files that a `Reader` keeps open: the shard, and again for the scan of a divided shard."""
+"""Maximum number of files that a `Reader` keeps open: one for the shard, and one for the scan of a divided shard."""
 _MOST_AGAIN = 256 << 20
 """Maximum bytes of saved samples that are read at a time."""
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from univitar_ds.randomness import permutation
 
 PLENTY = 8
-"""Number of units per lane from which shards are not divided further. Lanes then differ by at most 1 in `PLENTY`."""
+"""Number of units per lane from which shards are not divided further. Lanes differ by at most one unit of this many."""
 _ORDERS = 1024
 """Number of cached permutations, 4 bytes per unit. The lanes of a rank are in two epochs of a large group. In a group
 with so few samples that many lanes get none, lanes may be hundreds of epochs apart, but such a group has few units."""

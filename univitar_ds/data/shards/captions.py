@@ -20,7 +20,7 @@ EXTENSIONS = ("json", "txt", "cls")
 BYTES_LIMIT = 1 << 20
 """Maximum size in bytes of a text member. The trainer's memory holds the texts of the whole shuffle buffer."""
 MAX_CAPTIONS = 1000
-"""Maximum number of captions of a sample: short ones take ten times their bytes in memory."""
+"""Maximum number of captions of a sample. Short captions take ten times their bytes in memory."""
 IGNORED = ("bad_caption", "bad_label", "bad_set", "bad_checksum", "bad_json", "too_large")
 """Kinds of ignored content."""
 
@@ -54,9 +54,12 @@ class Ignored(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Usable texts of a sample: `captions`, empty only if there is a `label`; the data `set` of the label; `crc32` and
-    `size` of the media member if `data pack` wrote them; each kind of `ignored` content at most once; `several_lines`:
-    whether the caption is a .txt with several lines; `json`: the fields of .json that were asked for."""
+    """Usable texts of a sample.
+
+    `captions`: empty only if there is a `label`; `set`: the data set of the label; `crc32`, `size`: of the media
+    member, if `data pack` wrote them; `ignored`: at most one entry for each kind; `several_lines`: whether the caption
+    is a .txt with several lines; `json`: the requested fields of .json.
+    """
 
     captions: tuple[str, ...]
     label: str | None
@@ -81,7 +84,8 @@ def read_texts(
     Args: members: contents by extension; lines: whether each line of .txt is a caption; packed: whether a manifest
         shows that `data pack` wrote the shard; required: whether a sample needs a caption or a label; keep: names of
         fields of .json to return.
-    Raises: SampleError without a usable caption or label if `required`, or if `packed` and the checksum is invalid.
+    Raises: SampleError if `required` and there is no usable caption or label, or if `packed` and the checksum is
+        invalid.
     """
     ignored: _Ignored = {}
     fields = _json_object(members["json"], ignored) if "json" in members else {}
@@ -273,9 +277,7 @@ def _crc32(fields: Mapping[str, Any], own: bool, packed: bool, ignored: _Ignored
         return value
     if own and packed:
         raise SampleError("bad_json", f"crc32 is {_brief(value)}, not a number of 32 bits")
-    ignored.setdefault(
-        "bad_checksum", f"crc32 is {_brief(value)}, which data pack did not write; nothing is compared with it"
-    )
+    ignored.setdefault("bad_checksum", f"crc32 is {_brief(value)}, which data pack did not write, so it is not checked")
     return None
 
 

@@ -95,7 +95,7 @@ def _ordered(path: str, numbered: Sequence[tuple[int, str]]) -> tuple[str, ...]:
     if missing is not None:
         raise DataError(
             f"{path}: its {len(numbered)} lines are numbered, but not from 0 to {len(numbered) - 1} (there is no "
-            f"{missing}): number them so, or, if the numbers belong to the names, put an index and a tab before each"
+            f"{missing}): number them from 0, or, if numbers belong to the names, put an index and a tab before each"
         )
     by_index: Mapping[int, str] = dict(numbered)
     return tuple(by_index[index].strip() for index in range(len(numbered)))

@@ -27,7 +27,7 @@ def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[st
     storage = storage or storage_for(path)
     remedy = "pack the folder again: univitar-ds data pack FOLDER OUT"
     if not storage.exists(path):
-        raise DataError(f"{folder} has no {MANIFEST}, its packing never ended; {remedy}")
+        raise DataError(f"{folder} has no {MANIFEST}, so its packing did not end; {remedy}")
     try:
         manifest = json.loads(storage.read(path))
     except ValueError as error:
@@ -37,7 +37,7 @@ def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[st
         raise DataError(f"{path} has version {found}, this program reads {VERSION}; {remedy}")
     shards = manifest.get("shards")
     if not isinstance(shards, list) or not all(map(_is_shard, shards)):
-        raise DataError(f"{path} has no sound list of shards; {remedy}")
+        raise DataError(f"{path} has no valid list of shards; {remedy}")
     return manifest
 
 

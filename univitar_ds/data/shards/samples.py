@@ -21,7 +21,7 @@ from univitar_ds.geometry import PATCH, Modality, Resolution, smart_resize, toke
 
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
 FILTERED = "filtered"
-"""The kind of the SampleError of a sample that a condition leaves out; no kind of bad samples."""
+"""The kind of the SampleError of a sample that a condition leaves out. Such a sample is not a bad sample."""
 _NEAR_BYTES = 1 << 16
 """Maximum length of a range with several text members that is read at once."""
 
@@ -52,7 +52,7 @@ class SizeRule:
         """Returns the tokens along time, height and width of an item, at most `most_tokens` in total.
 
         If min_tokens is close to max_tokens, rounding up to multiples of `divisor_px` can exceed max_tokens. An item
-        with more than `most_tokens` is then resized again, from its size before.
+        with more than `most_tokens` is then resized again, starting from that size.
         Raises: SampleError if one `divisor_px` square per tubelet exceeds `most_tokens`.
         """
         steps, h, w = self.resolution.grid(height, width, frames)
@@ -71,7 +71,7 @@ class SizeRule:
         return steps, height // PATCH, width // PATCH
 
     def shrinks(self, height: int, width: int, grid: tuple[int, int, int]) -> bool:
-        """Whether an item at its original size, rounded to `divisor_px`, exceeds the tokens of rule or pack."""
+        """Whether an item at its original size, rounded to `divisor_px`, exceeds the maximum of the rule or a pack."""
         divisor = self.resolution.divisor_px
         own = grid[0] * max(round(height / divisor), 1) * max(round(width / divisor), 1) * (divisor // PATCH) ** 2
         fixed = self.resolution.fixed_px is not None
@@ -79,8 +79,8 @@ class SizeRule:
 
 
 class SampleAddress(NamedTuple):
-    """Location and time of reading of a sample: index of its shard, first byte, length in bytes, number in the shard,
-    epoch, and number of packs of its stream when it was read."""
+    """Location of a sample: index of its `shard`, its bytes, and its number in the shard (`ordinal`). `since` is the
+    number of packs of its stream when it was read."""
 
     shard: int
     offset: int
@@ -146,9 +146,9 @@ def condition_fields(found: Sample | captions.Texts) -> dict[str, Any]:
 
 
 def check_condition(where: Condition, fields: Mapping[str, Any], *, partly: bool = False) -> None:
-    """Raises: SampleError of the kind FILTERED, with the rule as message, if the condition leaves the sample out.
+    """Raises SampleError of the kind FILTERED, with the rule as message, if the condition leaves the sample out.
 
-    Args: partly: whether `fields` lacks some that every sample has. A condition that needs them does not raise.
+    Args: partly: whether `fields` may lack some of `NAMES`. A condition that needs one of these does not raise.
     """
     try:
         if where.holds(fields):

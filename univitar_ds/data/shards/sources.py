@@ -81,7 +81,7 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
     """Returns all shards of the sources in order; within a source in the order of its manifest or of the names.
 
     With several sources, shard names begin with the position of their source, so that keys are unique.
-    Raises: DataError as `list_shards` does, or if a source has no shard, with the sentences of all such sources.
+    Raises: DataError as `list_shards` does, or if a source has no shard, with a sentence for each such source.
     """
 
     def listed(position: int) -> list[Shard] | str:

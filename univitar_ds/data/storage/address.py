@@ -36,7 +36,7 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
 
 
 def check_address(url: str) -> None:
-    """Raises: DataError if `url` is neither a local path nor an s3:// address."""
+    """Raises DataError if `url` is neither a local path nor an s3:// address."""
     if os.path.exists(url):  # the name of a local file may contain a colon
         return
     if url.startswith("pipe:"):

@@ -61,7 +61,7 @@ class StorageSettings:
 
 
 LOCAL = StorageSettings()
-"""Default settings: enough for local files, and for S3 if boto3 finds its own configuration."""
+"""Default settings. They suffice for local files, and for S3 if boto3 finds its own configuration."""
 
 
 class Storage(Protocol):

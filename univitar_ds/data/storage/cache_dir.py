@@ -60,7 +60,7 @@ class CacheDir:
         return os.path.exists(self._whole(version))
 
     def open(self, version: Version) -> int | None:
-        """Returns a descriptor of the copy, complete or not; None without a copy. An open copy is not removed."""
+        """Returns a descriptor of the copy, complete or not; None if there is none. An open copy is not removed."""
         whole, part = self._whole(version), self._part(version)
         for path in (whole, part, whole):  # a part may become complete between two attempts
             try:
@@ -95,7 +95,7 @@ class CacheDir:
         return part, lock
 
     def finish(self, version: Version) -> None:
-        """Gives a part that has all bytes the name of the complete copy."""
+        """Renames a part that has all bytes to the complete copy."""
         move_into_place(self._part(version), self._whole(version), durable=True)  # survives a power failure
 
     def used(self, copy: int) -> None:

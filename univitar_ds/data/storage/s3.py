@@ -107,9 +107,10 @@ class S3Storage:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def present(self, path: str) -> Version | None:
-        """Returns the version that an object has now, whatever is pinned; None if there is no such object.
+        """Returns the present version of an object, regardless of pins; None if there is no such object.
 
-        Raises: DataError, also if the store forbids to ask."""
+        Raises: DataError, also if the store forbids the request.
+        """
         answer = self.head(path)
         if answer is None:
             return None

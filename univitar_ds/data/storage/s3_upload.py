@@ -36,7 +36,7 @@ _ATTEMPTS = 3
 
 
 class Conflict(DataError):
-    """Raised if an object was written by another program than expected."""
+    """Raised if another program has written the object."""
 
 
 def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
@@ -101,7 +101,8 @@ def put_if(storage: S3Storage, url: str, content: bytes, etag: str | None) -> No
     try:
         _send(storage, "put_object", url, content, {**address(url), "Metadata": {"sha256": digest}, **condition})
     except DataError as error:
-        # A repeated request fails if the answer to the first one was lost. 404: the version is gone; 409: two at once.
+        # A repeated request fails if the answer to the first one was lost. 404: the version was removed; 409: another
+        # write at the same time.
         if status_of(error) not in (404, 409, 412):
             raise
         if not holds(storage, url, len(content), digest):

@@ -1,3 +1,3 @@
-"""The commands `univitar-ds data inspect`, `probe` and `verify`, and the look at a source of `univitar-ds init`."""
+"""The commands `univitar-ds data inspect`, `probe` and `verify`, and the survey of a source for `univitar-ds init`."""
 
 __all__ = ["inspect", "inspect_plot", "media_report", "survey", "verify"]

@@ -34,7 +34,7 @@ class Stream:
     imbalances: list[float] = field(default_factory=list)
     """For each complete step: the FLOPs of its most expensive pack divided by the mean, minus 1."""
     time_imbalances: list[float] = field(default_factory=list)
-    """The same of predicted time, with attention weighted by `data.attention_cost`."""
+    """The same for predicted time, with attention weighted by `data.attention_cost`."""
     bad: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)
@@ -101,7 +101,7 @@ class Inspection:
 
 
 def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (0.0, 0.0)) -> Inspection:
-    """Load and decode the first `packs` packs of each stage and modality of a run.
+    """Loads and decodes the first `packs` packs of each stage and modality of a run.
 
     `cost` are the coefficients of the FLOPs of an item (see `packing.item_cost`); without them, cost budgets have no
     effect.
@@ -125,7 +125,7 @@ def inspect(config: RunConfig, *, packs: int = 50, cost: tuple[float, float] = (
 
 
 def render(inspection: Inspection) -> str:
-    """The result as text."""
+    """Returns the result as text."""
     size = f"{inspection.bytes / 1e6:.1f} MB"
     lines = [f"{inspection.shards} shards, {size}, fingerprint {inspection.fingerprint}"]
     for stream in inspection.streams:
@@ -153,7 +153,7 @@ def _draw(config: RunConfig, stage: StageConfig, modality: Modality, packs: int,
 
 
 def _imbalance(packs: Sequence[Sequence[int]], coefficients: tuple[float, float]) -> list[float]:
-    """Returns the cost of the most expensive pack divided by the mean, minus 1; nothing for packs without a cost."""
+    """Returns the cost of the most expensive pack divided by the mean, minus 1; [] for packs without a cost."""
     costs = [sum(item_cost(tokens, coefficients) for tokens in pack) for pack in packs]
     return [max(costs) * len(costs) / sum(costs) - 1] if sum(costs) > 0 else []
 
@@ -161,7 +161,7 @@ def _imbalance(packs: Sequence[Sequence[int]], coefficients: tuple[float, float]
 def _steps(
     config: RunConfig, stage: StageConfig, modality: Modality, packs: int, cost: tuple[float, float]
 ) -> Iterator[list[PackedBatch]]:
-    """Steps that contain `packs` packs in total, from at most that many lanes."""
+    """Yields steps that contain `packs` packs in total, from at most that many lanes."""
     lanes = min(config.data.lanes, packs)
     with PackLoader(
         config.loaded_data,
@@ -196,7 +196,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _histogram(tokens: Sequence[int]) -> list[dict[str, int]]:
-    """At most `_BINS` bins of equal width from the smallest to the largest item; `to` is inclusive."""
+    """Returns at most `_BINS` bins of equal width from the smallest to the largest item; `to` is inclusive."""
     if not tokens:
         return []
     low, high = min(tokens), max(tokens)

@@ -50,9 +50,9 @@ _BINS = 40
 _ROWS = 200
 """Pixels of the column of a pack; no more than on the screen, so that no line between items is lost."""
 _BOLD = {"weight": "bold", "family": "DejaVu Sans"}
-"""Other fonts may have no bold face, which matplotlib reports for every text."""
+"""Other fonts may lack a bold face, and matplotlib would warn about every text."""
 _WHOLE = {"integer": True, "min_n_ticks": 1}
-"""Ticks of axes that count. With the default of two ticks, short axes have ticks at parts of a token."""
+"""Integer ticks for axes of counts. With the default of two ticks, short axes would have ticks at fractions."""
 _EMPTY, _EMPTY_EDGE = "white", "#555555"
 _COLOURS = colormaps["viridis"]
 SOFTWARE = "univitar_ds data inspect"
@@ -79,7 +79,7 @@ class Gallery:
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Write the image as PNG. Its folder must exist."""
+    """Writes the image as PNG. Its folder must exist."""
     captions = [caption for stream in inspection.streams if stream.shown for caption in stream.shown.captions]
     with style.context(["default", {"font.family": _families(captions)}]):
         figure = _page(inspection, missing(captions))
@@ -93,7 +93,7 @@ def draw(inspection: Inspection, path: Path) -> None:
 
 
 def _families(captions: Sequence[str]) -> list[str]:
-    """Return DejaVu Sans and the families of the system's fonts that the captions need in addition."""
+    """Returns DejaVu Sans and the families of the system's fonts that the captions need in addition."""
     families = ["DejaVu Sans"]
     for file in fallbacks(captions):
         try:
@@ -154,13 +154,13 @@ def _draw_stream(figure: Figure, total: float, top: float, stream: Stream, page:
 
 
 def _lines(text: str, points: float, lines: int, *, bold: bool = False) -> str:
-    """Wrap a text to the width of the page."""
+    """Wraps a text to the width of the page."""
     width = round(_DPI * (_WIDTH_IN - 2 * _MARGIN_IN))
     return "\n".join(wrap(text, width, lines, math.ceil(points * _DPI / 72), bold=bold))
 
 
 def _headline(stream: Stream) -> list[tuple[str, dict[str, str]]]:
-    """Return the lines above the plots of a stream, each with its font."""
+    """Returns the lines above the plots of a stream, each with its font."""
     figures = stream.to_json()
     fill, items = figures["fill_pct"]["mean"], figures["items_per_pack"]["mean"]
     left_out = stream.bad + Counter({"by where": stream.filtered.total()})  # the rules are too long for a line
@@ -177,7 +177,7 @@ def _headline(stream: Stream) -> list[tuple[str, dict[str, str]]]:
 
 
 def _sizes(axes: Axes, stream: Stream, scale: Normalize) -> None:
-    """Draw the histogram of tokens."""
+    """Draws the histogram of tokens."""
     tokens = stream.tokens
     low, high = min(tokens, default=0) - 0.5, max(tokens, default=0) + 0.5
     _, edges, bars = axes.hist(tokens, bins=min(_BINS, round(high - low)), range=(low, high), rwidth=0.94)
@@ -195,7 +195,7 @@ def _sizes(axes: Axes, stream: Stream, scale: Normalize) -> None:
 
 
 def _fills(axes: Axes, stream: Stream, scale: Normalize) -> None:
-    """Draw each pack as a column of its items, the largest at the bottom; the unused budget is hatched."""
+    """Draws each pack as a column of its items, the largest at the bottom; the unused budget is hatched."""
     budget = stream.stage.token_budget
     columns = np.stack([_column(pack, budget, scale) for pack in stream.packs], axis=1)
     count = len(stream.packs)
@@ -227,7 +227,7 @@ def _fills(axes: Axes, stream: Stream, scale: Normalize) -> None:
 
 
 def _column(pack: Sequence[int], budget: int, scale: Normalize) -> np.ndarray:
-    """Colours of the column of a pack from the bottom: (rows, 3), between 0 and 1."""
+    """Returns the colours of the column of a pack from the bottom: (rows, 3), between 0 and 1."""
     column = np.ones((_ROWS, 3))
     bounds = [round(_ROWS * tokens / budget) for tokens in cumulative(sorted(pack, reverse=True))]
     for tokens, start, end in zip(sorted(pack, reverse=True), bounds[:-1], bounds[1:], strict=True):
@@ -238,7 +238,7 @@ def _column(pack: Sequence[int], budget: int, scale: Normalize) -> np.ndarray:
 
 
 def _pack(axes: Axes, batch: PackedBatch | None, page: Gallery, scale: Normalize) -> None:
-    """Draw the items at the same scale."""
+    """Draws the items at the same scale."""
     axes.set(xlim=(0, _WIDTH_IN - 2 * _MARGIN_IN), ylim=(page.height, 0))
     axes.axis("off")
     if batch is None:
@@ -280,7 +280,7 @@ def _pack(axes: Axes, batch: PackedBatch | None, page: Gallery, scale: Normalize
 
 
 def _label(grid: tuple[int, int, int], batch: PackedBatch, index: int, width: float) -> list[str]:
-    """Return the lines below an item that is `width` inches wide: its size, and its caption where there is space."""
+    """Returns the lines below an item that is `width` inches wide: its size, and its caption where there is space."""
     t, h, w = grid
     size = f"{t} x {h} x {w}" if batch.modality == "video" else f"{h} x {w}"
     most = math.floor(width * _DPI)
@@ -291,7 +291,7 @@ def _label(grid: tuple[int, int, int], batch: PackedBatch, index: int, width: fl
 
 
 def strips(batch: PackedBatch) -> list[np.ndarray]:
-    """Each item as one image (H, W, 3) uint8; for a video, the first frames of its tubelets side by side."""
+    """Returns each item as one image (H, W, 3) uint8; for a video, the first frames of its tubelets side by side."""
     pixels = batch.pixels.numpy()
     frames, grids = batch.frames.tolist(), batch.grid_thw.tolist()
     sizes = [count * h * w * PATCH * PATCH * 3 for count, (_, h, w) in zip(frames, grids, strict=True)]
@@ -303,7 +303,7 @@ def strips(batch: PackedBatch) -> list[np.ndarray]:
 
 
 def gallery(batch: PackedBatch | None) -> Gallery:
-    """Arrange the items in rows, at a scale at which they fit on the page. Boxes are in the order of the pack."""
+    """Arranges the items in rows, at a scale at which they fit on the page. Boxes are in the order of the pack."""
     if batch is None:
         return Gallery([], 0.3, 0.0)
     sizes = [(h * PATCH, t * w * PATCH) for t, h, w in batch.grid_thw.tolist()]
@@ -317,7 +317,7 @@ def gallery(batch: PackedBatch | None) -> Gallery:
 
 
 def _rows(sizes: Sequence[tuple[int, int]], scale: float, inner: float) -> Gallery:
-    """Place the items by decreasing height, each in the first row with enough space."""
+    """Places the items by decreasing height, each in the first row with enough space."""
     rows: list[tuple[float, list[int]]] = []  # height, members
     ends: list[float] = []
     lefts = {}

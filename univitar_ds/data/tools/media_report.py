@@ -52,7 +52,7 @@ class MediaReport:
         return asdict(self)
 
     def sentence(self) -> str:
-        """The report in one line."""
+        """Returns the report as one line."""
         if not self.ok:
             return f"left out ({self.error}): {self.file}: {self.message}"
         assert self.grid is not None
@@ -66,7 +66,7 @@ class MediaReport:
 
 @dataclass(frozen=True)
 class _Header:
-    """The result for a file before decoding. Without `sample`, it is left out."""
+    """The result for a file before decoding. The file is left out if `sample` is None."""
 
     path: Path
     size: MediaSize | None
@@ -75,7 +75,7 @@ class _Header:
 
 
 def report(paths: Iterable[Path], data: DataConfig, stage: StageConfig) -> Iterator[MediaReport]:
-    """Report in order how a run with these settings would read each file.
+    """Reports in order how a run with these settings would read each file.
 
     As in training, `data.workers` processes, at least one, read headers and pixels.
     """
@@ -112,7 +112,7 @@ def _header(path: Path, sizes: Mapping[Modality, SizeRule], probe: Prober) -> _H
     size: MediaSize | None = None
 
     def remember_size(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
-        """Keep the size for the report even if the rule of the stage rejects the sample."""
+        """Keeps the size for the report even if the rule of the stage rejects the sample."""
         nonlocal size
         (found,) = probe(media)
         size = found if isinstance(found, MediaSize) else None

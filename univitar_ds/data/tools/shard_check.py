@@ -27,7 +27,7 @@ from univitar_ds.errors import SampleError
 from univitar_ds.geometry import Modality
 
 _STAGE = StageConfig.model_fields
-"""The limits are the defaults of a run file."""
+"""The fields of a stage. Their defaults are the limits of a check."""
 DEFAULTS = DataConfig(sources=[SourceConfig(path="none")])
 _SAMPLING = Sampling(**VideoSampling().model_dump())
 _HASHED_AT_ONCE = 8 << 20
@@ -115,14 +115,16 @@ class ShardCheck:
 
 
 def check_shard(task: Task, report: Callable[[Event], None]) -> None:
-    """Hash the shard if its manifest has a hash, then check its samples from the `StartPosition` `task.start`.
+    """Hashes the shard if its manifest has a hash, then checks its samples from the `StartPosition` `task.start`.
 
     Raises: DataError if the shard cannot be read.
     """
     job: ShardCheck = task.job
     start: StartPosition = task.start
     storage = storage_for(job.shard.path, job.settings)
-    shard = replace(job.shard, storage=storage, watch=None, where=None)  # samples that a condition leaves out, too
+    shard = replace(
+        job.shard, storage=storage, watch=None, where=None
+    )  # also checks samples that a condition leaves out
     if shard.sha256 is not None and not start.hashed:
         with storage.open(shard.path) as stream:
             state = hashlib.sha256()
@@ -159,7 +161,7 @@ def check_shard(task: Task, report: Callable[[Event], None]) -> None:
 
 
 def _unread(group: tar_index.Group) -> tuple[str, ...]:
-    """Extensions of the members that are neither the media nor a text, which the loader does not read."""
+    """Returns the extensions of the members that are neither the media nor a text, which the loader does not read."""
     media = media_member(group, modality_of(group) or "image")
     others = (member for member in group.members if member is not media)
     return tuple(member.extension for member in others if member.extension not in captions.EXTENSIONS)
@@ -173,7 +175,7 @@ def _report_texts(sample: Sample, group: tar_index.Group, report: Callable[[Even
 
 
 def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) -> Sample:
-    """Read a sample as the loader would. Raises: SampleError for a sample that the loader would leave out."""
+    """Reads a sample as the loader would. Raises: SampleError for a sample that the loader would leave out."""
     kind = modality_of(group) or shard.modality or "image"
     if shard.modality not in (None, kind):
         raise SampleError("wrong_kind", f"is {kind} in a shard of {shard.modality} by its manifest; pack it again")
@@ -195,7 +197,7 @@ def check_sample(shard: SourceShard, group: tar_index.Group, job: ShardCheck) ->
 
 
 def _check_metadata(sample: Sample) -> None:
-    """Raises: SampleError if the header of the file differs from its metadata. Decoding compares the rest."""
+    """Raises SampleError if the header of the file differs from its metadata. Decoding compares the rest."""
     address = MediaAddress(
         sample.shard.storage, sample.shard.path, sample.media_offset, sample.media_length, sample.extension
     )

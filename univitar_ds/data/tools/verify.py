@@ -107,7 +107,7 @@ def verify(
     progress: bool = True,
     limits: DataConfig | None = None,
 ) -> dict[str, Any]:
-    """Check every shard of the sources in `workers` processes, each sample with the limits of `limits`.
+    """Checks every shard of the sources in `workers` processes, each sample with the limits of `limits`.
 
     If data are missing or damaged, the rest is still checked. A sample that crashes its process or makes it hang is a
     bad sample of kind "crash" or "timeout". The report depends only on the data.
@@ -118,7 +118,7 @@ def verify(
         "sources", "shards"}. A source has path, split, shards, missing (shards of its manifest), error and warning. For
         a shard, see `_Found.to_json`. Each fault, and each ignored text of a sample that can be used, has a kind, key
         ("" for bytes without samples), byte and message. "scattered" is the first sample whose members are not
-        consecutive. "sha256" is "matches" or "differs", None without one in a manifest. "unread" counts the members
+        consecutive. "sha256" is "matches" or "differs"; None if no manifest has a hash. "unread" counts the members
         that the loader does not read, by extension.
     """
     settings, limits = settings.shared(), limits or DEFAULTS
@@ -213,7 +213,7 @@ def _find(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, An
 
 
 def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str, dict[str, Any]]:
-    """The shards in the manifest for the split of the source, by file name; {} without a manifest."""
+    """Returns the shards in the manifest for the split of the source, by file name; {} if there is no manifest."""
     folder = place_of(source)
     storage = storage_for(folder, settings)
     if folder.endswith(".tar") or not storage.exists(os.path.join(folder, MANIFEST)):
@@ -225,7 +225,7 @@ def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str,
 def _existing_shards(
     source: SourceConfig, rows: dict[str, dict[str, Any]], settings: StorageSettings
 ) -> tuple[list[SourceShard], list[str]]:
-    """The existing shards of an incomplete source, and the names of the missing ones."""
+    """Returns the existing shards of an incomplete source, and the names of the missing ones."""
     try:
         path = place_of(source)
         storage = storage_for(path, settings)

@@ -71,7 +71,7 @@ def test_errors_name_missing_shards_folders_and_splits(server, settings):
         listed("deep/packed", settings, "val")
     server.put("unfinished/" + PROGRESS_FILE, b"{}")
     server.put("unfinished/train-image-000000.tar", b"")
-    with pytest.raises(DataError, match="its packing never ended"):
+    with pytest.raises(DataError, match="its packing did not end"):
         listed("unfinished", settings)
 
 

@@ -191,7 +191,7 @@ def test_compressed_tars_are_an_error_or_a_warning_if_there_are_others(tmp_path,
 def test_a_folder_whose_packing_was_not_completed_is_an_error(tmp_path):
     bare(tmp_path, 2)
     (tmp_path / PROGRESS_FILE).write_text("")
-    with pytest.raises(DataError, match="its packing never ended"):
+    with pytest.raises(DataError, match="its packing did not end"):
         find_shards([source(tmp_path)])
 
 

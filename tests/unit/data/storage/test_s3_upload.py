@@ -265,7 +265,7 @@ def test_packing_gives_the_same_bytes_after_a_kill_at_any_request(server, folder
     ended = run_watched(command, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert "killed/manifest.json" not in server.keys("killed")
-    with pytest.raises(DataError, match="its packing never ended"):
+    with pytest.raises(DataError, match="its packing did not end"):
         list_shards(SourceConfig(path=out), "", settings(server.url, tmp_path))
     pack(folder, out, tmp_path, server.url)
     there = contents(server, "killed")
