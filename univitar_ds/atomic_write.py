@@ -1,6 +1,6 @@
 """Writes files and folders atomically: they get their name only when they are complete.
 
-Readers, also after a crash, see the earlier file or the new file. Every module that promises this uses this module.
+Readers see the earlier file or the complete new file, even after a crash.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def replacing(path: Path, *, durable: bool = False, shared: bool = False) -> Ite
 
     The name is `.{name}.partial`, which `owned` recognises as a file of the program.
 
-    Args: durable: see `move_into_place`; shared: whether independent processes may write `path` at the same time, so
-        that each needs another partial file.
+    Args: durable: see `move_into_place`; shared: whether independent processes may write `path` at the same time.
+        Then each process writes a partial file of its own.
     Raises: StorageError if the storage fails; `path` is unchanged then, as after any error.
     """
     own = f".{uuid.uuid4().hex}" if shared else ""
@@ -52,10 +52,10 @@ def replace_text(path: Path, text: str) -> Path:
 
 
 def move_into_place(partial: str | Path, path: str | Path, *, durable: bool = False) -> None:
-    """Renames a finished file to `path`, or a finished folder to a free name or over an empty folder.
+    """Renames a finished file or folder to `path`. A folder must not be renamed to a folder that has entries.
 
-    Args: durable: whether to sync the content before the renaming and the name after it, so that `path` is complete
-        even after a power failure. The caller must sync the files in a folder.
+    Args: durable: whether to sync the content before the renaming and the parent folder after it, so that `path` is
+        complete even after a power failure. The caller must sync the files in a folder.
     Raises: OSError if the storage fails.
     """
     if durable:

@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
 
 class ClassList:
-    """The classes of each data set; the set is None for samples that name none.
+    """The classes of each data set. Samples that name no set belong to the set None.
 
     `names` maps each set to its class names in order. The class with index i of set s is row `spans[s].begin + i`.
     """
@@ -75,7 +75,7 @@ class ClassList:
 
 
 def class_list(labels: Iterable[tuple[str | None, str]]) -> ClassList:
-    """Returns the classes in pairs of set and label, sorted by name; sets of a single class are left out.
+    """Returns the classes that occur in pairs (set, label), sorted by name, without sets of a single class.
 
     Raises: DataError if no set has two classes.
     """

@@ -47,7 +47,7 @@ class CheckpointError(UserError):
 
 
 class InstallationError(UserError):
-    """An error in a library of this environment, which cannot be imported."""
+    """A library that is missing in this environment or cannot be imported."""
 
 
 class PluginError(UserError):
@@ -59,8 +59,10 @@ class StorageError(UserError):
 
 
 class RunError(UserError):
-    """A run that was started from Python has ended early. `exit_code` is its exit status; 85: it was asked to stop and
-    has saved."""
+    """A run that was started from Python has ended early.
+
+    `exit_code` is its exit status; 85 means that it was asked to stop and has saved a checkpoint.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -72,8 +74,8 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota there, or name another place",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or name another place",
     errno.EROFS: "name a place that can be written",
-    errno.EACCES: "name a place that you may write to, or ask for the right to",
-    errno.EPERM: "name a place that you may write to, or ask for the right to",
+    errno.EACCES: "name a place that you may write to, or ask for permission",
+    errno.EPERM: "name a place that you may write to, or ask for permission",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a part of this path is a file; name another place",
     errno.EISDIR: "there is a folder of this name; name another place",

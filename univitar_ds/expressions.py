@@ -1,7 +1,7 @@
 """Conditions on the fields of a sample, such as `json.similarity > 0.3 and width >= 256`.
 
-The syntax is a part of Python's, which `ast` parses. Nothing is executed as Python: the only values are constants and
-the sample's fields, and an expression costs time and memory in proportion to its length.
+The syntax is a subset of Python's and is parsed by `ast`. Nothing is executed as Python: the only values are constants
+and the sample's fields, and an expression costs time and memory in proportion to its length.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ _COMPARISONS = {
 
 
 class Undecided(Exception):
-    """A condition that has no result for a sample. The message has one of few texts for each condition."""
+    """A condition that has no result for a sample.
+
+    The message does not contain values of the sample, so that samples can be counted by message.
+    """
 
 
 class LacksField(Undecided):
@@ -57,7 +60,7 @@ class LacksField(Undecided):
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on the fields of a sample. `source` names the source that has it, in messages.
+    """A condition on the fields of a sample. `source` is the name of its source, for messages.
 
     Raises: ValueError if `text` is not a condition, with the position.
     """
@@ -70,13 +73,13 @@ class Condition:
 
     @property
     def json_names(self) -> frozenset[str]:
-        """Names of the fields of .json that the condition reads; of nested ones the first part."""
+        """Names of the fields of .json that the condition reads; for `json.a.b` the name is `a`."""
         return _parsed(self.text)[1]
 
     def holds(self, fields: Mapping[str, Any]) -> bool:
-        """Returns whether the condition is true. As in Python, what `and` and `or` do not need is not looked at.
+        """Returns whether the condition is true. As in Python, `and` and `or` skip parts that cannot change the result.
 
-        Args: fields: values by `NAMES`, None for one that is absent, and "json", a mapping.
+        Args: fields: the values of `NAMES`, None for absent ones, and "json", a mapping.
         Raises: LacksField; Undecided if a value has the wrong type or size, or a number is divided by 0.
         """
         try:

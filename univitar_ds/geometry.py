@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 PATCH = 14
-"""Side of a patch in pixels (release)."""
+"""Side of a patch in pixels, as in the public release of UniViTAR."""
 TUBELET = 2
-"""Frames per token (release). An image is used as both frames of its tokens."""
+"""Frames per token, as in the public release. An image is used as both frames of its tokens."""
 Modality = Literal["image", "video"]
 """Modality of an item and of a pack, whose items have one modality."""
 
@@ -23,8 +23,8 @@ Modality = Literal["image", "video"]
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Returns the size nearest to (height, width) with sides divisible by `factor` and an area within the limits.
 
-    Gives the same size as the release, unless the release returns a side of 0 (extreme aspect ratios). Then each side
-    is at least `factor`, and the longer side is reduced so that the area is at most `max_pixels`.
+    Gives the same size as the public release, unless the release returns a side of 0 (extreme aspect ratios). Then each
+    side is at least `factor`, and the longer side is reduced so that the area is at most `max_pixels`.
 
     Args: height, width, factor: in pixels; min_pixels, max_pixels: limits of the area of one frame.
     Returns: (height, width) in pixels.
@@ -68,7 +68,7 @@ class Resolution:
     def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
         """Returns the numbers of tokens along time, height and width of an item of height x width pixels.
 
-        Raises: ValueError as `smart_resize`, for a native size.
+        Raises: ValueError if `smart_resize` raises it; never for a fixed size.
         """
         steps = math.ceil(frames / TUBELET)
         if self.fixed_px is not None:

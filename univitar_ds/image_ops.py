@@ -34,7 +34,7 @@ ORIENTATIONS = {
     7: Orientation(True, True, True, Image.Transpose.TRANSVERSE, 7),
     8: Orientation(True, True, False, Image.Transpose.ROTATE_90, 6),
 }
-"""Orientations by EXIF number. The display matrix of a video also is one of them."""
+"""Orientations by EXIF number. The display matrix of a video corresponds to one of them."""
 _NUMBERS = {one[:3]: number for number, one in ORIENTATIONS.items()}
 WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 
@@ -65,8 +65,8 @@ def _load(image: Image.Image) -> None:
 def rgb_pixels(image: Image.Image, orientation: int | None = None) -> np.ndarray:
     """Returns the upright RGB pixels of an image in any Pillow mode: (H, W, 3) uint8.
 
-    Applies the EXIF orientation, blends transparency with white (as the release does), and scales greys of more than
-    8 bit to 8 bit. Needs a few MB in addition to the loaded image and the result.
+    Applies the EXIF orientation, blends transparency with white (as the public release of UniViTAR does), and scales
+    grey values of more than 8 bits to 8 bits. Needs a few MB in addition to the loaded image and the result.
 
     Args: orientation: a key of `ORIENTATIONS`; None: that of the image's tag.
     Raises: Pillow's errors for pixels that it cannot decode (OSError, SyntaxError, ValueError ...).
@@ -109,7 +109,7 @@ def orientation_of_matrix(matrix: tuple[int, int, int, int]) -> int:
 
 
 def resize_rgb(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resizes an RGB image to height x width pixels, bicubic as in the release. Returns (height, width, 3) uint8."""
+    """Returns an RGB image resized to (height, width, 3) uint8, bicubic as in the public release."""
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -130,7 +130,7 @@ def _blocks(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _opaque(image: Image.Image) -> np.ndarray:
-    """Converts any mode of at most 8 bit to RGB, with transparency blended with white. Returns (H, W, 3) uint8."""
+    """Converts any mode of at most 8 bits to RGB, with transparency blended with white. Returns (H, W, 3) uint8."""
     if image.mode in WITH_ALPHA or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):  # Pillow converts premultiplied modes only to their plain form
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
@@ -140,7 +140,7 @@ def _opaque(image: Image.Image) -> np.ndarray:
 
 
 def _greys(image: Image.Image) -> np.ndarray:
-    """Returns the values of a grey image of more than 8 bit: (H, W, 1), 0 for NaN and infinity."""
+    """Returns the values of a grey image of more than 8 bits: (H, W, 1), with 0 for NaN and infinity."""
     values = np.asarray(image)[..., None]
     return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) if values.dtype.kind == "f" else values
 
@@ -154,7 +154,7 @@ class _GreySpan(NamedTuple):
 
     @classmethod
     def of(cls, image: Image.Image) -> _GreySpan:
-        """Returns the range of a whole image, computed in squares."""
+        """Returns the range of a whole image, computed block by block."""
         spans = []
         for block in _blocks(image):
             values = _greys(image.crop(block))
@@ -163,7 +163,11 @@ class _GreySpan(NamedTuple):
         return cls(float(min(lows)), float(max(highs)), all(integral))
 
     def to_8_bit(self, values: np.ndarray) -> np.ndarray:
-        """Scales greys to 8 bit: by the range of their format if known, else by the range of the image."""
+        """Scales grey values to 8 bits.
+
+        The range of the whole image decides its format: 0 to 1 (floats), 0 to 255 or 0 to 65535. Images with other
+        values are scaled by their own range.
+        """
         values = values.astype(np.float64)
         if self.low < 0 or self.high > 65535:
             values = (values - self.low) * (255 / max(self.high - self.low, 1e-12))

@@ -1,7 +1,7 @@
 """Removes the current folder from Python's search path for modules.
 
-A user's `random.py`, `types.py` or `tokenizers/` there would be imported instead of the real module. This file imports
-only modules that are loaded when Python starts, because `__main__` calls it first.
+A user's `random.py`, `types.py` or `tokenizers/` in it would be imported instead of the real module. This file
+imports only modules that are loaded when Python starts, because `__main__` calls it first.
 """
 
 import os
@@ -14,8 +14,8 @@ PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def drop_current_folder() -> None:
     """Removes the current folder from `sys.path`, unless it contains this package, as in a checkout.
 
-    `python -m` adds the current folder at the beginning, an empty entry of PYTHONPATH at any position, and DeepSpeed's
-    launcher for several machines adds it to PYTHONPATH.
+    `python -m` adds the current folder at the beginning. An empty entry of PYTHONPATH adds it in its place.
+    DeepSpeed's launcher for several machines adds it to PYTHONPATH.
     """
     try:
         here = os.path.realpath(os.getcwd())
@@ -32,7 +32,7 @@ def drop_current_folder() -> None:
 
 
 def safe_environment(environment: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
-    """Returns `environment` changed for a Python process that this process starts, and for its children.
+    """Returns a copy of `environment` for a Python process that this process starts, and for its children.
 
     Their `sys.path` does not have the current folder, and they import this package from the same folder.
     """

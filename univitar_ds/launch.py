@@ -66,7 +66,7 @@ def describe_resuming(
 
 
 def _foreseen_ranks(nproc: int | None) -> int:
-    """Returns the number of ranks. It may exceed the GPUs of this machine, which may not be the one that trains."""
+    """Returns the number of ranks. It may exceed the number of GPUs here, since another machine may train."""
     return int(os.environ["WORLD_SIZE"]) if _is_rank(nproc) else nproc or 1
 
 
@@ -113,10 +113,10 @@ def _kept(run: Path) -> str:
     found = None
     with suppress(OSError, UserError):
         folder = load_config(run / CONFIG).checkpoint.folder
-        if folder is not None:  # the store is not asked, since it may be what failed
-            return f"the last complete checkpoint in {folder} is whole"
+        if folder is not None:  # not read from the store, which may be the cause of the error
+            return f"the last complete checkpoint in {folder} is intact"
         found = checkpoint_dir.latest(run / CHECKPOINTS)
-    return "no checkpoint was written yet" if found is None else f"the last checkpoint, {found}, is whole"
+    return "no checkpoint was written yet" if found is None else f"the last checkpoint, {found}, is intact"
 
 
 def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
@@ -246,7 +246,7 @@ def _start(run: Path, nproc: int, lock: RunLock) -> int:
 
 
 def _ask_ranks(launcher: subprocess.Popen[bytes], stop: Stop) -> None:
-    """Sends the first signal on to the ranks. Ends this process if there are no ranks yet."""
+    """Forwards the first signal to the ranks as SIGUSR1. Ends this process if there are no ranks yet."""
     ranks = children(launcher.pid)
     if not ranks:
         stop.leave(stop.number)
@@ -310,7 +310,7 @@ def _is_rank(nproc: int | None) -> bool:
 
 
 def _check_gpus(nproc: int) -> None:
-    """Raises: ConfigError if there are too few GPUs. Called before files are replaced."""
+    """Checks the number of GPUs before files are replaced. Raises: ConfigError if there are too few."""
     from univitar_ds.training.distributed.process_group import check_gpus
 
     check_gpus(nproc)
@@ -329,7 +329,8 @@ def _devices(nproc: int) -> list[str] | list[int]:
 def leave(error: UserError) -> NoReturn:
     """Ends this rank after a user's error, without waiting for threads or other ranks.
 
-    Only rank 0 reports an error that occurs on all ranks. A PeerFailure is not reported here.
+    A DivergedError occurs on all ranks and is reported by rank 0 only. A PeerFailure is not reported here, because the
+    rank that failed reports the reason.
     """
     from univitar_ds.training.distributed.process_group import PeerFailure
     from univitar_ds.training.step.train_step import DivergedError

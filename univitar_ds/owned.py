@@ -1,7 +1,7 @@
 """Recognises the files that the program has written, which it may replace or remove. Nothing else is ever deleted.
 
 A folder that the program creates contains a marker file. A tree describes the entries that the program writes there:
-regular expressions for whole names, each with None for a file or another tree for a folder. Only regular files and
+it maps regular expressions for whole names to None for files, and to another tree for folders. Only regular files and
 folders with these names are removed, one by one. Links are never followed; they belong to the user, as do all other
 names.
 """
@@ -65,7 +65,7 @@ def refuse_link(folder: Path) -> None:
 
 
 def foreign(folder: Path, names: Names) -> str | None:
-    """Returns the path, relative to `folder`, of the first entry that the program does not write; None without one."""
+    """Returns the path, relative to `folder`, of the first entry that the program does not write, or None."""
     for entry in _entries(folder):
         inner = _fitting(entry, names)
         if inner is _NOTHING:
@@ -138,7 +138,7 @@ def drawn_by(software: str) -> Callable[[Path], bool]:
 
 
 def write_result(path: Path, text: str) -> None:
-    """Writes a file that `check_result` accepted, into /dev/stdout or a pipe if it is one. Raises: StorageError."""
+    """Writes `text` to a path that `check_result` accepted, /dev/stdout and pipes included. Raises: StorageError."""
     if path.exists() and not path.is_file():
         with writing(path):
             path.write_text(text, encoding="utf-8")

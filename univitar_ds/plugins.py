@@ -1,7 +1,7 @@
 """Plugins: objectives, optimizers, readers of sources and callbacks in Python files or modules that a run file names.
 
-A plugin is imported from the run file's `plugins` or `data pack --plugin` only, never from a checkpoint or a model. It
-registers what it has while it is imported:
+Only the key `plugins` of a run file and `data pack --plugin` import plugins; a checkpoint or a model never does. A
+plugin registers its classes and functions while it is imported:
 
     from univitar_ds.plugins import Callback, register_callback
 
@@ -10,7 +10,7 @@ registers what it has while it is imported:
         def on_step(self, info):
             print(info.step, info.loss)
 
-This module imports neither torch nor the rest of the package, so that a plugin is free to import anything.
+This module imports neither torch nor other packages of `univitar_ds`, so that a plugin may import any of them.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _TAKEN_SCHEMES = ("s3", "file")
 _MOMENT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _TAKEN_MOMENTS = ("fp32", "ema", "frozen", "step")
-"""What else a checkpoint, or the state of an optimizer, has of a parameter."""
+"""Names under which checkpoints and optimizer states store other values of a parameter."""
 MOMENT_TYPES = ("float32", "bfloat16", "float16")
 _Registered = TypeVar("_Registered")
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run as `Callback.on_start` gets it.
+    """The run that is passed to `Callback.on_start`.
 
-    `folder`: of the run; `step`: steps that are done, above 0 if the run is resumed; `ranks`: number of processes;
-    `config`: a copy of the run file with all keys.
+    `folder`: folder of the run; `step`: number of finished steps, above 0 if the run is resumed; `ranks`: number of
+    processes; `config`: a copy of the run file with all keys.
     """
 
     name: str
@@ -69,11 +69,11 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """A step as `Callback.on_step` gets it. The numbers are those of all ranks.
+    """The step that is passed to `Callback.on_step`. The numbers are those of all ranks.
 
-    `step`: steps that are done; `samples`, `tokens`: of the run so far; `items`: of the step; `loss`: with the weights
-    of the stage; `losses`: its parts without weights; `logit_scale`, `logit_bias`: None for a classifier; `seconds`: of
-    the slowest rank.
+    `step`: number of finished steps; `samples`, `tokens`: of the run so far; `items`: of the step; `loss`: weighted sum
+    of `losses`, with the weights of the stage; `losses`: the unweighted losses by name; `logit_scale`, `logit_bias`:
+    None for a classifier; `seconds`: of the slowest rank.
     """
 
     step: int
@@ -92,24 +92,27 @@ class StepInfo:
 
 
 class Callback:
-    """Base class of callbacks. Methods are called on rank 0 only, while the other ranks wait for its next step.
+    """Base class of callbacks. Methods are called on rank 0 only; the other ranks wait for it at the next step.
 
     An error in a method ends the run on all ranks before the next step.
     """
 
     def on_start(self, run: RunInfo) -> None:
-        """Is called once in each start, before the first step."""
+        """Called after each start of the run, before the first step."""
 
     def on_step(self, info: StepInfo) -> None:
-        """Is called after each good step. After a rollback the numbers of steps continue from the last checkpoint."""
+        """Called after each step that was neither skipped nor rolled back.
+
+        After a rollback, `info.step` continues from the last checkpoint.
+        """
 
     def on_checkpoint(self, folder: Path | str) -> None:
-        """Is called after each checkpoint, which is complete in `folder`, a path or an s3:// address."""
+        """Called after each checkpoint. `folder` has the complete checkpoint: a path or an s3:// address."""
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Is called last, after export and evaluation, or after a run that was asked to stop has saved.
+        """Called last: after export and evaluation, or after the checkpoint of a run that was asked to stop.
 
-        `summary` is the content of the run's summary.json; its `completed` is whether all stages are done.
+        `summary` is the content of the run's summary.json; `summary["completed"]` is whether all stages are done.
         """
 
 
@@ -119,18 +122,18 @@ class Objective(Protocol):
     def loss_of_chunk(self, images: Any, texts: Any, scale: Any, bias: Any, positives: Any) -> Any:
         """Returns the sum of the losses of n * m pairs, a scalar tensor with a gradient.
 
-        It is called for one block of the step's pairs at a time, each pair in one block, so it must not depend on how
-        many others a block has: no mean, no softmax over a block.
+        Called for one block of the step's pairs at a time. Each pair is in one block, so the loss of a pair must not
+        depend on the other pairs of the block: no mean, no softmax over a block.
 
-        Args: images: (n, E), texts: (m, E), float32 unit vectors, image or video i and text j; scale, bias: (), of
-            the model, positive scale; positives: (n, m) bool, whether image i and text j belong together.
-            n and m are at least 1.
+        Args: images: (n, E), texts: (m, E): float32 unit vectors of images or videos and of texts; scale, bias: (),
+            parameters of the model, with a positive scale; positives: (n, m) bool, whether image i and text j belong
+            together. n and m are at least 1.
         """
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A number that an optimizer keeps for each weight. `dtype`: one of MOMENT_TYPES; `initial`: before an update."""
+    """A number that an optimizer keeps for each weight. `dtype`: one of MOMENT_TYPES; `initial`: value at first."""
 
     dtype: str = "float32"
     initial: float = 0.0
@@ -146,14 +149,14 @@ class Optimizer(Protocol):
     ) -> None:
         """Updates weights and moments in place.
 
-        It is called for each part of the weights that a rank has, without regard to where a parameter begins, so an
-        element may depend on the same element of the other tensors only: no norm, no mean, no message to other ranks.
-        The gradient is that of all ranks, after clipping. An update that is skipped, since a gradient is not finite,
-        does not call it.
+        Called for each slice of the flattened weights that a rank has. A slice may begin and end within a parameter, so
+        each element may depend only on the same element of the other tensors: no norm, no mean, no communication
+        between ranks. The gradient is that of all ranks, after clipping. If a gradient is not finite, the update is
+        skipped and this method is not called.
 
-        Args: weights, gradient: (n,) float32; moments: (n,) tensors by name, of the declared types; lr: of the stage,
-            times that of the layer; weight_decay: 0 for vectors such as norms and biases; step: number of this update
-            of these weights, 1 for the first.
+        Args: weights, gradient: (n,) float32; moments: (n,) tensors by name, of the declared types; lr: learning rate
+            of the stage times the factor of the layer; weight_decay: 0 for vectors such as norms and biases; step:
+            number of this update of these weights, from 1.
         """
 
 
@@ -169,7 +172,7 @@ class Reader:
     uses: frozenset[str]
 
     def reads(self, source: str) -> bool:
-        """Whether the name of a source is one for this reader."""
+        """Whether this reader reads the source with this name."""
         scheme, separator, _ = source.partition("://")
         if separator:
             return scheme in self.schemes
@@ -194,29 +197,29 @@ class Plugin:
     callbacks: list[Any] = field(default_factory=list)
 
     def described(self) -> dict[str, Any]:
-        """Returns what a checkpoint stores of the plugin, as JSON."""
+        """Returns what a checkpoint stores about the plugin, as JSON."""
         return {"name": self.name, "version": self.version, "objectives": sorted(self.objectives)} | (
             {"optimizers": sorted(self.optimizers)} if self.optimizers else {}
         )
 
     @property
     def place(self) -> str:
-        """The name for messages, with the file of a plugin that is one."""
+        """The name for messages; for a plugin that is a file, with its path."""
         return f"{self.name} ({self.entry})" if is_file(self.entry) else self.name
 
 
 _loaded: dict[str, Plugin] = {}
 """The plugins of this process by entry."""
 _active: list[Plugin] = []
-"""Those of the present run, in the order of its run file."""
+"""The plugins of the last `load_plugins`, in its order."""
 _importing: list[Plugin] = []
 """The plugins that are being imported, the innermost last."""
 
 
 def register_callback(callback: _Registered) -> _Registered:
-    """Registers a callback: a class like `Callback`, which is made without arguments, or an object of one.
+    """Registers a callback: an object with methods of `Callback`, or its class, which is called without arguments.
 
-    Raises: PluginError if it has none of the methods, or a method that begins with on_ and is never called.
+    Raises: PluginError if it has none of the methods of `Callback`, or another method whose name begins with on_.
     """
     plugin = _registering("a callback")
     made = _made(callback)
@@ -231,7 +234,9 @@ def register_callback(callback: _Registered) -> _Registered:
 def register_objective(name: str) -> Callable[[_Registered], _Registered]:
     """Returns a decorator that registers a class like `Objective` for `objective.kind: NAME`.
 
-    The class is made without arguments. Raises: PluginError if the name is taken or no name, or without the method.
+    The class is called without arguments.
+
+    Raises: PluginError if the name is invalid or taken, or the class has no method `loss_of_chunk`.
     """
     plugin = _registering(f"objective {name!r}")
     _check_name(name, "objective", OBJECTIVES, plugin)
@@ -249,8 +254,9 @@ def register_objective(name: str) -> Callable[[_Registered], _Registered]:
 def register_optimizer(name: str) -> Callable[[_Registered], _Registered]:
     """Returns a decorator that registers a class like `Optimizer` for `optimizer.kind: NAME`.
 
-    The class is made with `optimizer.options` as keyword arguments. Raises: PluginError if the name is taken or no
-    name, or without the method.
+    The class is called with `optimizer.options` as keyword arguments.
+
+    Raises: PluginError if the name is invalid or taken, or the class has no method `step`.
     """
     plugin = _registering(f"optimizer {name!r}")
     _check_name(name, "optimizer", OPTIMIZERS, plugin)
@@ -258,7 +264,7 @@ def register_optimizer(name: str) -> Callable[[_Registered], _Registered]:
     def register(optimizer: _Registered) -> _Registered:
         if not isinstance(optimizer, type) or not callable(getattr(optimizer, "step", None)):
             method = "step(weights, gradient, moments, *, lr, weight_decay, step)"
-            raise PluginError(f"optimizer {name} is no class with a method {method}")
+            raise PluginError(f"optimizer {name} is not a class with a method {method}")
         plugin.optimizers[name] = optimizer
         return optimizer
 
@@ -270,12 +276,13 @@ def register_reader(
 ) -> Callable[[_Registered], _Registered]:
     """Returns a decorator that registers a function `rows(source, options)` for sources of this form.
 
-    The function yields a mapping for each image or video: `file`, a path that is relative to the folder of the source
-    or of `options.images`, or an absolute path in it; `caption` (a text, or a list) or `label` (a text), or both; and
-    optionally `split` and `set`. What is wrong with one row leaves that row out. Rows of one file are joined.
+    The function yields a mapping for each image or video. `file` is a path relative to `options.images` or else to the
+    folder of the source, or an absolute path in that folder. `caption` (a text, or a list) or `label` (a text) or both
+    describe it; `split` and `set` are optional. A row with a fault is left out. Rows of the same file are joined.
 
-    Args: name: of the form, for `data pack --format`; suffix: ends of names, such as ".lst"; scheme: of sources such as
-        "catalog" for catalog://pets; uses: further options (`data.importing.rows.ReadOptions`) that the function reads.
+    Args: name: of the form, for `data pack --format`; suffix: ends of names, such as ".lst"; scheme: scheme of sources,
+        such as "catalog" for catalog://pets; uses: further options (`data.importing.rows.ReadOptions`) that the
+        function reads.
     Raises: PluginError if a name, suffix or scheme cannot be used.
     """
     plugin = _registering(f"reader {name!r}")
@@ -286,11 +293,12 @@ def register_reader(
             raise PluginError(f"reader {name}: suffix {one!r} is not a dot and letters, digits, dots, - and _")
     for one in schemes:
         if not _SCHEME.fullmatch(one) or one in _TAKEN_SCHEMES:
-            raise PluginError(f"reader {name}: scheme {one!r} is {'taken' if one in _TAKEN_SCHEMES else 'no scheme'}")
+            fault = "taken" if one in _TAKEN_SCHEMES else "not a scheme"
+            raise PluginError(f"reader {name}: scheme {one!r} is {fault}")
 
     def register(rows: _Registered) -> _Registered:
         if not callable(rows):
-            raise PluginError(f"reader {name} is no function rows(source, options)")
+            raise PluginError(f"reader {name} is not a function rows(source, options)")
         lower = tuple(one.lower() for one in suffixes)
         plugin.readers[name] = Reader(plugin, name, rows, lower, schemes, frozenset(uses))
         return rows
@@ -310,7 +318,7 @@ def _made(registered: Any) -> Any:
 
 def _check_name(name: str, what: str, taken: Collection[str], plugin: Plugin) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise PluginError(f"{what} {name!r} is no name of letters, digits, dots, - and _ (not first), at most 64")
+        raise PluginError(f"{what} {name!r} is not a name of 1 to 64 letters, digits, dots, - and _ (not first)")
     if name in taken:
         raise PluginError(f"{what} {name} is one of {', '.join(taken)}, which need no plugin; choose another name")
     registered = {"objective": plugin.objectives, "optimizer": plugin.optimizers, "reader": plugin.readers}
@@ -326,9 +334,9 @@ def is_file(entry: str) -> bool:
 def load_plugins(entries: Sequence[str]) -> list[Plugin]:
     """Imports plugins, each once in a process; a file that has changed is imported again. Returns them in this order.
 
-    Objectives, optimizers and readers of these plugins are then found, and those of others no longer.
+    Only objectives, optimizers and readers of these plugins are found afterwards.
 
-    Raises: PluginError if one cannot be imported, or if two have one name, or register something under one name.
+    Raises: PluginError if one cannot be imported, or if two have the same name or register the same name.
     """
     _active.clear()
     found = [_load_file(entry) if is_file(entry) else _load_module(entry) for entry in entries]
@@ -337,7 +345,7 @@ def load_plugins(entries: Sequence[str]) -> list[Plugin]:
             if other.name == plugin.name:
                 raise PluginError(
                     f"plugins {other.entry} and {plugin.entry} are both called {plugin.name}; rename one of them, "
-                    "since checkpoints name plugins so"
+                    "since checkpoints identify plugins by their names"
                 )
             for what, theirs, ours in (
                 ("objective", other.objectives, plugin.objectives),
@@ -359,7 +367,7 @@ def active() -> list[Plugin]:
 
 
 def objective_named(name: str) -> tuple[Plugin, Objective]:
-    """Returns a registered objective with its plugin. Raises: PluginError, with those there are, if there is none."""
+    """Returns the plugin and the objective `name`. Raises: PluginError if it is unknown."""
     for plugin in _active:
         if name in plugin.objectives:
             return plugin, plugin.objectives[name]
@@ -371,10 +379,11 @@ def objective_named(name: str) -> tuple[Plugin, Objective]:
 
 
 def optimizer_of(name: str, options: Mapping[str, Any]) -> tuple[Plugin, Optimizer]:
-    """Makes a registered optimizer. Returns it with its plugin. Args: options: arguments of its class.
+    """Returns the plugin of the registered optimizer `name`, and a new optimizer.
 
-    Raises: PluginError, with those there are, if there is none; if its class refuses the options; or if its moments
-        are none that a checkpoint can have.
+    Args: options: keyword arguments of its class.
+    Raises: PluginError if the name is unknown, if the class rejects the options, or if a checkpoint cannot store the
+        moments.
     """
     for plugin in _active:
         if name in plugin.optimizers:
@@ -391,10 +400,10 @@ def optimizer_of(name: str, options: Mapping[str, Any]) -> tuple[Plugin, Optimiz
 
 def _check_moments(moments: Any) -> None:
     if not isinstance(moments, Mapping) or not all(isinstance(moment, Moment) for moment in moments.values()):
-        raise PluginError("moments is no dict of names and Moment(); without moments it is {}")
+        raise PluginError("moments is not a dict that maps names to Moment(); without moments it is {}")
     for name, moment in moments.items():
         if not isinstance(name, str) or not _MOMENT.fullmatch(name):
-            raise PluginError(f"moment {name!r} is no name of small letters, digits and _, at most 64")
+            raise PluginError(f"moment {name!r} is not a name of 1 to 64 small letters, digits and _, a letter first")
         if name in _TAKEN_MOMENTS:
             raise PluginError(f"moment {name} has a name that checkpoints use; choose another")
         if moment.dtype not in MOMENT_TYPES:
@@ -409,7 +418,7 @@ def readers() -> list[Reader]:
 
 
 def compare_with_saved(saved: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns sentences about plugins that have changed since a checkpoint or are left out, for warnings.
+    """Returns sentences about plugins that have changed or were removed since a checkpoint, for warnings.
 
     Args: saved: `Plugin.described` of the plugins in the checkpoint.
     """
@@ -429,8 +438,10 @@ def compare_with_saved(saved: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @contextmanager
 def calling(plugin: Plugin, what: str) -> Iterator[None]:
-    """Wraps a call of a plugin's code. Raises: PluginError that names the plugin for any error; its traceback is
-    logged."""
+    """Wraps a call of a plugin's code. Logs the traceback of an error in it.
+
+    Raises: PluginError, which names the plugin, for any error in it.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -514,8 +525,10 @@ def _import_of(plugin: Plugin) -> Iterator[None]:
 
 
 def _shown(error: BaseException, plugin: Plugin) -> str:
-    """Returns the first line of an error, with its type if it is no sentence, and its line in a plugin that is a
-    file."""
+    """Returns the first line of an error, for messages.
+
+    Adds the type of an error that is not a UserError, and the line number if the plugin is a file.
+    """
     text = first_line(error)[:300].rstrip()
     if not isinstance(error, UserError) and not text.startswith(type(error).__name__):
         text = f"{type(error).__name__}: {text}"

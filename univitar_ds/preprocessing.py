@@ -1,4 +1,4 @@
-"""Converts images and videos to the encoder's input, as the release does."""
+"""Converts images and videos to the encoder's input, as the public release of UniViTAR does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Preprocessor:
 
         Args: items: images, and videos as lists of frames (one, or an even number, of equal size).
         Returns: `pixel_values` (T, 1176) float32 and `grid_thw` (N, 3) int64.
-        Raises: UserError if `items` is empty, has other content, or a video has too many frames.
+        Raises: UserError if `items` is empty, contains other objects, or a video has too many frames.
         """
         pixels, frames, grids = self.pixels(items)
         patches = patchify(pixels, frames, grids, self.config.spatial_merge_size)
@@ -66,7 +66,7 @@ class Preprocessor:
         frames = [item] if isinstance(item, Image.Image) else list(item)
         strange = [type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)]
         if strange:
-            raise UserError(f"item {index} holds an object of type {strange[0]}; images and frames must be PIL images")
+            raise UserError(f"item {index} has an object of type {strange[0]}; images and frames must be PIL images")
         if not frames:
             raise UserError(f"item {index} is a video without frames; give one frame or a multiple of {TUBELET}")
         if len(frames) > 1 and len(frames) % TUBELET:

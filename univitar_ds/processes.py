@@ -1,4 +1,4 @@
-"""Identifies processes of this machine by more than their id, and blocks signals for processes that are started."""
+"""Identifies processes of this machine by id and start time, and blocks signals for processes that are started."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def command(pid: int) -> bytes:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Blocks `SIGNALS` in this thread for the body, and so in the processes that it starts there and their children.
+    """Blocks `SIGNALS` in this thread during the body. Processes that are started there inherit this.
 
-    A signal to all processes then reaches only the process that ends the others, even while they start.
+    A signal to all processes is then handled only by this process, which ends the others, even while they start.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -27,8 +27,8 @@ def train(
 ) -> Path:
     """Trains a run, as `univitar-ds train --config` does. Returns the run's folder.
 
-    The ranks are processes of their own, so this process imports neither DeepSpeed nor CUDA, and a notebook can be
-    interrupted: the run then saves, and `resume` continues it. If this process is killed, the run continues alone.
+    The ranks are processes of their own, so this process neither imports DeepSpeed nor uses CUDA. After an interrupt,
+    as in a notebook, the run saves, and `resume` continues it. If this process is killed, the run continues.
 
     Args:
         config: a `RunConfig`, a run file's content, the path of a run file, or the name of a shipped recipe.
@@ -70,7 +70,7 @@ def _train(words: list[str], config: RunConfig, nproc: int, report: Callable[[st
 
 
 def _run(words: Sequence[str], nproc: int, report: Callable[[str], None]) -> None:
-    """Raises: RunError if `univitar-ds train` with these words ends with another exit status than 0."""
+    """Runs `univitar-ds train` with the arguments `words`. Raises: RunError if its exit status is not 0."""
     command = [sys.executable, "-P", "-m", "univitar_ds", "train", *words, "--nproc", str(nproc)]
     process = subprocess.Popen(
         command,
@@ -94,7 +94,7 @@ def _run(words: Sequence[str], nproc: int, report: Callable[[str], None]) -> Non
             break
         except KeyboardInterrupt:  # the run saves and ends; what it prints meanwhile is still reported
             process.send_signal(signal.SIGINT)
-        except BaseException as error:  # of `report`: the run saves, so that nothing is left behind
+        except BaseException as error:  # raised by `report`: the run saves and ends, so that no process is left running
             failed = error
             process.send_signal(signal.SIGINT)
     code = process.wait()

@@ -1,7 +1,7 @@
 """Counter-based randomness: a draw depends only on its key, so no state of a generator has to be stored.
 
 Keys are (seed, purpose, counters...). Single numbers come from BLAKE2b, arrays from SHAKE128. The numbers are equal on
-all machines and with all library versions, because the order of a run's samples depends on them.
+all machines and with all library versions, as the order of a run's samples requires.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opens files only if they are regular: the read of a named pipe or a device may never end."""
+"""Opens files only if they are regular, because reading a named pipe or a device may never end."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def read_utf8(path: Path) -> str:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is such a file of a model or run, which may be absent. Folders are none.
+    """Whether `path`, an optional file of a model or run, exists and is a regular file.
 
-    Raises: CheckpointError for a pipe or device, which taken for absent would silently give another result.
+    Raises: CheckpointError for a pipe or device. Ignoring it as absent would silently give another result.
     """
     try:
         state = os.stat(path)
@@ -45,7 +45,7 @@ def is_regular(path: Path) -> bool:
 
 
 def check_regular(path: str | Path, state: os.stat_result) -> None:
-    """Raises: OSError for pipes and devices. Folders pass, because the system's error for reading a folder is clear."""
+    """Raises OSError for pipes and devices. Accepts folders, since the system's error for reading a folder is clear."""
     if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
         raise OSError(errno.EINVAL, _OTHER, str(path))
 

@@ -71,8 +71,8 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
     """Creates the run's folder with resolved config, DeepSpeed JSON and tokenizer. Returns the folder.
 
     Replaces only files that an earlier launch without a checkpoint left in the folder. If this launch is a restart of
-    the job that last used the folder, and the folder has a checkpoint, the run is reopened. Sources that are no shards
-    are packed.
+    the job that last used the folder, and the folder has a checkpoint, the run is reopened. Sources that are not
+    shards are packed.
 
     Args: lock: lock of the folder, acquired here and kept. None: a lock is acquired and released here.
     Raises: ConfigError if the folder contains checkpoints, results or files that no run writes, or if the
@@ -116,7 +116,8 @@ def reopen_run(
 ) -> Path:
     """Checks that the run in folder `run` can continue with `overrides`, and stores them. Returns the folder.
 
-    Args: lock: as in `create_run`; extension: keys of one more stage, see `load.extended`; None: no further stage.
+    Args: lock: as in `create_run`; extension: overrides that define one more stage, see `load.extended`; None: no
+        further stage.
     Raises: ConfigError if the folder has no run or an override would change the run's result; RunLocked if another
         launch has the lock; DataError if a source no longer exists; InstallationError if the text tower cannot be
         built in this environment; StorageError if the folder cannot be written.
@@ -159,7 +160,7 @@ def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
 def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, extension: Sequence[str] | None) -> str:
     """Returns what `reopen_run` and the rest of the training would do, as text. Writes nothing.
 
-    Raises: as `reopen_run`, and ConfigError without a checkpoint.
+    Raises: as `reopen_run`, and ConfigError if there is no checkpoint.
     """
     from univitar_ds.formats.elastic import read_state
     from univitar_ds.formats.run import last_checkpoint
@@ -171,7 +172,7 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
     found = replace(found, teacher=check_teacher(after))
     last = last_checkpoint(run)
     if last is None:
-        raise ConfigError(f"{run} has no complete checkpoint; --resume would start it again from its beginning")
+        raise ConfigError(f"{run} has no complete checkpoint; --resume would start the run from the beginning")
     saved = read_state(last)
     for sentence in compare_with_saved(saved.get("plugins", ())):
         logger.warning("%s", sentence)
@@ -183,16 +184,17 @@ def describe_resumed(run: Path, overrides: Sequence[str], world_size: int, exten
 
 
 def _stored_before(config: RunConfig) -> str | None:
-    """Returns the address of the last checkpoint that is stored where a run would write, None without one.
+    """Returns the address of the last checkpoint in the store of a run; None if it has no store or no checkpoint.
 
-    Raises: CheckpointError if the store cannot be read."""
+    Raises: CheckpointError if the store cannot be read.
+    """
     store = store_of(config)
     name = None if store is None else store.latest()
     return None if store is None or name is None else f"{store.url}/{name}"
 
 
 def _check_store_unused(config: RunConfig) -> None:
-    """Raises: ConfigError if a checkpoint is stored where a new run would write; CheckpointError as above."""
+    """Raises ConfigError if the store of a new run has a checkpoint; CheckpointError if the store cannot be read."""
     stored = _stored_before(config)
     if stored is not None:
         raise ConfigError(
@@ -241,7 +243,7 @@ def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
 
 
 def _check_unused(run: Path, recipe: str) -> None:
-    """Raises: ConfigError unless the folder is missing, or has only files of a launch that wrote no checkpoint."""
+    """Raises ConfigError unless the folder is missing or has only files of launches that wrote no checkpoint."""
     if run.is_symlink() and not run.exists():
         raise ConfigError(f"{run} is a broken symbolic link; remove the link, or choose another name=...")
     if run.exists() and not run.is_dir():
@@ -294,7 +296,7 @@ def _write_deepspeed(run: Path, content: dict) -> None:
 
 
 def _write_description(config: RunConfig, run: Path, start: StoredModel | None) -> None:
-    """Writes the configurations of both towers, and a copy of weights that not every machine can reach.
+    """Writes the configurations of the towers, and a copy of the initial weights if they are not in a folder.
 
     Raises: CheckpointError or ConfigError if the run's model cannot start from `start`.
     """
@@ -316,8 +318,11 @@ def _write_description(config: RunConfig, run: Path, start: StoredModel | None) 
 
 
 def _provide_tokenizer(config: RunConfig, target: Path, joint: JointConfig | None) -> None:
-    """Writes the run's tokenizer: that of the whole model that the run starts from, the configured one, that of the
-    text tower's folder, or one trained on captions."""
+    """Writes the run's tokenizer.
+
+    It is that of the whole model that the run starts from, else the configured one, else that of the text tower's
+    folder, else one that is trained on captions.
+    """
     from univitar_ds.data.caption_texts import iterate_captions
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.tokenization import load_tokenizer, train_tokenizer
@@ -348,7 +353,7 @@ def _provide_classes(config: RunConfig, target: Path) -> None:
 
 
 def _report_choice(found: Inputs, run: Path) -> None:
-    """Logs what `deepspeed: auto` takes, and whether a run that continues had another configuration."""
+    """Logs what `deepspeed: auto` chose, and whether a resumed run had another configuration before."""
     if found.choice is None:
         return
     (logger.info if found.choice.fits else logger.warning)("%s", found.choice.line)

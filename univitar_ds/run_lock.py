@@ -3,11 +3,10 @@
     .lock-00000003        the lock: host, processes, jobs and token of the launch that holds it, and whether it was
     released
 
-A launch acquires the lock by exclusively creating the file with the next number, which only one launch can do. So a
-stale lock is replaced by the next file and removed afterwards, which works on every file system and without races. The
-file of the last launch stays, marked as released. The launch that holds the lock touches its file every 10 s. Other
-launches compare the modification time of this file with that of a new file, so that only the clock of the file server
-matters.
+A launch acquires the lock by exclusively creating the file with the next number, which only one launch can do. A stale
+lock is replaced by the next file and removed afterwards. This works without races on every file system. The file of the
+last launch stays, marked as released. The launch that holds the lock touches its file every 10 s. Other launches
+compare the modification time of this file with that of a new file, so that only the clock of the file server matters.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _NAME = re.compile(r"\.lock-(\d{8})")
 
 logger = logging.getLogger(__name__)
 _known: dict[str, RunLock] = {}
-"""The lock under which this process works, by the real path of the run's folder."""
+"""The locks under which this process works, by the real path of the run's folder."""
 
 
 class RunLocked(UserError):
@@ -76,7 +75,7 @@ class RunLock:
 
     @property
     def word(self) -> str:
-        """The text with which another process works under this lock; empty if the lock is not acquired."""
+        """The text with which other processes `join` or `watch` this lock; empty if it is not acquired."""
         return f"{self.number}:{self._record['token']}" if self.number else ""
 
     def refuse(self) -> None:
@@ -91,7 +90,7 @@ class RunLock:
         return found is not None and restart_message(this_job(os.environ), found[1].get("jobs", {})) is not None
 
     def take(self) -> None:
-        """Acquires the lock of an existing folder. Dead locks are taken over, with a line in the log.
+        """Acquires the lock of an existing folder. Takes over a dead lock and logs that.
 
         Raises: RunLocked if another launch has the lock; StorageError.
         """
@@ -104,7 +103,7 @@ class RunLock:
                 break
             time.sleep(PAUSE_S)
         else:
-            raise RunLocked(f"{self.run} is being taken by other launches at this moment; start one run at a time")
+            raise RunLocked(f"{self.run} is being locked by other launches at this moment; start one run at a time")
         if reason:
             logger.warning("%s: the lock of an earlier launch is taken over: %s", self.run, reason)
         for number in self._numbers():
@@ -137,14 +136,14 @@ class RunLock:
     def check(self, *, recently: bool = False) -> None:
         """Raises: LockLost if another launch has taken the run over.
 
-        Args: recently: whether to skip the check if the last one was less than a second ago; the time during which the
-        machine is suspended counts.
+        Args: recently: whether to skip the check if the last one was less than `RECENT_S` ago, including time during
+            which the machine was suspended.
         """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         if not self.number or (recently and now - self._seen < RECENT_S):
             return
         try:
-            with open(self._path(self.number), "rb") as file:  # opening asks the file server
+            with open(self._path(self.number), "rb") as file:  # opening a file makes NFS read its state from the server
                 record = _parsed(file.read())
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
@@ -213,17 +212,17 @@ class RunLock:
         processes = record.get("processes", [])
         here = processes and all(machine[key] and record.get(key) == machine[key] for key in machine)
         if here and not any(Process(pid, start).alive for pid, start in processes):
-            return f"{_in_words(record)} is gone"
+            return f"{_in_words(record)} has ended"
         if age_s > STALE_S:
-            return f"{_in_words(record)} was last heard of {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
+            return f"{_in_words(record)} last updated its lock {age_s:.0f} s ago (limit {STALE_S:.0f} s)"
         raise RunLocked(
-            f"{self.run} is in use by {_in_words(record)}, last heard of {max(age_s, 0):.0f} s ago; wait for it or "
-            f"stop it, or start another run under another name=... (the lock of a dead launch expires after "
+            f"{self.run} is in use by {_in_words(record)}, which updated its lock {max(age_s, 0):.0f} s ago; wait for "
+            f"it or stop it, or start another run under another name=... (the lock of a dead launch expires after "
             f"{STALE_S:.0f} s)"
         )
 
     def _last(self) -> tuple[int, dict[str, Any], float] | None:
-        """Returns number and record of the last lock, and the seconds since its heartbeat; None without a lock."""
+        """Returns number and record of the last lock, and the seconds since its heartbeat; None if there is none."""
         for _ in range(_TRIES):
             numbers = self._numbers()
             if not numbers:
@@ -271,7 +270,7 @@ class RunLock:
 
 
 def still_ours(run: Path, *, recently: bool = False) -> None:
-    """Raises: LockLost if another launch has taken over the folder. Must be called before writing into the folder.
+    """Raises LockLost if another launch has taken over the folder. Must be called before writing into the folder.
 
     Does nothing in a process without a lock of this folder, such as `univitar-ds eval`.
     """
@@ -305,7 +304,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 def _in_words(record: dict[str, Any]) -> str:
     """Describes a launch in words: host, processes, jobs."""
     if not record:
-        return "a launch that has only just begun"
+        return "a launch that has just begun"
     numbers = [str(pid) for pid, _ in record["processes"]]
     jobs = "".join(f", {JOB_LABELS[kind]} {job['id']}" for kind, job in record.get("jobs", {}).items())
     plural = "es" if len(numbers) > 1 else ""

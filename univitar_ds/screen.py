@@ -1,6 +1,6 @@
 """Prints to stdout and stderr that may have another encoding, be closed, lack a reader or be on a full disk.
 
-Printed results are also in files, or need not be kept, so a failure to print does not end a run.
+A failure to print does not end a run, since results are also written to files.
 
 On a terminal a process can keep one status line below its log lines. The cursor stays at the start of that line, and
 the log lines of all processes of the program erase it first, so a line of another process does not continue it.
@@ -23,7 +23,7 @@ LINES_AFTER_S, LINES_EVERY_S = 3.0, 10.0
 """Seconds until the first line of a progress bar in a file or pipe, and between lines."""
 
 lost: list[OSError] = []
-"""Contains the first error of stdout, after which nothing is printed."""
+"""Contains the first error of stdout, if any. Nothing is printed after it."""
 
 
 def prepare_screen() -> None:
@@ -55,7 +55,7 @@ def show(text: str) -> None:
         lost.append(error)
         silence_stdout()
         if not isinstance(error, BrokenPipeError):
-            logger.warning("stdout takes no more (%s): what follows is not printed", error.strerror)
+            logger.warning("stdout cannot be written (%s); further results are not printed", error.strerror)
 
 
 def silence_stdout() -> None:
@@ -81,9 +81,9 @@ def has_terminal() -> bool:
 
 
 def log_to_screen() -> None:
-    """Makes this process log to stderr, as lines that leave the status line whole.
+    """Makes this process log to stderr, with lines that do not break the status line.
 
-    Libraries log warnings and errors alone: torch and the exporter of ONNX report their inner steps as INFO.
+    Libraries log only warnings and errors, because torch and its ONNX exporter log internal steps as INFO.
     """
     handler = ScreenHandler()
     logging.basicConfig(
@@ -98,7 +98,7 @@ def log_to_screen() -> None:
 
 
 class ScreenHandler(logging.StreamHandler):
-    """Writes log lines to stderr. On a terminal a line replaces the status line, which follows it again."""
+    """Writes log lines to stderr. On a terminal a line replaces the status line, which is drawn again below it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with _status.above(self.stream):
@@ -106,7 +106,7 @@ class ScreenHandler(logging.StreamHandler):
 
 
 class _BesideStatus:
-    """stderr while there is a status line: what is written, such as a warning, appears above that line."""
+    """Replaces `sys.stderr` while there is a status line, so that other text, such as a warning, appears above it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -126,7 +126,7 @@ class _Status:
         self._lock = threading.RLock()
         self._text, self._stream = "", None
         self._whole = True
-        """Whether the last text above the status line ended its line."""
+        """Whether the last text above the status line ended with a line break."""
 
     def show(self, text: str) -> None:
         """Shows `text`, cut to the width of the terminal. After the terminal has closed, does nothing."""
@@ -138,7 +138,7 @@ class _Status:
             self._draw()
 
     def end(self) -> None:
-        """Leaves the line as it is; what follows is written below it."""
+        """Leaves the line as it is, so that later text is written below it."""
         with self._lock:
             if self._stream is None:
                 return
@@ -183,14 +183,15 @@ _status = _Status()
 
 
 def show_status(text: str) -> None:
-    """Shows a line that stays below the log lines of this process, instead of the previous one.
+    """Shows a line below the log lines of this process, in place of the previous one.
 
-    Called only where `has_terminal`. A closed terminal is no error."""
+    Must be called only if `has_terminal()`. Does nothing after the terminal has closed.
+    """
     _status.show(text)
 
 
 def end_status() -> None:
-    """Ends the status line: its last state stays, and lines are written below it. Can be called again."""
+    """Ends the status line: its last state stays, and later lines are written below it. May be called again."""
     _status.end()
 
 
@@ -206,7 +207,7 @@ def progress_bar(*, desc: str, unit: str, disable: bool = False, **settings: Any
         return tqdm(**given)
 
     class Lines(tqdm):
-        """A bar whose states are log lines: after the first seconds, then at intervals, and at the end."""
+        """A progress bar that logs its state: after `LINES_AFTER_S`, then every `LINES_EVERY_S`, and at the end."""
 
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
             logger.info("%s", _state_of(self.format_dict))

@@ -1,7 +1,7 @@
-"""Reports what a start is doing, so that no start is silent for more than a few seconds.
+"""Logs the phases of a start, so that no start is silent for more than a few seconds.
 
 A start goes through phases, such as reading the sources or building the model. Most take milliseconds and need no line.
-A thread logs the current phase once nothing was reported for `AFTER_S`, and again every `AGAIN_S` while it lasts.
+A thread logs the current phase `AFTER_S` after the last report, and again every `AGAIN_S` while the phase lasts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ _current: list[_Startup] = []
 def reported(text: str) -> Iterator[None]:
     """Reports the phases of the body, the first of which is `text`, until `done` is called or the body ends.
 
-    Only on rank 0 of a launcher, since equal lines of all ranks would hide others. Can be nested: the outer one counts.
+    Under a launcher only rank 0 reports, since equal lines of all ranks would hide others. An inner call only begins a
+    phase of the outer one.
     """
     if _current or any(os.environ.get(name, "") not in ("", "0") for name in _RANKS):
         phase(text)
@@ -78,12 +79,12 @@ def reported(text: str) -> Iterator[None]:
 
 
 def phase(text: str) -> None:
-    """Begins a phase, described in the present participle ("building the model"). Without a start, does nothing."""
+    """Begins a phase, such as "building the model". Does nothing if no start is reported."""
     if _current:
         _current[0].phase(text)
 
 
 def done() -> None:
-    """Ends the reports. Can be called again, and without a start."""
+    """Ends the reports. Does nothing if no start is reported."""
     while _current:
         _current.pop().end()

@@ -1,4 +1,4 @@
-"""Reads YAML as run files have it: keys are text and occur once, and aliases stay small."""
+"""Reads YAML with the rules of run files: keys are unique texts, and aliases cannot expand without limit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import yaml
 from univitar_ds.errors import ConfigError, shortened
 
 MAX_NODES = 100_000
-"""Maximum number of values in a run file, those of aliases counted each time."""
+"""Maximum number of values in a run file. Values of an alias count at each use."""
 
 
 def parse_yaml(text: str) -> Any:
     """Returns the value of a YAML document; None if it is empty.
 
     PyYAML would silently use the last of two equal keys, and expand aliases of aliases to any size.
-    Raises: ConfigError for keys that are written twice or are no text, and for too many values or values that contain
+
+    Raises: ConfigError for keys that are written twice or are not text, and for too many values or values that contain
         themselves; yaml.YAMLError, RecursionError (too many levels) or ValueError (a number that is too long).
     """
     loader = yaml.SafeLoader(text)
@@ -31,7 +32,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Returns the number of nodes below `node`, and checks them. Args: known: counts by id; 0 of nodes in progress."""
+    """Returns the number of nodes below `node`, and checks them. Args: known: counts by id, 0 for nodes in progress."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     line = node.start_mark.line + 1

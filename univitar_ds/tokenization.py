@@ -36,7 +36,7 @@ class SpecialIds:
 
     @property
     def of_text_model(self) -> dict[str, int]:
-        """The arguments that `model.build` and `model.towers` need."""
+        """The vocabulary as keyword arguments, with which a text tower is built."""
         return {"vocab_size": self.vocab_size, "eos_id": self.eos_id, "pad_id": self.pad_id}
 
 
@@ -45,7 +45,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The tokenizer does not depend on the order of the captions. [PAD] is 0, [BOS] 1, [EOS] 2, [UNK] 3.
 
-    Raises: ConfigError if `vocab_size` is too small for all bytes and special tokens; DataError without captions.
+    Raises: ConfigError if `vocab_size` is too small for all bytes and special tokens; DataError if `captions` is empty.
     """
     if vocab_size < _SMALLEST_VOCAB:
         raise ConfigError(
@@ -54,7 +54,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     texts = [_encodable(caption) for caption in captions]
     if not texts:
-        raise DataError("no captions to train a tokenizer on; check the sources, or name one in model.text.tokenizer")
+        raise DataError("no captions to train a tokenizer on; check the sources, or set model.text.tokenizer")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -95,7 +95,7 @@ def _usable(parse: Callable[[str], Tokenizer], source: str, name: str) -> Tokeni
     try:
         tokenizer = parse(source)
     except Exception as error:  # the library raises a plain Exception for what it cannot parse
-        raise ConfigError(f"{name} is no tokenizer.json that the tokenizers library can read: {error}") from error
+        raise ConfigError(f"{name} is not a tokenizer.json that the tokenizers library can read: {error}") from error
     special_ids(tokenizer, name)
     return _plain(tokenizer)
 

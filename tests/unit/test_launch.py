@@ -138,4 +138,4 @@ def test_a_table_that_cannot_be_printed_costs_nothing(monkeypatch, tmp_path, cap
     (tmp_path / "summary.json").write_text("{}")
     launch.finish_run(tmp_path)
     assert set(json.loads((tmp_path / "summary.json").read_text())["seconds"]) == {"export", "evaluation"}
-    assert "stdout takes no more (No space left on device)" in caplog.text
+    assert "stdout cannot be written (No space left on device)" in caplog.text

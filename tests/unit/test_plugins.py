@@ -94,7 +94,7 @@ def test_a_module_in_the_current_folder_is_not_found(written, tmp_path, monkeypa
         (CALLBACK.replace("pass", "def on_steps(self, info): pass"), r"on_steps, which is never called.*on_step, "),
         ("from univitar_ds.plugins import *\nregister_callback(3)\n", r"none of the methods.*on_start"),
         (OBJECTIVE.format(name="sigmoid"), r"sigmoid is one of.*choose another name"),
-        (OBJECTIVE.format(name="a b"), r"'a b' is no name"),
+        (OBJECTIVE.format(name="a b"), r"'a b' is not a name"),
         (OBJECTIVE.format(name="x") * 2, r"x is registered twice"),
         (OBJECTIVE.format(name="x").replace("loss_of_chunk", "loss"), r"x has no method loss_of_chunk"),
         ("from univitar_ds.plugins import *\nregister_reader('a', suffix='lst')\n", r"suffix 'lst' is not a dot"),
@@ -165,9 +165,9 @@ def test_an_optimizer_is_made_with_its_options_while_its_plugin_is_one_of_the_ru
 @pytest.mark.parametrize(
     ("moments", "said"),
     [
-        ("None", "moments is no dict of names and Moment()"),
-        ("{'a': 0.0}", "moments is no dict"),
-        ("{'a/b': Moment()}", "moment 'a/b' is no name of small letters"),
+        ("None", "moments is not a dict that maps names to Moment()"),
+        ("{'a': 0.0}", "moments is not a dict"),
+        ("{'a/b': Moment()}", "moment 'a/b' is not a name of 1 to 64 small letters"),
         ("{'fp32': Moment()}", "moment fp32 has a name that checkpoints use; choose another"),
         ("{'a': Moment('int8')}", "moment a has dtype 'int8'; choose one of float32, bfloat16, float16"),
         ("{'a': Moment(initial=float('nan'))}", "moment a begins at nan; give a finite number"),
@@ -183,7 +183,7 @@ def test_moments_that_no_checkpoint_can_have_are_refused(written, moments, said)
     ("text", "said"),
     [
         (OPTIMIZER.format(name="muon", moments="{}"), "optimizer muon is one of adamw, muon, which need no plugin"),
-        (OPTIMIZER.format(name="a", moments="{}").replace("step(", "update("), "a is no class with a method step("),
+        (OPTIMIZER.format(name="a", moments="{}").replace("step(", "update("), "a is not a class with a method step("),
         (OPTIMIZER.format(name="a", moments="{}") * 2, "optimizer a is registered twice"),
     ],
 )
@@ -224,7 +224,7 @@ def test_paths_become_absolute_and_names_of_modules_stay(monkeypatch, tmp_path):
     [
         ({"plugins": ["a.py", "a.py"]}, "a.py twice; keep one"),
         ({"plugins": [""]}, "plugins.0 must not be empty"),
-        ({"optimizer": {"kind": "lion"}}, "lion is neither adamw nor muon.*name the plugin in plugins"),
+        ({"optimizer": {"kind": "lion"}}, "lion is neither adamw nor muon.*name in plugins the plugin"),
         ({"objective": {"kind": "sigmod"}}, "sigmod is none of sigmoid, softmax, classification.*plugins"),
     ],
 )

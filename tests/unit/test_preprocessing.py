@@ -52,7 +52,7 @@ def test_a_fixed_mode_makes_squares_and_relarge_grows_before_the_limits():
         ([[]], "item 0 is a video without frames"),
         ([[Image.new("RGB", (28, 28))] * 3], "item 0 has 3 frames; give one frame or a multiple of 2"),
         ([[Image.new("RGB", (28, 28)), Image.new("RGB", (28, 30))]], r"different sizes \[\(28, 28\), \(28, 30\)\]"),
-        (["cat.png"], "holds an object of type str"),
+        (["cat.png"], "has an object of type str"),
         ([[Image.new("RGB", (28, 28))] * 200], "200 frames does not fit max_tokens 64"),
     ],
     ids=["nothing", "bare image", "no frames", "odd frames", "sizes", "path", "too long"],

@@ -127,7 +127,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(started, tmp_pat
     with RunLock(tmp_path) as lock:
         lock.take()
     assert f"is taken over: process {holder.pid} on host" in caplog.text
-    assert "is gone" in caplog.text
+    assert "has ended" in caplog.text
 
 
 def test_a_number_that_another_process_has_by_now_is_not_the_same_process(started, tmp_path):
@@ -147,7 +147,7 @@ def test_a_process_elsewhere_is_judged_by_its_heartbeat_alone(started, tmp_path,
         lock.take()
         rewritten(tmp_path, **{key: "elsewhere", "processes": [[2**22 + 1, 5]]})
         aged(tmp_path, 50)
-        with pytest.raises(RunLocked, match=r"last heard of 5[0-9] s ago"):
+        with pytest.raises(RunLocked, match=r"updated its lock 5[0-9] s ago"):
             RunLock(tmp_path).take()
         aged(tmp_path, 70)
         with RunLock(tmp_path) as second:
@@ -158,7 +158,7 @@ def test_the_heartbeat_is_compared_with_the_clock_of_the_files_and_not_with_this
     with RunLock(tmp_path) as lock:
         lock.take()
         monkeypatch.setattr(time, "time", lambda: 4e9)
-        with pytest.raises(RunLocked, match="last heard of 0 s ago"):
+        with pytest.raises(RunLocked, match="updated its lock 0 s ago"):
             RunLock(tmp_path).take()
 
 
@@ -275,7 +275,7 @@ def test_a_lock_shared_with_a_child_lives_as_long_as_either(started, tmp_path):
 def test_a_lock_that_is_being_written_is_held_until_it_is_old(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PAUSE_S", 0.001)
     (tmp_path / ".lock-00000001").touch()
-    with pytest.raises(RunLocked, match="a launch that has only just begun"):
+    with pytest.raises(RunLocked, match="a launch that has just begun"):
         RunLock(tmp_path).take()
     aged(tmp_path, 70)
     with RunLock(tmp_path) as lock:

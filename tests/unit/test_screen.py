@@ -63,7 +63,7 @@ def test_a_full_disk_under_stdout_is_a_sentence(run):
     with open("/dev/full", "wb") as full:
         result = ended([run], stdout=full)
     assert result.returncode == 2
-    assert "stdout takes no more (No space left on device)" in result.stderr
+    assert "stdout cannot be written (No space left on device)" in result.stderr
     assert "Traceback" not in result.stderr
 
 

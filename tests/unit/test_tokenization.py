@@ -162,7 +162,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_with_its_name(tmp_path):
     with pytest.raises(ConfigError, match=r"no tokenizer at .*missing\.json"):
         tokenization.load_tokenizer(tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text('{"version": 1')
-    with pytest.raises(ConfigError, match=r"broken\.json is no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"broken\.json is not a tokenizer\.json"):
         tokenization.load_tokenizer(tmp_path / "broken.json")
     with pytest.raises(ConfigError, match=r"tokenizer\.json has none of the end-of-text tokens"):
         tokenization.load_tokenizer(foreign(["a", "cat", "?"], tmp_path))

@@ -176,7 +176,7 @@ def test_a_wrong_field_is_named(tmp_path, changes, complaint):
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     hf.write(make_model().stored, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer\.json that the tokenizers library"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer\.json that the tokenizers library"):
         hf.read(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
@@ -209,7 +209,7 @@ def test_nothing_is_written_of_a_model_that_has_no_place_in_the_format(tmp_path)
     wrong = {
         "model_type 'bert'": changed(text={"model_type": "bert"}),
         "end-of-text": changed(tokenizer=Tokenizer.from_str(TOKENIZER.to_str().replace("[EOS]", "[END]")).to_str()),
-        "is no tokenizer": changed(tokenizer="not JSON"),
+        "is not a tokenizer": changed(tokenizer="not JSON"),
         r"decoder\.weight has no place": StoredModel(**{**vars(stored), "tensors": other}),
         "no weights of an encoder": StoredModel(**{**vars(stored), "tensors": Tensors.of({}), "joint": None}),
     }
