@@ -1,4 +1,4 @@
-"""The encoder, the text tower and their joint model."""
+"""The encoder, the text tower, and the models that training builds from them."""
 
 __all__ = [
     "build",

@@ -99,8 +99,8 @@ def describe(
     """Returns the `ContrastiveModel.description` of a run's model.
 
     Args: start: the opened model `config.init_from`; the others as in `build_contrastive`.
-    Raises: CheckpointError if `start` is another encoder than `config.encoder`, or lacks a part; ConfigError if the
-        joint embedding of `config` is another one than that of `start`.
+    Raises: CheckpointError if the encoder of `start` has another shape than `config.encoder`, or `start` lacks a
+        part; ConfigError if `config` sets another joint embedding than that of `start`.
     """
     special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
     encoder = described_encoder(config, start)
@@ -130,7 +130,7 @@ def load_start(model: nn.Module, start: StoredModel, part: str) -> None:
 def described_encoder(config: ModelConfig, start: StoredModel | None) -> EncoderConfig:
     """Returns the configuration of a run's encoder.
 
-    Raises: CheckpointError if `start` is another encoder than `config.encoder`."""
+    Raises: CheckpointError if the encoder of `start` has another shape than `config.encoder`."""
     if start is None:
         return encoder_config(config)
     if config.encoder is None:

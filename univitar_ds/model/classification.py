@@ -29,7 +29,7 @@ class ClassificationModel(nn.Module):
     """The trained model of `objective.kind: classification`. Distillation heads: as in `ContrastiveModel`.
 
     The head has a row for each class of all data sets, in the order of `univitar_ds.classes.ClassList`, in one matrix:
-    every rank uses all weights in each step, as ZeRO-3 needs, whatever sets its packs have.
+    every rank uses all weights in each step, as ZeRO-3 needs, whichever data sets its packs come from.
     """
 
     def __init__(self, vision: UniViTAR, config: ModelConfig, classes: int, teacher_width: int | None = None) -> None:

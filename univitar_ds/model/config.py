@@ -30,9 +30,9 @@ def encoder_config(config: ModelConfig) -> EncoderConfig:
 
 
 def compiles(config: ModelConfig) -> bool:
-    """Whether a run on a CPU compiles its token-wise operations.
+    """Returns whether a run on a CPU compiles its token-wise operations.
 
-    "auto" compiles 0.3b and larger encoders, which gain the time of compilation (about half a minute once, seconds at
-    later launches) within about ten packs; `tiny` would need hundreds of packs (benchmarks/LOG.md).
+    "auto" compiles 0.3b and larger encoders: compilation takes about half a minute once and seconds at later launches,
+    which these encoders save within about ten packs. `tiny` would need hundreds of packs (benchmarks/LOG.md).
     """
     return config.compile == "on" or (config.compile == "auto" and encoder_config(config).hidden_size >= 1024)

@@ -31,7 +31,7 @@ class AttentionPool(nn.Module):
         self.backend = backend
         self.norm = RMSNorm(width, eps)
         query = torch.empty(width)
-        if not query.is_meta:  # there it would import torch._dynamo, which takes a second
+        if not query.is_meta:  # on meta, normal_ would import torch._dynamo, which takes a second
             query.normal_().mul_(width**-0.5)
         self.query = nn.Parameter(query)
         self.kv = nn.Linear(width, 2 * width)
@@ -109,7 +109,7 @@ class ContrastiveModel(nn.Module):
 
         Args: see `encode_vision` and `encode_text`; distill: whether to return `distilled`, for the tokens that remain;
             drops: tokens and branches that the encoder drops. If the encoder splits packs over ranks, `token_ids` and
-            `text_lengths` are those of the items that this rank owns, and so is the result.
+            `text_lengths` are those of the items that this rank owns, and so are the results.
         """
         tokens, pooled = self._features(pixels, frames, grid_thw, drops)
         # Scale and bias are returned as new tensors: ZeRO-3 frees a parameter's storage after forward.
@@ -126,7 +126,7 @@ class ContrastiveModel(nn.Module):
         value = getattr(self, name).float()
         if name not in self.exact:
             return value
-        # The sum is exact: both numbers differ by a rounding to bfloat16. The gradient is that of the parameter.
+        # The sum is exact: the values differ only by the rounding to bfloat16. The gradient goes to the parameter.
         return value + (self.exact[name] - value).detach()
 
     def encode_vision(self, pixels: Tensor, frames: Tensor, grid_thw: Tensor) -> Tensor:
@@ -159,6 +159,7 @@ class ContrastiveModel(nn.Module):
 
 
 def leave_heads_aside(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Removes the weights of distillation heads from a state that is loaded, as a hook of a module without heads."""
+    """Removes the weights of distillation heads from `state`: a pre-hook of `load_state_dict` for models without
+    heads."""
     for name in [name for name in state if name.startswith(f"{prefix}distill.")]:
         del state[name]

@@ -75,7 +75,7 @@ class UniViTAR(nn.Module):
 
         Args:
             pixel_values: (T, 1176) normalised patches of all items in order; or, with `frames`, pixels (B,) uint8, see
-                `kernels.reference.patchify`, which need less time and memory and give the same result to rounding.
+                `kernels.reference.patchify`, which need less time and memory and give the same result up to rounding.
             grid_thw: (N, 3) numbers of tokens along time, height, width; on the host.
             frames: (N,) number of frames per item in the pixels, 1 for an image; on the host.
             output_hidden_states: whether to return the inputs of all blocks and the last output as well.
@@ -105,7 +105,7 @@ class UniViTAR(nn.Module):
         return (x, states) if output_hidden_states else x
 
     def lengths(self, grids: Sequence[Sequence[int]], drops: DropPlan | None = None) -> Sequence[int]:
-        """Returns the numbers of tokens of the items whose tokens `forward` returns for a pack with these grids."""
+        """Returns the number of tokens of each item in the result of `forward` for a pack with these grids."""
         lengths = [token_count(grid) for grid in grids] if drops is None else drops.lengths
         if self.sequence.size == 1:
             return lengths
@@ -159,7 +159,8 @@ class UniViTAR(nn.Module):
             output_fmt: "NCHW": a list with a map (t, D, h, w) of each item, rows and columns in the order of the image;
                 "NLC": the packed tokens (T, D) in the order of `forward`.
             intermediates_only: whether to return the second result only.
-        Returns: the encoder's output (T, D), never divided, and a list with an entry for each index, in their order.
+        Returns: the encoder's output (T, D), to which `norm` does not apply, and a list with an entry for each index,
+        in their order.
         Raises: UserError if a block or format does not exist; ValueError as `forward`.
         """
         if output_fmt not in ("NCHW", "NLC"):
@@ -189,11 +190,11 @@ class UniViTAR(nn.Module):
         *,
         frames: Tensor | Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """Returns the attention probabilities of a block, of each item (H, t_i, t_i) with t_i = t*h*w.
+        """Returns the attention probabilities of a block, (H, n, n) for each item of n = t*h*w tokens.
 
-        Row i holds the weights of all tokens of the item for token i, and sums to 1; tokens are in the order of
-        `forward`. The probabilities are computed beside the block's attention, in float32 or wider. They need
-        4 * H * t_i^2 bytes. `token_maps` makes an image of a row or of the mean over heads and rows:
+        Row i has the weights that token i gives to all tokens of its item, and sums to 1; tokens are in the order of
+        `forward`. The probabilities are computed in float32 or wider, so an item needs at least 4 * H * n^2 bytes.
+        `token_maps` makes a map from a row, or from the mean over heads and rows:
 
             (one,) = encoder.attention_maps(pixel_values, grid_thw)        # a pack of one item
             (seen,) = token_maps(one.mean(dim=(0, 1))[:, None], grid_thw, encoder.config.spatial_merge_size)

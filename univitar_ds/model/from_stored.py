@@ -51,7 +51,7 @@ def build_classifier_of(
 ) -> ClassificationModel:
     """Builds the classifier of a run with the stored weights, in the stored precision and in evaluation mode.
 
-    Args: stored: of `formats.run.read_all`; config: of the run; classes: number of classes.
+    Args: stored: the result of `formats.run.read_all`; config: the run's settings; classes: number of classes.
     Raises: CheckpointError as `build_encoder`.
     """
     settings = config.model_copy(update={"attention": attention})
@@ -61,14 +61,17 @@ def build_classifier_of(
 
 
 def check_complete(stored: StoredModel) -> None:
-    """Raises: CheckpointError that lists missing, unexpected and misshapen tensors, before any tensor is read."""
+    """Checks that a stored model has the tensors of its configuration, without reading a tensor.
+
+    Raises: CheckpointError that lists missing, unexpected and misshapen tensors.
+    """
     complaint = describe_misfit(_wanted(stored), _without_heads(stored.tensors).infos)
     if complaint:
         raise _misfit(stored.path, complaint)
 
 
 def _wanted(stored: StoredModel) -> Mapping[str, Tensor | TensorInfo]:
-    """Returns the tensors that the configuration asks for, without values."""
+    """Returns the tensors of a model with the stored configuration, without values."""
     with torch.device("meta"):
         if stored.joint is None:
             return nn.ModuleDict({"vision": UniViTAR(stored.encoder)}).state_dict()

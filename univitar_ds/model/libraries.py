@@ -1,4 +1,4 @@
-"""Reports a broken library that another library imports in one sentence instead of a long traceback."""
+"""Turns the traceback of a failed import into one sentence that names the broken package."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from univitar_ds.errors import InstallationError
 _REQUIRED = {"huggingface_hub", "numpy", "PIL", "regex", "safetensors", "tokenizers", "torch", "transformers", "yaml"}
 """Packages that transformers requires."""
 _BESIDE_TORCH = {"torchvision", "torchaudio", "torchcodec"}
-"""Packages of which each release and build fits only one of torch."""
+"""Packages whose builds each fit only one version and build of torch."""
 _TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers of optional packages that warn while transformers imports them, of what no run here uses."""
+"""Loggers of packages that warn, while transformers imports them, about features that no run here uses."""
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _culprit(error: BaseException) -> str | None:
-    """Returns the innermost optional package in the traceback, else the missing or innermost package; None without."""
+    """Returns the innermost optional package in the traceback, else the missing or innermost package, if any."""
     packages = [module.partition(".")[0] for module in _modules(error.__traceback__)]
     foreign = [name for name in packages if name not in sys.stdlib_module_names | {"univitar_ds"}]
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None

@@ -1,7 +1,8 @@
 """Attention of transformers' models over the items of a pack, through the encoder's dispatch (`blocks.attention`).
 
-transformers lets a function of ours compute the attention of its models. Items of different lengths then run as one row
-of tokens without padding, and their code stays as it is: all else in their blocks works token by token.
+transformers can call a registered function for the attention of its models. With the function of this module, items of
+different lengths run as one row of tokens without padding. The code of the models needs no change, since everything
+else in their blocks works token by token.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from univitar_ds.model.blocks.attention import CuSeqlens, attention, choose_back
 from univitar_ds.model.libraries import working_imports
 
 _NAME = "univitar_packed"
-"""Of the attention function in transformers, which adds no mask for functions that it does not know."""
+"""The name of the attention function in transformers, which adds no mask for names that it does not know."""
 _items: ContextVar[tuple[CuSeqlens, bool]] = ContextVar("_items")
 
 
 def can_pack(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model of transformers with this configuration is to run packed.
+    """Returns whether a model of transformers with this configuration should run packed.
 
-    It is where one call computes the attention of all items. Elsewhere, as on the CPU, each item needs a call of its
-    own in each block, and batches of padded or equal items are faster.
+    Packing is faster if one call computes the attention of all items. Otherwise, as on the CPU, each block needs a
+    call for each item, and batches of padded or equally long items are faster.
     """
     width = config.hidden_size // config.num_attention_heads
     dropped = getattr(config, "attention_dropout", 0.0) or getattr(config, "attention_probs_dropout_prob", 0.0)
@@ -35,9 +36,10 @@ def can_pack(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def packed(model: nn.Module, items: CuSeqlens, *, causal: bool = False) -> Iterator[None]:
-    """During the body the tokens of `model` are those of `items`, one after the other: (1, T, D) or (T, 1, D).
+    """Restricts the attention of `model` to the tokens of the same item while the body runs.
 
-    A token attends to those of its item; `causal`: to those up to itself.
+    In the body, `model` is called with the tokens of all items in order, as (1, T, D) or (T, 1, D).
+    Args: causal: whether a token attends only to itself and earlier tokens of its item.
     """
     with working_imports("transformers"):
         from transformers import AttentionInterface

@@ -1,7 +1,7 @@
-"""Where and in which precision a model computes features outside of training.
+"""Device and precision of a model that computes features outside of training.
 
-On a GPU that is bfloat16, as in training: attention over the items of a pack is one call there, while in float32 each
-item needs its own (`blocks.attention`). On the CPU it is the precision of the stored weights.
+On a GPU the precision is bfloat16, as in training: one call then computes the attention of all items of a pack, while
+float32 needs a call for each item (`blocks.attention`). On the CPU it is the precision of the stored weights.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def feature_dtype(device: torch.device) -> torch.dtype | None:
-    """Returns the precision of features on a device: bfloat16 on a GPU that computes in it; None: as stored."""
+    """Returns the precision of features on a device: bfloat16 on a GPU that supports it; None: as stored."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return None
 
 
 def placed(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> Model:
-    """Returns a copy of a model on a device, with floating-point tensors of type `dtype`; None: of their own.
+    """Returns a copy of a model on a device, with floating-point tensors of type `dtype`; None: of their own type.
 
-    `model` stays as it is. Its `exact_parameters` keep their type: they are few, and rounding them would change logits.
+    `model` is not changed. Its `exact_parameters` keep their type: they are few, and rounding them would change logits.
     """
     exact = {id(getattr(model, name)) for name in getattr(model, "exact_parameters", ())}
     copies: dict[int, object] = {}
@@ -34,4 +34,4 @@ def placed(model: Model, device: torch.device, dtype: torch.dtype | None = None)
         moved = tensor.detach().to(device, dtype if rounded else tensor.dtype, copy=True)
         own = isinstance(tensor, nn.Parameter)
         copies[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if own else moved
-    return copy.deepcopy(model, copies)  # which has no second copy of the weights on the host
+    return copy.deepcopy(model, copies)  # makes no second copy of the weights on the host

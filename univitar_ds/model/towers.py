@@ -30,13 +30,13 @@ FAMILIES = {
 }
 """The family of text tower for each supported `model_type` of transformers."""
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
-"""Those of the published text models."""
+"""Activation functions of the published text models."""
 
 
 class CausalTextTower(nn.Module):
     """CLIP's text transformer with a causal mask, pooled at the last real token, which attends to all tokens.
 
-    Where one call computes the attention of many texts, they run packed, without padding (`packed.can_pack`).
+    If one call can compute the attention of many texts, they run packed, without padding (`packed.can_pack`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,8 +47,8 @@ class CausalTextTower(nn.Module):
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Returns (N, Dt) features.
 
-        Args: token_ids: (N, S); lengths: (N,) real tokens of each row, end of text included. Texts can be packed only
-            if `lengths` is on the host, since they are sizes.
+        Args: token_ids: (N, S); lengths: (N,) real tokens of each row, end of text included. Texts run packed only
+            if `lengths` is on the host, which needs them as sizes.
         """
         rows = len(token_ids)
         token_ids, lengths = _never_empty(token_ids, lengths)
@@ -74,8 +74,10 @@ class CausalTextTower(nn.Module):
 
 
 class PaddedTextTower(nn.Module):
-    """The text transformer of SigLIP and SigLIP 2: trained without a mask on rows padded to full length, pooled at the
-    last position. Its tokens attend to the padding, so that there is nothing to leave out."""
+    """The text transformer of SigLIP and SigLIP 2, pooled at the last position.
+
+    It is trained without a mask on rows padded to full length. Tokens attend to the padding, so it cannot be left out.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -178,7 +180,7 @@ def text_shapes(values: Mapping[str, Any]) -> dict[str, TensorInfo] | None:
     """Returns the tensors of a text tower without transformers, whose import takes longer than a conversion.
 
     Args: values: as of `text_tower`. Returns: the tensors by their names in the tower; None if `values` are unusual, so
-        that only `text_tower` can say whether they are possible.
+        that only `text_tower` can check them.
     """
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
     numbers = [values.get(name) for name in (*names, "num_attention_heads")]
@@ -210,7 +212,7 @@ def text_shapes(values: Mapping[str, Any]) -> dict[str, TensorInfo] | None:
 
 
 def check_text_library() -> None:
-    """Raises: InstallationError if text towers cannot be built in this environment."""
+    """Checks that transformers can build text towers in this environment. Raises: InstallationError."""
     with working_imports("transformers"):
         from transformers import AutoModel, CLIPTextModel, Siglip2TextModel, SiglipTextModel  # noqa: F401
 

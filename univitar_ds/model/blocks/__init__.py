@@ -1,4 +1,4 @@
-"""A block of the encoder: its layers, its attention, what it drops, and what it computes again in the backward pass."""
+"""The blocks of the encoder: layers, attention, dropping, recomputation, and parallelism over ranks."""
 
 __all__ = [
     "activations",

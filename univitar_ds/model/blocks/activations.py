@@ -1,6 +1,6 @@
-"""Bytes of activations that an encoder keeps for its backward pass, by kind of recomputation, and the choice of a kind.
+"""Computes the bytes of activations that an encoder keeps for the backward pass, and chooses what to recompute.
 
-With the fused token-wise operations a block keeps, in tensors of the hidden width D and of the inner width F per token:
+With the fused token-wise operations, a block keeps these values per token (D: hidden width, F: inner width):
 
 | kept for the backward pass | none | selective | whole |
 |---|---|---|---|
@@ -9,7 +9,7 @@ With the fused token-wise operations a block keeps, in tensors of the hidden wid
 | result of the attention | D | D | |
 | norms, rotated queries and keys, sum and gate | 5 D + F | | |
 
-`benchmarks/results/bench_recompute.csv` has the counted bytes beside these.
+`benchmarks/results/bench_recompute.csv` compares these with counted bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 from univitar_ds.config.encoder import EncoderConfig
 
 Kind = int | Literal["selective"]
-"""`checkpoint_every`: 0 none, 1 every block, k every k-th block, selective."""
+"""A value of `checkpoint_every`: 0 recomputes no block, k every k-th block, "selective" a part of every block."""
 LADDER: tuple[Kind, ...] = (0, "selective", 2, 1)
 """Kinds from the least to the most recomputation. Selective recomputes no matrix product and no attention; every 2nd
 block costs half a forward pass and every block a whole one. Every 3rd block would keep more than selective does."""
@@ -49,7 +49,7 @@ def bytes_of_block(config: EncoderConfig, *, width: int, block: tuple[int, int] 
 
 
 def bytes_of_pack(config: EncoderConfig, kind: Kind, tokens: float, *, width: int) -> float:
-    """Returns the most bytes of a pack: what is kept and, if blocks are recomputed, all of one block."""
+    """Returns the peak bytes of a pack: the kept ones and, if blocks are recomputed, those of one whole block."""
     block = bytes_of_block(config, width=width) if kind else 0
     return tokens * (bytes_per_token(config, kind, width=width) + block)
 

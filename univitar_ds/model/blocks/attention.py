@@ -19,7 +19,7 @@ from univitar_ds.model.transfer import to_device
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH = ("flash2", "flash3", "flash4")
-FUNCTIONS = {  # module and function of each back end that is imported
+FUNCTIONS = {  # module and function of each back end that has to be imported
     "flash2": ("flash_attn", "flash_attn_varlen_func"),
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func"),
     "flash4": ("flash_attn.cute", "flash_attn_varlen_func"),
@@ -137,8 +137,8 @@ def select(
 ) -> tuple[str, str]:
     """Returns the back end and the reason for it in words.
 
-    Args: width: number of values per head; deterministic: whether the backward pass must repeat its bits.
-    Raises: ConfigError if `backend` cannot run there.
+    Args: width: number of values per head; deterministic: whether the backward pass must be bitwise reproducible.
+    Raises: ConfigError if `backend` cannot run with these arguments.
     """
     obstacles = {name: _obstacle(name, device, gpu, dtype, width, deterministic) for name in _order(gpu.capability)}
     able = [name for name, obstacle in obstacles.items() if not obstacle]
@@ -190,7 +190,7 @@ def _obstacle(name: str, device: str, gpu: Gpu, dtype: torch.dtype, width: int, 
 def _no_backward(gpu: Gpu, deterministic: bool) -> str:
     """Returns why flash-attn 4 cannot train on a GPU; empty if it can.
 
-    It is refused without gradients too: a pack that runs twice in a step must run on one back end.
+    It is rejected for passes without gradients too: a pack that runs twice in a step must use the same back end twice.
     """
     if gpu.capability < BACKWARD_FROM:
         return (

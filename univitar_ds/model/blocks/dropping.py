@@ -1,9 +1,9 @@
-"""Plans what a training step drops: tokens (patch dropout, arXiv:2212.00794) and, for single items, branches of
-blocks (stochastic depth, arXiv:1603.09382).
+"""Plans what a training step drops: tokens (patch dropout, arXiv:2212.00794) and branches of blocks per item
+(stochastic depth, arXiv:1603.09382).
 
-A pack may run twice in a step and its blocks more often, on any number of ranks and after a resume, and each time the
-same parts must be dropped. So no forward pass draws random numbers. The plan of a pack is drawn earlier on the host and
-depends only on seed, step, lane and item.
+A step may run a pack twice and recompute its blocks, and a resumed run may repeat the step on another number of ranks.
+Each time the same parts must be dropped, so no forward pass draws random numbers. The plan of a pack is drawn on the
+host before the step, and depends only on seed, step, lane and item.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A weight is used only in the forward of the module that owns it: ZeRO-3 gathers the weights of a module when the module
 is called; for other modules they are empty. A module that needs weights of other modules lists them in
-`external_parameters`, and `training/engine/engine.py` gathers them when it is called.
+`external_parameters`, and `training/engine/engine.py` gathers these as well when the module is called.
 """
 
 from __future__ import annotations

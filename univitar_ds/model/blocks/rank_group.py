@@ -17,7 +17,7 @@ from univitar_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankGroup:
-    """`rank`: place of this rank in the group; `size`: its number of ranks; `group`: None for a rank alone."""
+    """`rank`: index of this rank in the group; `size`: number of ranks; `group`: None if the group is one rank."""
 
     rank: int = 0
     size: int = 1
@@ -53,11 +53,11 @@ def _divisors(number: int) -> str:
 def sharing_bytes(encoder: EncoderConfig, tensor: int, sequence: int, *, number: int) -> float:
     """Returns the bytes that a rank sends in one pass through all blocks, forward or backward, for each of its tokens.
 
-    Tensor parallelism sums two results of a block, which a ring sends twice, and sums of squares in float32, two for
-    queries and keys and one for the feed-forward layer. Sequence parallelism exchanges queries, keys, values and the
-    result of attention, of which a rank has its share of the heads under tensor parallelism.
+    Tensor parallelism all-reduces two results (T, D) per block, and three sums of squares in float32: of queries, of
+    keys and of the feed-forward layer. A ring all-reduce sends every value twice. Sequence parallelism exchanges
+    queries, keys, values and the result of attention; under tensor parallelism a rank has only its share of the heads.
 
-    Args: number: bytes of a number in the forward pass.
+    Args: number: bytes of a value in the forward pass.
     """
     width, layers = encoder.hidden_size, encoder.num_hidden_layers
     sums = 2 * (2 * number * width + 3 * 4) * (tensor - 1) / tensor
@@ -71,9 +71,9 @@ def sharing_collectives(encoder: EncoderConfig, tensor: int, sequence: int) -> i
 
 
 def sum_over(values: Tensor, group: RankGroup) -> Tensor:
-    """Returns the sum of `values` over the ranks of a group, of which each rank uses the whole for its own results.
+    """Returns the sum of `values` over the ranks of a group.
 
-    So the gradient of `values` is the sum of the gradients that the ranks have for their results.
+    Each rank computes its own results from the whole sum, so the backward pass sums the gradients over the ranks.
     """
     return _Sum.apply(values, group)
 
@@ -81,7 +81,8 @@ def sum_over(values: Tensor, group: RankGroup) -> Tensor:
 def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
     """Sends rows (n, k) to the ranks of a group in their order, and returns those from the ranks in their order.
 
-    Args: sent, received: numbers of rows to and from each rank, which may be 0. Gradients go the way back.
+    Args: sent, received: numbers of rows to and from each rank, which may be 0. The backward pass returns gradients to
+    the rows' ranks.
     """
     return _Exchange.apply(rows, tuple(sent), tuple(received), group)
 

@@ -31,7 +31,7 @@ ATTENTION = {
     "flash_attn_3::fwd",
     "flash_attn_3::_flash_attn_forward",
 }
-"""Operations of the attention back ends. flash-attn 4 calls its kernels without one, so it is computed again."""
+"""Operations of the attention back ends. flash-attn 4 registers no operation, so its result is recomputed."""
 KEPT = frozenset(PRODUCTS | ATTENTION)
 """Operations whose results a selective block keeps."""
 
@@ -55,7 +55,7 @@ def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _Mode(TorchDispatchMode):
-    """Sees every operation of a block."""
+    """Base class of the modes that handle every operation of a block."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled operations stay compiled; they contain no operation that is kept."""
+        """Returns True: compiled operations stay compiled, and contain no operation whose result is kept."""
         return True
 
 
@@ -71,7 +71,7 @@ class _Keep(_Mode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **kwargs or {})
         if operation.name().partition(".")[0] in KEPT:
-            # Detached: the graph belongs to the second pass.
+            # Detached: the second pass builds the graph.
             self.results[operation].append(torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, result))
         return result
 

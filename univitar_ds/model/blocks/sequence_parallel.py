@@ -4,9 +4,9 @@ Each rank embeds an equal share of a pack's tokens and computes everything but a
 items: before it an all-to-all gives each rank all tokens of its share of the heads, and one after it the tokens of its
 share back. Shares may begin and end within an item, so a pack may consist of one item that no GPU could hold alone.
 
-After the last block each item's tokens go to one rank, its owner, that of the item's middle token. Pooling, captions
-and losses of an item are the owner's: for everything behind the encoder the ranks of a group are ranks with items of
-their own, and gradients of weights are summed over all ranks as without sequence parallelism.
+After the last block, all tokens of an item go to the item's owner: the rank that had its middle token. The owner
+computes pooling, caption and loss of the item. So after the encoder each rank of a group works on items of its own, and
+gradients of weights are summed over all ranks, as without sequence parallelism.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from univitar_ds.model.blocks.rank_group import RankGroup, exchange_rows
 from univitar_ds.model.transfer import to_device
 
 Range = tuple[int, int]
-"""The first and the end of consecutive tokens or items."""
+"""Begin and end (exclusive) of consecutive tokens, items or bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, spans: SplitSpans, backend:
 
 @dataclass(frozen=True)
 class SplitPack:
-    """What a rank computes of a pack. `lengths`: remaining tokens of each item of the pack; `tokens`: this rank's range
+    """This rank's part of a pack. `lengths`: remaining tokens of each item of the pack; `tokens`: this rank's range
     of them; `items`: the range of items that it owns; `kept`: see `DropPlan`."""
 
     grids: Sequence[Sequence[int]]
@@ -78,7 +78,7 @@ class SplitPack:
 
     @cached_property
     def _bounds(self) -> list[int]:
-        """Where the tokens of each rank begin, and the end of the last."""
+        """The first token of each rank, and the end of the last rank's tokens."""
         total, ranks = sum(self.lengths), self.group.size
         return [total * rank // ranks for rank in range(ranks + 1)]
 
@@ -98,8 +98,8 @@ class SplitPack:
     def patches(
         self, patches: Tensor, frames: Sequence[int] | None
     ) -> tuple[Tensor, Sequence[int] | None, list[list[int]]]:
-        """Returns what the patch embedding takes for the time steps that have this rank's tokens: a part of `patches`,
-        of `frames` and of the grids. Args: patches, frames: of the whole pack, see `UniViTAR.forward`."""
+        """Returns the inputs of the patch embedding for the time steps with this rank's tokens: parts of `patches`, of
+        `frames` and of the grids. Args: patches, frames: of the whole pack, see `UniViTAR.forward`."""
         steps = self._steps(frames)
         first, last = (steps[0], steps[-1]) if steps else (_NOTHING, _NOTHING)
         if frames is None:
@@ -108,7 +108,7 @@ class SplitPack:
         return pixels, [step.frames for step in steps], [step.grid for step in steps]
 
     def own(self, embedded: Tensor) -> Tensor:
-        """Returns this rank's tokens (t, D) of what was embedded from the result of `patches`."""
+        """Returns this rank's tokens (t, D). Args: embedded: the patch embedding of the result of `patches`."""
         steps, tokens = self._steps(None), self.indices
         return embedded.index_select(0, to_device(tokens - (steps[0].tokens[0] if steps else 0), embedded.device))
 
@@ -128,7 +128,7 @@ class SplitPack:
         return torch.arange(begin, end) if self.kept is None else self.kept[begin:end]
 
     def _steps(self, frames: Sequence[int] | None) -> list[_TimeStep]:
-        """Returns the time steps that have this rank's tokens, and those between them."""
+        """Returns the time steps from this rank's first token to its last token."""
         if not len(self.indices):
             return []
         first, last = int(self.indices[0]), int(self.indices[-1])
@@ -147,8 +147,9 @@ _NOTHING = _TimeStep((0, 0), (0, 0), 0, [])
 
 
 def _time_steps(grids: Sequence[Sequence[int]], frames: Sequence[int] | None) -> Iterator[_TimeStep]:
-    """Yields the time steps of all items with the places of their tokens and pixels; a step is an item of its own for
-    the patch embedding, since positions do not depend on time."""
+    """Yields the time steps of all items with the ranges of their tokens and pixels.
+
+    The patch embedding can treat each step as an item, since no patch has pixels of two steps."""
     token = byte = 0
     for index, (t, h, w) in enumerate(grids):
         each = 1 if frames is None else int(frames[index]) // t

@@ -1,12 +1,12 @@
-"""Tensor parallelism: each rank of a group has a slice of the weights of every block, by Megatron-Core's layers.
+"""Tensor parallelism: each rank of a group has a slice of the weights of every block, in Megatron-Core's layers.
 
 attn.qkv, mlp.fc1 and mlp.fc3 are column-parallel and attn.proj and mlp.fc2 row-parallel, so a rank has whole heads and
 a part of the feed-forward width, and a block sums two results of (T, D) over the group. attn.q_norm, attn.k_norm and
-mlp.norm are over the whole width: their sums of squares are summed over the group, forward and backward. All else is
-whole on every rank, which computes it from equal inputs.
+mlp.norm are over the whole width: their sums of squares are summed over the group, forward and backward. Everything
+else is whole on every rank, and every rank computes it from equal inputs.
 
-Parameters keep the names of the whole encoder. Those that are slices have two attributes: `slice`, which elements of
-the whole they have, and `tensor_model_parallel`, by which Megatron and DeepSpeed know them.
+Parameters keep the names of the whole encoder. Slices have two attributes: `slice` says which elements of the whole
+parameter they have, and `tensor_model_parallel` marks them as slices for Megatron and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from univitar_ds.model.blocks.rank_group import RankGroup, sum_over
 from univitar_ds.model.encoder import UniViTAR
 
 QKV = 3
-"""Parts of the rows of attn.qkv, in each of which a rank has rows."""
+"""Number of parts of the rows of attn.qkv: q, k and v. A rank has its share of the rows of each part."""
 
 
 def split_encoder(encoder: UniViTAR, group: RankGroup) -> None:
-    """Replaces the weights of the blocks of a whole encoder by this rank's slices. The encoder is on the CPU.
+    """Replaces the weights of the blocks of a whole encoder by this rank's slices. The encoder must be on the CPU.
 
     Raises: InstallationError without the extra `megatron`.
     """
@@ -122,7 +122,7 @@ class _Same(torch.autograd.Function):
 
 
 def _column(whole: nn.Linear, group: RankGroup, parts: int = 1, **options: Any) -> nn.Module:
-    """Returns this rank's rows of a layer, in each of `parts` equal parts of its rows."""
+    """Returns a column-parallel layer with this rank's share of each of `parts` equal parts of the rows of `whole`."""
     column, _, config = _megatron(group.size)
     layer = column(
         *(whole.in_features, whole.out_features, config, group, whole.bias is not None),
@@ -136,7 +136,7 @@ def _column(whole: nn.Linear, group: RankGroup, parts: int = 1, **options: Any) 
 
 
 def _row(whole: nn.Linear, group: RankGroup) -> nn.Module:
-    """Returns this rank's columns of a layer."""
+    """Returns a row-parallel layer with this rank's share of the columns of `whole`."""
     _, row, config = _megatron(group.size)
     layer = row(
         *(whole.in_features, whole.out_features, config, group, whole.bias is not None),
@@ -162,14 +162,14 @@ def _slice(whole: nn.Parameter, group: RankGroup, parts: int = 1) -> nn.Paramete
 def _megatron(ranks: int) -> tuple[type, type, Any]:
     """Returns Megatron-Core's column-parallel and row-parallel layer with tensors as results, and their settings."""
     with extra("megatron"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about libraries of NVIDIA's that these layers do not use
+        warnings.simplefilter("ignore")  # about missing NVIDIA libraries that these layers do not need
         from megatron.core.model_parallel_config import ModelParallelConfig
         from megatron.core.tensor_parallel import layers
 
     layers.linear_with_grad_accumulation_and_async_allreduce.warned = True  # of a variable that must precede CUDA
 
     class Plain:
-        """Without the entry `_extra_state` in a module's state."""
+        """Base class of both layers: no entry `_extra_state` in the state dict, and a tensor as the result."""
 
         get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
 

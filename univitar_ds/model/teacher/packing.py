@@ -1,8 +1,9 @@
-"""Image models of transformers on the frames of a whole pack: frames of one size are embedded together, and all tokens
-pass the blocks once, whatever sizes they come from.
+"""Runs image models of transformers on the frames of a whole pack.
 
-A `Packing` has the parts of a model's forward pass: what comes before the blocks, the blocks with the norm behind
-them, and what comes after. The parts call the model's own modules.
+Frames of one size are embedded together, and the tokens of all frames pass through the blocks in one call.
+
+A `Packing` has the three parts of a model's forward pass: before the blocks, the blocks with the norm that follows
+them, and after the norm. The parts call the model's own modules.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Packing:
-    """The parts of a model. B frames of one size have L tokens each, T tokens are those of all frames.
+    """The parts of a model. B frames of one size have L tokens each; T is the number of tokens of all frames.
 
-    embed: (model, frames (B, 3, rows, columns)) to states (B, L, D) and the rotation of the L tokens, None without one.
-    encode: (model, states (1, T, D), rotation of the T tokens) to (1, T, D).
-    finish: (model, states (B, L, D)) to patches (B, h * w, D) and pooled (B, D).
+    embed: (model, frames (B, 3, rows, columns)) -> states (B, L, D), and the rotation of the L tokens or None.
+    encode: (model, states (1, T, D), rotation of the T tokens or None) -> states (1, T, D).
+    finish: (model, states (B, L, D)) -> patches (B, h * w, D) and pooled (B, D).
     """
 
     embed: Callable[[nn.Module, Tensor], tuple[Tensor, Rotation | None]]
@@ -37,7 +38,7 @@ class Packing:
 def run_packed(model: nn.Module, packing: Packing, batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Returns patches (B, h * w, D) and pooled (B, D) of each batch of normalised frames (B, 3, rows, columns).
 
-    Frames of a batch have one size; the batches pass the blocks together, once."""
+    All frames of a batch have one size. The tokens of all batches pass through the blocks in one call."""
     embedded = [packing.embed(model, frames) for frames in batches]
     shapes = [states.shape[:2] for states, _ in embedded]
     items = CuSeqlens.of([length for count, length in shapes for _ in range(count)], batches[0].device)

@@ -259,7 +259,7 @@ def partition(model: nn.Module) -> None:
 
 
 def _frame_tower(model: nn.Module, shape: TeacherShape, *, whole: bool) -> FrameTower:
-    """Args: whole: whether this rank has all weights: others are gathered for the model's own forward pass only."""
+    """Args: whole: whether this rank has all weights. Otherwise only a call of the whole model gathers them."""
     family = FAMILIES[shape.kind]
     return FrameTower(model, family.run, shape.patch, shape.mean, shape.std, family.packing if whole else None)
 
@@ -315,7 +315,9 @@ def _patch_of(vision: Any, path: str) -> int:
             "of pixels, name another model"
         )
     if vision.num_channels != 3:
-        raise ConfigError(f"objective.teacher.path {path} sees {vision.num_channels} channels; images have 3")
+        raise ConfigError(
+            f"objective.teacher.path {path} takes {vision.num_channels} channels; images have 3, name another model"
+        )
     return square[0]
 
 

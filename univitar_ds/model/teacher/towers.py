@@ -32,13 +32,13 @@ class Tower(Protocol):
     model: nn.Module
 
     def supports(self, grid: Grid) -> bool:
-        """Whether the model supports an item with this grid."""
+        """Returns whether the model supports an item with this grid."""
 
     def num_forwards(self, grids: Sequence[Grid]) -> int:
         """Returns the number of forward passes for items with these grids."""
 
     def idle(self) -> None:
-        """Runs the model once and discards the result, while other ranks need this rank's share of the weights."""
+        """Runs the model once and discards the result, since other ranks need this rank's share of the weights."""
 
     def __call__(self, videos: Sequence[Tensor], grids: Sequence[Grid]) -> list[Features]:
         """Returns the features of supported items, each (frames, h * 14, w * 14, 3) uint8 on the model's device."""
@@ -47,7 +47,7 @@ class Tower(Protocol):
 class FrameTower:
     """An image model that runs on each frame of a video. Features of a token are the mean over the token's frames.
 
-    With `packing` all frames of a pack run in one pass where `packed.can_pack` allows it. Otherwise items with equal
+    With `packing` all frames of a pack run in one pass if `packed.can_pack` returns True. Otherwise items with equal
     height and width run as one batch.
 
     A model with patches of 14 pixels gets the student's pixels. For patches of p pixels, frames are resized (bilinear,

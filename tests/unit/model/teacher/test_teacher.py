@@ -316,7 +316,7 @@ def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(pr
         ({"model_type": "dinov3_convnext"}, "holds a dinov3_convnext model"),
         ({"model_type": "dinov2", "patch_size": None}, "Validation error for field 'patch_size'"),
         ({"model_type": "dinov2", "patch_size": [14, 16]}, r"has patch_size \[14, 16\]; a teacher needs square"),
-        ({"model_type": "dinov2", "num_channels": 1}, "sees 1 channels; images have 3"),
+        ({"model_type": "dinov2", "num_channels": 1}, "takes 1 channels; images have 3"),
     ],
 )
 def test_a_model_that_cannot_teach_is_refused_before_its_weights_are_read(content, said, tmp_path):
