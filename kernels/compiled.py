@@ -43,11 +43,11 @@ class Region:
             function,
             dynamic=True,
             fullgraph=True,
-            options={"compile_threads": 1},  # a function is one loop, which one compiler compiles
+            options={"compile_threads": 1},  # a function is one loop, which one compiler process compiles
         )
 
     def __call__(self, *inputs: Any) -> Any:
-        # Detached, so that no other code is compiled for frozen weights.
+        # Detached: otherwise torch.compile would compile again for frozen weights.
         inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         if Region.failed or len(inputs[0]) < 2:
             return self.plain(*inputs)
@@ -129,7 +129,7 @@ def add_norm(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: floa
     return _AddNorm.apply(x, branch, scale, weight, eps)
 
 
-# The contrastive losses. `first` is a tensor, so that its value is not part of the compiled code.
+# The contrastive losses. `first` is a tensor: the value of an int would be part of the compiled code.
 
 
 def _positives(logits: Tensor, first: Tensor, own_ids: Tensor | None, ids: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Properties of the GPU, and the launch of kernels on it.
 
-Triton looks at every argument of every launch in Python, which takes as long as small kernels run. What it finds
-depends on little: the types of the arguments, whether addresses and numbers are multiples of 16, and the constants. So
-the compiled kernel is kept by these, and a later launch calls its launcher with the new arguments.
+At every launch Triton inspects every argument in Python, which takes as long as a small kernel runs. Its choice of a
+compiled kernel depends only on the types of the arguments, on whether addresses and numbers are multiples of 16, and on
+the constants. So compiled kernels are cached by these, and later launches call the launcher of a kernel directly.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def limits(device: torch.device) -> Limits:
 
 
 _HOOKS = triton.knobs.runtime
-"""A profiler may watch launches there; Triton's own launch calls it."""
+"""Has the hooks with which a profiler watches launches. Only Triton's own launch calls them."""
 
 
 class Launcher(NamedTuple):
-    """A compiled kernel on one GPU: its `run`, handle and packed metadata, and the current stream of a GPU."""
+    """A compiled kernel on one GPU: its `run`, handle and packed metadata, and a function for the current stream."""
 
     run: Callable[..., None]
     function: Any
@@ -67,7 +67,7 @@ class Prepared:
         self.kernel, self.options = kernel, options
         self.constants = tuple(options[name] for name in kernel.arg_names if name in options)
         self.launchers: dict[tuple[Any, ...], Launcher] = {}
-        """By everything else on which Triton's choice of a compiled kernel depends; none in Triton's interpreter."""
+        """Launchers by everything else on which Triton's choice of a kernel depends; empty in Triton's interpreter."""
 
     def launch(self, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
         """Launches the kernel on the GPU of the first tensor; Triton alone would use the current GPU.
@@ -111,7 +111,7 @@ class Prepared:
 
 
 def _kind(number: int) -> int:
-    """Returns what Triton looks at in a number: whether it is 1, a multiple of 16, and its width in bits."""
+    """Returns a code of what Triton specialises a number on: whether it is 1 or a multiple of 16, and its width."""
     width = 0 if -(1 << 31) <= number < 1 << 31 else 4 if number < 1 << 63 else 8
     return (number == 1) + 2 * (number % 16 == 0) + width
 
@@ -134,6 +134,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def forget() -> None:
-    """Lets Triton choose the compiled kernel of every next launch, as in a new process."""
+    """Clears all launchers, so that Triton chooses the compiled kernel of the next launch, as in a new process."""
     for kernel in _prepared.values():
         kernel.launchers.clear()

@@ -199,7 +199,7 @@ def softmax_norms(
 
     Args:
         logits, first, ids: see `sigmoid_pairs`; the logits are not changed.
-        row_norms: (n,) the log-sum-exp of each row; that of the chunk is added to it. -inf before the first chunk.
+        row_norms: (n,) the log-sum-exp of each row over the chunks so far; updated. -inf before the first chunk.
         column_norms: (c,) overwritten with the log-sum-exp of each column.
         counts, sums: (n,) the number of positive texts of each image and the sum of their logits; those of the chunk
             are added. All float32.
@@ -227,8 +227,8 @@ def softmax_pairs(
 ) -> None:
     """Replaces logits by exp(logit + row shift) + exp(logit + column shift), minus the row's weight for positive pairs.
 
-    If the shifts are the negative normalisers, and the weights 2 / number of positives, that is the gradient of the sum
-    of both cross entropies.
+    The result is the gradient of the sum of both cross entropies if the shifts are the negative normalisers, and the
+    weights are 2 / number of positives.
 
     Args: logits, first, ids: see `sigmoid_pairs`; row_shifts, weights (n,), column_shifts (c,), all float32.
     """

@@ -1,6 +1,6 @@
 """RMSNorm of rows, forward and backward.
 
-The forward saves x and the weight; the backward computes the scale of each row again.
+The forward saves x and the weight; the backward recomputes the scale of each row.
 """
 
 from __future__ import annotations

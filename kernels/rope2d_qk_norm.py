@@ -2,8 +2,9 @@
 
 A rotation preserves the root mean square, so it is computed from the unrotated values, and one pass over q and k does
 the rotation and the norm. The angles are computed in registers from a token's row and column; q and k and all heads in
-a thread share the angles. v is a view of the projection. The backward saves the projection, the positions and the
-weights. Its one pass reads q, k and the three gradients, and writes the gradient of the projection, including v.
+a thread share the angles. v is a view of the projection. The forward saves the projection, the positions and the
+weights. The backward is one pass, which reads q, k and the three gradients and writes the gradient of the projection,
+including v.
 
 Pair i of a head is its values i and i + K/2, see `kernels.reference.rope2d`. A tile is (R tokens, BLOCK heads, HALF
 pairs). PIECES contains (first pair, HALF, BLOCK, tiles, tiles before) of each `kernels.tiling.Piece`. `rotations` is a
@@ -33,7 +34,7 @@ READ = 5
 def sine_cosine(quarters):
     """Returns the sine and cosine of an angle in quarter turns. The truncated series have an error below 2^-24.
 
-    Takes angles of any size without a branch: libdevice has a branch for large angles, which needs local memory.
+    It has no branch and takes angles of any size. libdevice has a branch for large angles, which needs local memory.
     """
     nearest = tl.floor(quarters + 0.5)
     rest = (quarters - nearest) * 1.5707963267948966  # within an eighth of a turn; the difference is exact

@@ -1,7 +1,7 @@
 """The sigmoid contrastive loss of all pairs of a chunk, and its gradient, in one pass over the logits.
 
 A program has one image and goes through the texts of the chunk. It reads every logit once and writes its gradient to
-the same place, so a chunk needs no memory but its logits.
+the same place, so a chunk needs no memory besides its logits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sigmoid_kernel(
         x = tl.where(positive, -logit, logit)
         small = tl.exp(-tl.abs(x))  # both branches of sigmoid and softplus without overflow
         whole = 1.0 + small
-        # log(1 + small) with the rounding error of `whole` divided out: far negatives have a loss below 2^-24.
+        # log(1 + small), corrected for the rounding of `whole`: far negatives have a loss below 2^-24.
         exact = tl.where(whole == 1.0, small, tl.log(whole) * (small / tl.where(whole == 1.0, 1.0, whole - 1.0)))
         loss += tl.where(inside, tl.maximum(x, 0.0) + exact, 0.0)
         share = tl.where(x >= 0.0, 1.0, small) / whole

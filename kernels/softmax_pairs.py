@@ -1,7 +1,7 @@
 """The softmax contrastive loss of all pairs of a chunk: normalisers of rows and columns, then the gradient in place.
 
-    rows       one program per image: adds the chunk to its normaliser, counts its positives and sums their logits
-    columns    one program per TEXTS texts: their normalisers over this rank's images
+    rows       one program per image: updates its normaliser, counts its positives and sums their logits
+    columns    one program per `TEXTS` texts: computes their normalisers over this rank's images
     softmax    one program per image: overwrites each logit with its gradient
 Logits are read twice for the normalisers, since a program sums along one direction only; a chunk is small enough for
 the L2 cache.

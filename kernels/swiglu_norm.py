@@ -1,6 +1,6 @@
 """RMSNorm(silu(gate) * up), forward and backward.
 
-The backward saves gate, up and the weight. It computes the product again, which costs less than reading it.
+The forward saves gate, up and the weight. The backward recomputes the product, which costs less than reading it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from univitar_ds.kernels.rows import (
 
 @triton.jit
 def sigmoid(x):
-    """Returns 1 / (1 + e^-x) with an error below 2^-21. A division would need four times the instructions of the square
-    of a reciprocal root."""
+    """Returns 1 / (1 + e^-x) with an error below 2^-21.
+
+    It is the square of a reciprocal root, since a division needs four times as many instructions."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 

@@ -19,7 +19,7 @@ from torch import Tensor
 WARP = 32
 VECTOR_BYTES = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
-"""Number of warps of one program. Several rows share a program if one row is too short for all warps."""
+"""Number of warps of one program. A program has several rows if one row is too short for all warps."""
 FORWARD_VALUES, BACKWARD_VALUES = 64, 24
 """Maximum number of values of one input in a thread. A backward keeps four or five such sets (values, gradients, the
 weight and its gradient); with 24 values 8 warps share the 65,536 registers of an SM without spilling."""

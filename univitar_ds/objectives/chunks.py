@@ -1,8 +1,8 @@
-"""The texts of a step in chunks, each compared with all images of this rank.
+"""Compares all images of this rank with the texts of a step, one chunk of texts at a time.
 
-The memory of a chunk is one block of logits, 4 * n * chunk bytes for n images of this rank: the fused losses replace
-the logits by their gradient in place; in plain torch, on a CPU, they have up to two more such blocks. Every chunk takes
-the same kernels, whichever rank has its texts.
+A chunk needs one block of logits, 4 * n * chunk bytes for n images of this rank, since the fused losses replace the
+logits by their gradient in place. Plain torch, on a CPU, needs up to two more such blocks. Every chunk runs the same
+kernels, whichever rank its texts come from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16
-"""Rows of logits begin at a multiple of so many values, for which a kernel reads several values at once."""
+"""Rows of logits begin at multiples of this number of values, so that a kernel can read several values at once."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Chunk:
 def compared(
     images: Tensor, texts: Tensor, ids: tuple[Tensor, Tensor] | None, *, chunk: int, first: int
 ) -> Iterator[Chunk]:
-    """Yields the chunks with the products of `images` (n, k) and `texts` (m, k); their memory is reused.
+    """Yields the chunks with the products of `images` (n, k) and `texts` (m, k). The next chunk reuses the memory.
 
-    Args: ids: of all images and of all texts. first: the place of the text of image 0 among the texts.
+    Args: ids: caption ids of all images and of all texts. first: the index of the text of image 0 among the texts.
     """
     if not len(images):
         return

@@ -4,8 +4,8 @@ The loss of an item with classes a and b, share w of a, and C classes in its set
 
     -(1 - s) * (w log p_a + (1 - w) log p_b) - s / C * sum of log p over the set
 
-with s the label smoothing and p the softmax over the set's classes. It is a sum over items, without any exchange
-between items, so it is computed pack by pack.
+with s the label smoothing and p the softmax over the set's classes. The loss of a step is a sum over items that do not
+depend on each other, so it is computed pack by pack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 class Targets:
     """Targets of N items, tensors of shape (N,) on one device.
 
-    `first`: class of the item, -1 without one, which gives the item no loss. `second`: class of the item that is mixed
+    `first`: class of the item; -1 if it has none, and then it adds no loss. `second`: class of the item that is mixed
     into it. `share`: float32, share of the item itself, 1 if nothing is mixed into it. `begin`, `end`: range of the
     classes of the item's set.
     """

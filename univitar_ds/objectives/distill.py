@@ -25,7 +25,8 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "s
 
 
 def distill(student: Tensor, teacher: Tensor, valid: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Sums the distances between the rows of student and teacher. Callers divide by the rows of all packs and ranks.
+    """Sums the distances between the rows of student and teacher. The caller divides by the rows of all packs and
+    ranks.
 
     Distances are computed in float32 for any precision of the features.
     Args:

@@ -5,9 +5,9 @@ all-gather, and one reduce-scatter returns the sum of their gradients over ranks
 depend on the number of ranks, and the number of chunks depends on the texts of the step only.
 
 Steps with more texts than `GATHERED_BYTES` are compared in blocks: the ranks are divided into groups, and the texts of
-one group at a time are gathered. On a ring of groups each rank has the texts of one rank of each group in turn; the
-ranks of a group gather these, and what their gradients sum to travels with them. So a rank sends each text between
-groups once, and the number of messages grows with the groups, not with the ranks.
+one group at a time are gathered. The texts move from group to group in a ring: at each hop a rank holds the texts of
+one rank of another group, the ranks of its group gather these texts, and the sums of their gradients move on with them.
+So the number of messages grows with the number of groups, not with the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 GATHERED_BYTES = 2**30
 """Most bytes of texts that are gathered at once. The loss needs twice as much while it runs, for texts and gradients:
-2 GiB, a fortieth of a GPU of 80 GB. 1 GiB are 232,000 texts of 1152 numbers, and messages of that length take so long
-that the start of a few more does not count."""
+2 GiB, a fortieth of a GPU of 80 GB. 1 GiB holds 232,000 texts of 1152 values. Messages of that length take so long that
+the latency of a few more is negligible."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Exchange:
             self.on_device, self.counts = known
             assert self.counts[self.rank] == items, (self.counts, self.rank, items)
             return
-        # Without a copy, which the host would wait for.
+        # Filled on the device: the host would wait for a copy.
         counts = mine = torch.full((1,), items, dtype=torch.int64, device=device)
         if self.size > 1:
             counts = mine.new_empty(self.size)
@@ -92,9 +92,9 @@ class Exchange:
         return sum(self.counts)
 
     def blocks(self, rows: Tensor) -> Blocks:
-        """Returns the blocks in which texts are gathered that travel as `rows` (n, k), in as few groups as fit.
+        """Returns the blocks in which the texts `rows` (n, k) are gathered, with as few groups as `limit` allows.
 
-        Groups have the same number of ranks, so that this number divides that of all ranks.
+        All groups have the same number of ranks.
         """
         row_bytes = rows.shape[1] * rows.element_size()
         for groups in (count for count in range(1, self.size) if self.size % count == 0):
@@ -106,7 +106,8 @@ class Exchange:
         return Blocks(self, self.size)
 
     def total(self, value: Tensor) -> float:
-        """Returns the sum over ranks. Synchronizes with the device, since backward runs only if the loss is finite."""
+        """Returns the sum over ranks. Synchronizes with the device: training runs the backward only if the loss is
+        finite."""
         if self.size > 1:
             dist.all_reduce(value, group=self.group)
         return value.item()
@@ -115,11 +116,12 @@ class Exchange:
 class Blocks:
     """The texts of a step in one block for each group of ranks, which this rank's group compares one after another.
 
-    A loop over `owners` calls `gather` with the rows that this rank has of the owner, compares them, calls
-    `scatter_sum` with what the owner is to get, and `shift` with both. Afterwards all rows are back at their ranks.
+    A loop over `owners` calls `gather` with the rows of the owner that this rank holds, compares the gathered texts,
+    calls `scatter_sum` with their gradients, and calls `shift` with rows and sums. After the loop all rows are back on
+    their own ranks.
 
-    Messages in a group have one size for all ranks, that of the rank with the most items of the block, since NCCL's and
-    gloo's reduce-scatter have no other. The rows that fill up the others are dropped before the texts are compared.
+    All ranks of a group send messages of one size, that of the rank with the most texts, since all-gather and
+    reduce-scatter require it. The padding rows are dropped before the texts are compared.
     """
 
     def __init__(self, exchange: Exchange, groups: int) -> None:
@@ -135,16 +137,16 @@ class Blocks:
             yield (self.own - hop) % self.groups
 
     def counts(self, owner: int) -> list[int]:
-        """Numbers of texts of the ranks of a group."""
+        """Returns the number of texts of each rank of the group `owner`."""
         return self.exchange.counts[owner * self.members : (owner + 1) * self.members]
 
     def first(self, owner: int) -> int:
-        """Place of this rank's first text in the block of a group; after all texts if it is in another one."""
+        """Returns the index of this rank's first text in a block; the number of texts if it is in another block."""
         counts = self.counts(owner)
         return sum(counts[: self.place]) if owner == self.own else sum(counts)
 
     def rows_of(self, values: Tensor, owner: int) -> Tensor:
-        """Returns the rows of a block that `gather` has got from this rank."""
+        """Returns the rows of `values` for the texts that this rank passed to `gather`."""
         counts = self.counts(owner)
         begin = sum(counts[: self.place])
         return values[begin : begin + counts[self.place]]
@@ -161,7 +163,8 @@ class Blocks:
         return received.index_select(0, self._places(owner)[0])
 
     def scatter_sum(self, values: Tensor, owner: int) -> Tensor:
-        """Returns the sum over the ranks of the group, of the rows that this rank has given to `gather`."""
+        """Sums `values` over the ranks of the group. Returns the rows for the texts that this rank passed to
+        `gather`."""
         counts = self.counts(owner)
         sent = values.index_select(0, self._places(owner)[1])
         received = sent
@@ -182,8 +185,8 @@ class Blocks:
         return largest + total.log()
 
     def shift(self, rows: Tensor, values: Tensor, owner: int) -> tuple[Tensor, Tensor]:
-        """Sends the rows that this rank has of a group, and values of theirs, to the next group, and returns those from
-        the previous one. Both have the same dtype, and travel in one message."""
+        """Sends `rows` and their `values` to the next group, and returns those from the previous group. Both have the
+        same dtype, and are sent in one message."""
         if self.groups == 1:
             return rows, values
         exchange, width = self.exchange, rows.shape[1]
@@ -203,10 +206,10 @@ class Blocks:
         return received[:, :width].contiguous(), received[:, width:].contiguous()
 
     def _places(self, owner: int) -> tuple[Tensor, Tensor]:
-        """Returns where the texts are in a message, (texts,), and which text each row of a message holds, (rows,). A
-        row that fills up holds another one's text.
+        """Returns the row of each text in a message, (texts,), and the text of each row of a message, (rows,). A
+        padding row has the index of some other text.
 
-        Both are computed on the device: the kernels are enqueued without waiting for it.
+        Both are computed on the device, so that the host does not wait for it.
         """
         if owner in self._known_places:
             return self._known_places[owner]
@@ -225,11 +228,11 @@ class Blocks:
 
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
-"""{all ranks: {ranks of a group: this rank's group}}: a group is made once."""
+"""{process group of all ranks: {ranks per group: this rank's group}}: each group is created once."""
 
 
 def _group_of(exchange: Exchange, own: int, members: int) -> dist.ProcessGroup | None:
-    """Returns this rank's group of `members` ranks, None for a rank alone. Every rank makes its own group only."""
+    """Returns this rank's group of `members` ranks; None for one rank. Every rank creates only its own group."""
     if members == 1:
         return None
     world = exchange.group or dist.group.WORLD

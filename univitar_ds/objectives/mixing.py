@@ -2,10 +2,10 @@
 
 Pixels can be mixed only between items of one size, since nothing is resized or padded here. So the items of a pack with
 equal grids, equal numbers of frames and the same data set form a group, in a random order, and each item is mixed with
-the next one of its group. Items that are alone in their group stay as they are: with `kind: fixed` all items of a set
-are mixed, at native resolution those whose sizes meet. Only items of one pack are mixed, so the result does not depend
-on the distribution of packs over ranks. Tokens are not mixed: a token has a position, and those of two grids do not
-match.
+the next one of its group. An item that is alone in its group is not mixed: with `kind: fixed` nearly all items are
+mixed, at native resolution only items of equal size. Only items of one pack are mixed, so the result does not depend on
+the distribution of packs over ranks. Tokens are not mixed: a token has a position, and positions in two different grids
+do not match.
 
 All draws depend on seed, step, lane and item only.
 """
@@ -23,7 +23,7 @@ from univitar_ds.randomness import draw, permutation
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels, without the last row and column."""
+    """A rectangle in pixels; `bottom` and `right` are exclusive."""
 
     top: int
     left: int
@@ -32,7 +32,7 @@ class Box(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """What is mixed into an item: the item `partner` of the pack, with a share of 1 - `share`.
+    """What is mixed into an item: the item `partner` of the pack, whose share is 1 - `share`.
 
     `box`: the rectangle in which the partner replaces the item (CutMix); None: all pixels are averaged (mixup).
     """
@@ -52,9 +52,10 @@ def plan_mixing(
 ) -> list[Mix | None]:
     """Returns for each item of a pack what is mixed into it; None: nothing.
 
-    Args: grids: (t, h, w) of each item; groups: items with equal grids and equal values may be mixed; None: an item is
-        never mixed. mixup, cutmix: parameter of the symmetric beta distribution of the share, 0: off; if both are on,
-        each item is mixed by either with equal probability. key: of the pack's random draws.
+    Args: grids: (t, h, w) of each item; groups: a value of each item: items with equal grids and values may be mixed,
+        an item with None is never mixed; mixup, cutmix: parameter of the symmetric beta distribution of the share, 0
+        for off; if both are on, each item is mixed by one of them with equal probability; key: of the pack's random
+        draws.
     """
     members: dict[Hashable, list[int]] = {}
     for index, (grid, group) in enumerate(zip(grids, groups, strict=True)):
@@ -72,7 +73,7 @@ def plan_mixing(
 def mix_pixels(
     pixels: Tensor, frames: Sequence[int], grids: Sequence[Sequence[int]], plan: Sequence[Mix | None]
 ) -> Tensor:
-    """Returns the mixed pixels of a pack, (B,) uint8, in new memory; averages are rounded to a level of 255.
+    """Returns the mixed pixels of a pack, (B,) uint8, in new memory; averages are rounded to integers.
 
     Args: pixels: (B,) uint8, see `kernels.reference.patchify`; frames, grids: of the items; plan: of `plan_mixing`.
     """

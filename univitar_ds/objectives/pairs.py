@@ -1,7 +1,7 @@
 """Contrastive losses that are a sum over pairs of an image and a text, over all ranks.
 
-A loss gives, for a block of pairs, the sum of their losses and its gradients. This module goes through all blocks of
-the step with the texts of all ranks, and divides by the number of items. So a loss needs no code for several ranks.
+A `PairLoss` returns the sum of the losses of a block of pairs, and its gradients. This module calls it for all blocks
+of the step with the texts of all ranks, and divides by the number of items. So a loss needs no code for several ranks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def pair_losses(loss_of_chunk: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def check_additive(loss: PairLoss) -> None:
-    """Compares a loss of a block of random pairs with the sum over parts of the block.
+    """Checks that the loss of a block of random pairs is the sum of the losses of its parts.
 
     Raises: PluginError if they differ, or the loss is not finite.
     """
@@ -115,7 +115,7 @@ def loss_of_pairs(
 ) -> ContrastiveResult:
     """Computes the loss over all pairs and the gradients. Every rank of the exchange must call it.
 
-    Many arguments because both towers and the exchange bring some.
+    Many arguments because the loss takes results of both towers and settings of the exchange.
 
     Args:
         loss: of a block of pairs.
@@ -149,7 +149,7 @@ def loss_of_pairs(
             totals += torch.stack([value.double() for value in (found.loss, found.scale, found.bias)])
             vision_grad += found.images
             gradient[part] = found.texts
-        del texts  # before the message of the gradients needs its memory
+        del texts  # frees memory for the message of the gradients
         text_grad += blocks.scatter_sum(gradient, owner)
         del gradient
         rows, text_grad = blocks.shift(rows, text_grad, owner)

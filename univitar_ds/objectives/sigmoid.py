@@ -4,8 +4,9 @@ The loss of a pair of image i and text j is  -log sigmoid(z_ij * (scale * <v_i, 
 positive pair and -1 for a negative pair. The sum over pairs is divided by the number of items of the step.
 The gradient is computed explicitly, without autograd: g_ij = dL/dlogit_ij = -z_ij * sigmoid(-z_ij * logit_ij) / items.
 
-Texts have a column of ones and images one of the bias, so that the products are the logits, and the products with g
-have the sums of its rows, which are the gradient of the bias. That of the scale is the sum of <v_i, sum_j g_ij t_j>.
+The texts get a column of ones, and the images a column with the bias. So the matrix product of images and texts gives
+the logits, and the product of g and the texts also gives the row sums of g, whose sum is the gradient of the bias. The
+gradient of the scale is the sum over i of <v_i, sum_j g_ij t_j>.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def sigmoid_loss(
     blocks = exchange.blocks(rows)
 
     loss = torch.zeros((), dtype=torch.float64, device=vision.device)
-    pulls = torch.zeros_like(images)  # sums over texts of gradient times text, without scale
+    pulls = torch.zeros_like(images)  # per image, the sum over texts of gradient times text, without scale
     text_grad = images.new_zeros(len(rows), width)
     for owner in blocks.owners():
         texts, ids = unpack_rows(blocks.gather(rows, owner), width + 1, own_ids)
@@ -53,7 +54,7 @@ def sigmoid_loss(
             pulls.addmm_(part.logits, texts[part.span])
             torch.mm(part.logits.T, images[:, :width], out=gradient[part.span])
         loss += losses.sum(dtype=torch.float64)
-        del texts  # before the message of the gradients needs its memory
+        del texts  # frees memory for the message of the gradients
         text_grad += blocks.scatter_sum(gradient, owner)
         del gradient
         rows, text_grad = blocks.shift(rows, text_grad, owner)

@@ -5,7 +5,7 @@ The loss is a cross entropy: each image selects its text among all texts of the 
     L = 1/(2 items) * [ sum_i (log sum_j exp l_ij - mean_{j in P(i)} l_ij)
                       + sum_j (log sum_i exp l_ij - mean_{i in P(j)} l_ij) ]
 
-with l_ij = scale * <v_i, t_j> and P the positives of an item. A bias would cancel, and its gradient is 0.
+with l_ij = scale * <v_i, t_j> and P the positives of an item. A bias would cancel out, so its gradient is 0.
 Every chunk of texts is compared twice: first for the normalisers of its rows and columns, then for the gradients
 g_ij = (softmax over row i + softmax over column j - 2 * [j in P(i)] / |P(i)|) / (2 items).
 """
@@ -62,10 +62,10 @@ def softmax_loss(
     loss = (loss - 2 * (sums / counts).sum(dtype=torch.float64)) / (2 * items)
 
     row_shifts, weights = -row_norms, 2 / counts
-    pulls = torch.zeros_like(images)  # sums over texts of gradient times text, without scale
+    pulls = torch.zeros_like(images)  # per image, the sum over texts of gradient times text, without scale
     text_grad = images.new_zeros(len(rows), width)
     for owner in blocks.owners():
-        if blocks.groups > 1:  # otherwise all texts are still here
+        if blocks.groups > 1:  # otherwise `texts` still has all of them
             texts, ids = unpack_rows(blocks.gather(rows, owner), width, own_ids)
             norms = blocks.gather(text_norms, owner)[:, 0]
         gradient = images.new_zeros(len(texts), width)
@@ -74,7 +74,7 @@ def softmax_loss(
             dispatch.softmax_pairs(part.logits, row_shifts, shifts[part.span], weights, part.first, part.ids)
             pulls.addmm_(part.logits, texts[part.span])
             torch.mm(part.logits.T, images, out=gradient[part.span])
-        del texts  # before the message of the gradients needs its memory
+        del texts  # frees memory for the message of the gradients
         text_grad += blocks.scatter_sum(gradient, owner)
         del gradient
         rows, travelling = blocks.shift(rows, torch.cat([text_norms, text_grad], dim=1), owner)
