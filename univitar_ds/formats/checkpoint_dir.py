@@ -16,7 +16,7 @@ from univitar_ds.regular_files import read_utf8
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _READ_BYTES = 4 << 20
-"""Bytes that are read and hashed at once; in a thread, other threads run meanwhile."""
+"""Bytes that are read and hashed at once. Hashing releases Python's lock, so other threads run meanwhile."""
 
 
 def step_of(name: str) -> int:
@@ -31,7 +31,7 @@ def complete(root: Path) -> list[Path]:
 
 
 def latest(root: Path) -> Path | None:
-    """Returns the folder in `latest`, or the newest complete folder if that one is missing; None without a folder."""
+    """Returns the folder that `latest` names, or the newest complete one if it is missing; None if there is none."""
     if (root / LATEST).is_file():
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"step-\d{8,}", name) and (root / name).is_dir():
@@ -41,8 +41,8 @@ def latest(root: Path) -> Path | None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns, by name, what is known of the files of a complete folder: {bytes, sha256}, or of a file that several
-    ranks wrote {bytes, parts: [[offset, bytes, sha256], ...]}.
+    """Returns the manifest's entry of each file of a complete folder, by name: {bytes, sha256}, or
+    {bytes, parts: [[offset, bytes, sha256], ...]} for a file that several ranks wrote.
 
     Raises: CheckpointError if the manifest is missing or cannot be read."""
     try:
@@ -110,14 +110,14 @@ def part_faults(folder: Path, parts: Iterable[tuple[str, int, int, str]]) -> lis
 
 @contextmanager
 def understanding(folder: Path) -> Iterator[None]:
-    """Wraps code that takes the content of a folder's files apart.
+    """Wraps code that parses the files of a folder.
 
-    Raises: CheckpointError, with the remedy, if the content is not as expected."""
+    Raises: CheckpointError, with the remedy, if their content is not as expected."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder} has files with another content than a checkpoint's ({type(error).__name__}: "
+            f"{folder} has files whose content is not a checkpoint's ({type(error).__name__}: "
             f"{str(error)[:200]}); {remedy(folder)}"
         ) from error
 

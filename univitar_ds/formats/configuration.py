@@ -1,8 +1,8 @@
-"""Finds the configuration of a model whose checkpoint holds tensors alone, and the canonical names of its tensors.
+"""Finds the configuration of a model whose checkpoint has only tensors, and the canonical names of its tensors.
 
-The configuration comes from the first that exists of: the folder that the caller names; `univitar.json`, a run's
+The configuration comes from the first of these that exists: the folder that the caller names; `univitar.json`, a run's
 `config.yaml` with `tokenizer.json`, or an encoder's `config.json` beside the checkpoint; the shapes of the encoder's
-tensors. A `config.json` and the shapes describe the encoder alone.
+tensors. A `config.json` and the shapes describe only the encoder.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def find_configuration(
     """Returns the configuration of the model with tensors `infos`, see the module's docstring.
 
     Args: infos: by canonical names; beside: folders to look into, the first is the checkpoint; named: the folder that
-        the caller names; heads: number of attention heads, if the shapes have to do; given: the configuration itself.
+        the caller names; heads: number of attention heads, for a configuration from shapes; given: the configuration
+        itself.
     Raises: CheckpointError if a configuration is damaged, or of an encoder of another shape, or there is none.
     """
     if given is not None:

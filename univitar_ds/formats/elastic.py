@@ -35,8 +35,8 @@ BUFFERS = "buffers.safetensors"
 INDEX = "index.json"
 Fetch = Callable[[str], Path]
 _MAPPED = 128 * 2**20
-"""Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory.
-To open them for each tensor would take longer than to read it: a header has all names of a rank."""
+"""Bytes that are read from mapped files before the files are closed, since pages that were read count as memory.
+Files stay open for many tensors: a header has all names of a rank and takes longer to parse than a tensor to read."""
 
 
 class ElasticReader:
@@ -61,8 +61,8 @@ class ElasticReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, dict[str, str]] = {}
         self._parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        """(start, length, rank that wrote it) of each part, by parameter; with slices, `start` counts in a whole that
-        has the slices one after the other."""
+        """(start, length, rank that wrote it) of each part, by parameter; for a parameter with slices, `start` counts
+        in the concatenation of the slices."""
         self._sliced: dict[str, tuple[int, int]] = {}
         """(run, count) of the slices of a parameter, see `slices.Slice`."""
         self._shared: dict[int, str] = {}
@@ -143,8 +143,8 @@ class ElasticReader:
         return self._opened[rank]
 
     def trim(self) -> None:
-        """Closes the files of tensors if much of them was read, so that their pages do not count as memory of this
-        process any more."""
+        """Closes the files of tensors after many bytes were read, so that their pages no longer count as memory of this
+        process."""
         if self._mapped > _MAPPED:
             self._opened.clear()
             self._open_files.close()

@@ -14,9 +14,10 @@ towers the tensors have these names:
 Distillation heads and an optimizer's state are not written. `tokenizer.json` also adds the begin and end tokens, which
 the project does itself; `tokenizer.source.json` is the tokenizer as it was.
 
-Pipelines of transformers have limits that the code cannot lift. They make transparent images black before the image
-processor, which makes them white, sees them. The zero-shot pipeline of a sigmoid run cuts labels at 64 tokens, also if
-the context is longer. Pipelines of the encoder alone need batch_size=1, because its output is one row of tokens.
+Pipelines of transformers have limits that the code cannot lift. They make transparent images black before they
+pass them to the image processor, which would make them white. The zero-shot pipeline of a sigmoid run cuts labels at 64
+tokens, even if the context is longer. Pipelines of the encoder alone need batch_size=1, because its output is one row
+of tokens.
 
 Reading executes no code of the folder.
 """
@@ -51,7 +52,7 @@ PROCESSING = "processing_univitar"
 TOKENIZER = "tokenizer.json"
 SOURCE_TOKENIZER = "tokenizer.source.json"
 OWN = "the model's tokenizer"
-"""Name in messages of a tokenizer that is in no file."""
+"""How messages call a tokenizer that was not read from a file."""
 
 ENCODER_TYPE = "univitar_vision"
 JOINT_TYPES = {"softmax": "univitar", "sigmoid": "univitar_siglip"}
@@ -76,7 +77,7 @@ _COUNTS = ("projection_dim", "pool_heads", "context_length")
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` is of this format, by its config.json. Never raises."""
+    """Returns whether `folder` is of this format, by its config.json. Never raises."""
     try:
         values = read_object(Path(folder) / CONFIG_FILE)
     except CheckpointError:
@@ -131,7 +132,7 @@ def write(model: StoredModel, folder: Path, shard_bytes: int | None = None) -> N
 
 
 def _exported(name: str) -> str | None:
-    """Returns a tensor's name in a folder with two towers; None for heads of the distillation."""
+    """Returns a tensor's name in a folder with two towers; None for distillation heads."""
     if name.startswith(HEADS):
         return None
     for stored, exported in _PREFIXES.items():
@@ -212,8 +213,8 @@ def _texts(model: StoredModel) -> dict[str, str]:
     """Returns all text files of the folder by name."""
     names = [CONFIGURATION, MODELING, IMAGE_PROCESSING] + ([] if model.joint is None else [PROCESSING])
     texts = {f"{name}.py": (CODE / f"{name}.py").read_text(encoding="utf-8") for name in names}
-    # transformers remembers the model's class by the class of the configuration, which it loads by the content of its
-    # file: without this line, a process would run the code of the first of two folders for both.
+    # transformers caches the model's class by the configuration's class, and that class by the content of its file.
+    # Without this line, a process that loads two folders with different models would run the first one's code for both.
     digest = hashlib.sha256("".join(texts.values()).encode("utf-8")).hexdigest()
     texts[f"{CONFIGURATION}.py"] += f"\n# Format {FORMAT_VERSION}, code {digest}\n"
     auto_map = {"AutoImageProcessor": f"{IMAGE_PROCESSING}.UniViTARImageProcessor"}
@@ -222,7 +223,8 @@ def _texts(model: StoredModel) -> dict[str, str]:
     if model.joint is None:
         config = {**model.encoder.to_dict(), **common}
     else:
-        # In a file of its own: an image processor that is saved elsewhere keeps its auto_map, without that code.
+        # In a separate file: an image processor that is saved elsewhere keeps its auto_map, but not the processor's
+        # code.
         processor_map = {"AutoProcessor": f"{PROCESSING}.UniViTARProcessor"}
         processor = {"processor_class": "UniViTARProcessor", "auto_map": processor_map}
         texts["processor_config.json"] = _json(processor)

@@ -1,4 +1,4 @@
-"""Opens a model in any format: the format is recognised by the files, the place by the form of the name."""
+"""Opens a model in any format: the files show the format, and the form of the name shows where the model is."""
 
 from __future__ import annotations
 

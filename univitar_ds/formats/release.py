@@ -16,7 +16,7 @@ WEIGHT_FILES = (SAFE, BIN, f"{SAFE}.index.json", f"{BIN}.index.json")
 
 
 def recognises(folder: Path) -> bool:
-    """Whether the folder has an encoder's `config.json` in the release's layout."""
+    """Returns whether the folder has an encoder's `config.json` in the release's layout."""
     try:
         values = json.loads(read_bytes(folder / CONFIG_FILE))
     except (OSError, ValueError, RecursionError):

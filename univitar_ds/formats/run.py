@@ -31,7 +31,7 @@ Weights = Literal["trained", "averaged"]
 
 
 def recognises(folder: Path) -> bool:
-    """Whether the folder is that of a run, or a checkpoint in one."""
+    """Returns whether the folder is that of a run, or a checkpoint in one."""
     own = (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
     return own or ((folder / checkpoint_dir.MANIFEST).is_file() and (_run_of(folder) / CONFIG).is_file())
 
@@ -63,7 +63,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
-    """Opens the model in the last checkpoint of a run, or in a given one. Of a classifier only the encoder.
+    """Opens the model in the last checkpoint of a run, or in a given one; of a classifier only the encoder.
 
     Tensors are float32. `origin` has run, checkpoint, averaged, progress, and recipe (the run's configuration).
 
@@ -76,7 +76,7 @@ def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> 
 
 
 def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
-    """As `read`, but with all tensors of a classifier, and `joint` None: no format has a classifier."""
+    """Opens a model as `read`, but with all tensors of a classifier, whose `joint` is None."""
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG)
     averaged = _averaged(run, config, weights)
@@ -110,7 +110,8 @@ def read_all(path: Path, weights: Weights | None = None, *, verify: bool = True)
 
 
 def run_configuration(run: Path) -> tuple[EncoderConfig, JointConfig | None]:
-    """Returns the configuration of the model of a run, without a stage's size rule; a classifier has no joint one.
+    """Returns the configuration of the model of a run, without a stage's size rule. The second part is None for a
+    classifier.
 
     Raises: ConfigError or CheckpointError if a file is missing or damaged.
     """
@@ -162,7 +163,8 @@ def _tokenizer(run: Path) -> Path:
 def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
     """Returns `config` with the size rule of a stage: the rule for images, or for videos if the stage has no images.
 
-    The release has one rule for images and videos. Raises: CheckpointError if it cannot express the stage's rule.
+    The release has one rule for images and videos. Raises: CheckpointError if the release's config.json cannot express
+    the stage's rule.
     """
     rule = stage.video if stage.video_ratio == 1 else stage.image
     if rule.size_px is not None:

@@ -94,11 +94,11 @@ class Tensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class JointConfig:
-    """What the whole model has besides its encoder.
+    """Configuration of everything that a whole model has besides its encoder.
 
     `text` is the configuration of the text model in the form of transformers' config.json (`model_type`
     clip_text_model or siglip_text_model). `tokenizer` is the content of tokenizer.json. `context_length` is the maximum
-    length of a text in tokens. `objective` decides what logits mean: independent probabilities (sigmoid) or one
+    length of a text in tokens. `objective` determines what logits mean: independent probabilities (sigmoid) or one
     distribution over the texts (softmax).
     """
 

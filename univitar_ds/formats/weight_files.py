@@ -158,9 +158,9 @@ class _Remembering(io.RawIOBase):
 
 @contextmanager
 def remembering(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Yields `file` for torch.save, which would replace the system's error by a RuntimeError without its number.
+    """Yields a wrapper of `file` for torch.save that keeps the system's error of a failed write.
 
-    Raises: OSError if the file cannot be written.
+    Raises: OSError if the file cannot be written. torch.save would raise a RuntimeError without the error's number.
     """
     watched = _Remembering(file)
     try:
@@ -227,7 +227,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether torch can map the file. Files of torch before 1.6 cannot be mapped."""
+    """Returns whether torch can map the file. Files of torch before 1.6 cannot be mapped."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

@@ -181,7 +181,7 @@ def test_another_content_of_a_checkpoint_is_a_sentence(trained, tmp_path, change
 @pytest.mark.parametrize("entry", [7, {"shape": [1], "kinds": {}}, {"shape": [1], "kinds": {}, "parts": [["a", 0, 1]]}])
 def test_another_content_of_an_index_is_a_sentence(trained, tmp_path, entry):
     run = changed(trained[0], tmp_path / "run", lambda index: index["pieces"].update(logit_scale=entry), "index.json")
-    with pytest.raises(CheckpointError, match=r"another content than a checkpoint's .*"):
+    with pytest.raises(CheckpointError, match=r"content is not a checkpoint's .*"):
         open_stored(run)
 
 

@@ -1,9 +1,9 @@
-"""One file of tensors for the ranks of a node, which all of them write at once.
+"""One file with the tensors of all ranks of a node, which they write at the same time.
 
     node00000.safetensors     "rank00000", "rank00001", ...: uint8, each the content of a safetensors file
 
-A rank knows its place in the file from the sizes of the ranks alone, and its tensors keep their names. A rank alone on
-its node has `rank00000.safetensors`, with its tensors and nothing around them.
+Each rank computes its place in the file from the sizes of all ranks. Tensors keep their names. A rank that is alone on
+its node writes an ordinary safetensors file, such as `rank00000.safetensors`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 def rank_file(rank: int) -> str:
-    """Returns the name of the file of a rank that has one of its own."""
+    """Returns the file name of a rank that is alone on its node."""
     return f"rank{rank:05d}.safetensors"
 
 
@@ -83,7 +83,7 @@ class RankTensors:
         return _Slice(self, dtype, self._start + begin, (end - begin) // dtype.itemsize)
 
     def _read(self, begin: int, end: int) -> Tensor:
-        return self._content[begin:end].clone()  # the file may have it at an address that other types cannot have
+        return self._content[begin:end].clone()  # a copy: the bytes in the file may not be aligned for other types
 
 
 class _Slice:

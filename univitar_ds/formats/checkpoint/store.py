@@ -92,7 +92,7 @@ class StoredCheckpoint:
         self._fetched: set[str] = set()
 
     def fetch(self, name: str) -> Path:
-        """Returns the local copy of a file. Raises: CheckpointError if it is not as it was written."""
+        """Returns the local copy of a file. Raises: CheckpointError if it differs from the manifest."""
         path = self.folder / name
         if name in self._fetched:
             return path
@@ -132,7 +132,7 @@ class StoredCheckpoint:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Raises: CheckpointError instead of the DataError of a store."""
+    """Wraps code that reads a store. Raises: CheckpointError instead of the store's DataError."""
     try:
         yield
     except DataError as error:

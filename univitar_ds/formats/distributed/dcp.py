@@ -8,7 +8,7 @@
 with `dcp.load({"model": model.state_dict()}, checkpoint_id=folder)`. `read` also reads checkpoints of other programs,
 with the tensors of this project's model below any prefix.
 
-The files are read by `dcp_files`, which refuses a pickle that names code.
+The files are read by `dcp_files`, which rejects a pickle that could run code.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
 }  # fmt: skip
-"""Settings of torch's AdamW that a program asks for, and that other formats may not have."""
+"""Settings that torch's AdamW has in its state and that other formats may lack."""
 
 
 _PATHS: StandIns = {
@@ -54,7 +54,7 @@ _PATHS: StandIns = {
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint of DCP."""
+    """Returns whether `folder` is a checkpoint of DCP."""
     try:
         return (folder / METADATA).is_file()
     except OSError:
@@ -130,7 +130,7 @@ def write(model: StoredModel, folder: Path) -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
                 dcp.save(state, storage_writer=writer, planner=Planner(), no_dist=True)
-        except dcp.CheckpointException as error:  # wraps what failed
+        except dcp.CheckpointException as error:  # wraps the error of each rank
             for failure in error.failures.values():
                 raise failure[0] from error
             raise
@@ -138,7 +138,7 @@ def write(model: StoredModel, folder: Path) -> None:
 
 
 def _state_dict(model: StoredModel) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Any]]:
-    """Returns what reads each tensor, by its name in the checkpoint, and the state dict with tensors without values."""
+    """Returns functions that read the tensors, by name in the checkpoint, and the state dict without values."""
     readers: dict[str, Callable[[], Tensor]] = {}
 
     def empty(tensors: Tensors, name: str, path: str) -> Tensor:

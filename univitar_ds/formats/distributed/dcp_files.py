@@ -4,7 +4,7 @@
     __0_0.distcp     tensors and values, each as by `torch.save`
 
 `.metadata` is read with an unpickler that knows only the names in `_STAND_INS` and replaces each by a class or function
-that does nothing; a file that names anything else is refused.
+that does nothing; a file that names anything else is rejected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from univitar_ds.regular_files import read_bytes
 METADATA = ".metadata"
 DCP = "torch.distributed.checkpoint"
 StandIns = Mapping[tuple[str, str], str]
-"""What `.metadata` may name beside torch's types and sizes, with the name of its stand-in ("" for `_nothing`)."""
+"""Names that `.metadata` may have besides torch's types and sizes, each with its stand-in ("" for `_nothing`)."""
 _STAND_INS: StandIns = {
     **{
         (f"{DCP}.metadata", name): name
@@ -62,7 +62,7 @@ def _nothing(*_: Any) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads `.metadata`. The stand-ins are new classes of each object, since a pickle may change attributes of them."""
+    """Reads `.metadata`. Each unpickler creates its own stand-ins, since a pickle may change their attributes."""
 
     def __init__(self, file: io.BytesIO, stand_ins: StandIns) -> None:
         super().__init__(file)
@@ -129,7 +129,7 @@ class DcpFiles:
         if name in self.infos:
             return self._read(name)
         if name not in self._pieces:
-            raise CheckpointError(f"{self._path} has no place of {name}; fetch it again")
+            raise CheckpointError(f"{self._path} does not say where {name} is stored; fetch it again")
         return _load(self._pieces[name][0])
 
     def _damaged(self, error: Exception) -> CheckpointError:

@@ -7,10 +7,10 @@
 
 The weights are the float32 masters; frozen parameters and buffers have the precision that was stored. A checkpoint does
 not hold the model's configuration, see `configuration.find_configuration`. Checkpoints of tensor, pipeline or expert
-parallelism, of parameters on NVMe and of DeepSpeed's `elastic_checkpoint` are refused.
+parallelism, of parameters on NVMe and of DeepSpeed's `elastic_checkpoint` are rejected.
 
-Files are unpickled with torch's restricted unpickler. DeepSpeed's classes that it writes are replaced by `_STAND_INS`,
-which do nothing; a file that names anything else is refused.
+Files are unpickled with torch's restricted unpickler. Classes that DeepSpeed writes are replaced by `_STAND_INS`, which
+do nothing; a file that names anything else is rejected.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from univitar_ds.formats.weight_files import some
 LATEST = "latest"
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MAPPED = 256 * 2**20
-"""Bytes that are read from mapped files before they are closed, since what was read from a mapping counts as memory."""
+"""Bytes that are read from mapped files before the files are closed, since pages that were read count as memory."""
 
 
 class _Number(int):
@@ -62,11 +62,11 @@ _STAND_INS: dict[str, type] = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Fields,
     "deepspeed.utils.tensor_fragment.fragment_address": _Fields,
 }
-"""What may stand in a file beside tensors and plain values, by DeepSpeed's name."""
+"""Stand-ins for the classes that a file may have besides tensors and plain values, by DeepSpeed's name."""
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` is a DeepSpeed checkpoint, or holds them with a file `latest`."""
+    """Returns whether `folder` is a DeepSpeed checkpoint, or contains checkpoints and a file `latest`."""
     try:
         return any(_OPTIM.fullmatch(path.name) for path in tag_folder(folder, LATEST).iterdir())
     except (CheckpointError, OSError):
@@ -132,7 +132,7 @@ def load_pt(path: Path) -> Any:
 
 @contextmanager
 def understanding(path: Path) -> Iterator[None]:
-    """Wraps code that takes the content of a file apart. Raises: CheckpointError if the content is not as expected."""
+    """Wraps code that parses the content of a file. Raises: CheckpointError if the content is not as expected."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
@@ -161,8 +161,8 @@ def size(shape: Any) -> tuple[int, ...]:
 
 
 def plain(tensor: Any, name: str) -> Tensor:
-    """Returns `tensor` without its gradient's history: DeepSpeed stores parameters, and a tensor that is copied from a
-    parameter keeps the parameter, with the mapping of its file.
+    """Returns `tensor` detached: DeepSpeed stores parameters, and a copy of a parameter would keep a reference to it
+    and to the mapping of its file.
 
     Raises: ValueError if it is no dense tensor, or refers to values that are not stored."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -227,7 +227,7 @@ class _Source:
         self._infos = {name: self._info(name, place) for name, place in self.places.items()}
 
     def tensors(self, kind: str) -> Tensors:
-        """Returns weights (`kind` "fp32": all, the others: those of the trained parameters)."""
+        """Returns all weights if `kind` is "fp32", otherwise that moment of the trained parameters."""
         infos = {name: info for name, info in self._infos.items() if kind == "fp32" or name in self._trained}
         return Tensors(infos, lambda name: self._read(name, kind, infos[name]))
 

@@ -105,7 +105,7 @@ _PLANS: StandIns = {
 
 
 def recognises(folder: Path) -> bool:
-    """Returns whether `folder` has the marks of a checkpoint of Megatron-Core. Never raises."""
+    """Returns whether the files of `folder` are those of a Megatron-Core checkpoint. Never raises."""
     try:
         return (folder / METADATA).is_file() and "sharded_backend" in json.loads(read_utf8(folder / BACKEND))
     except (OSError, ValueError, TypeError, RecursionError):

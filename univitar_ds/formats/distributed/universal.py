@@ -9,13 +9,13 @@
                                            zero_pp_rank_0_mp_rank_00_model_states.pt, which is the same
 
 An engine with `{"checkpoint": {"load_universal": true}}` continues with `engine.load_checkpoint(folder)`. Its parameter
-groups must be those of the stored optimizer, in their order. What DeepSpeed does not do:
-- It loads no frozen parameters and buffers: they must be in the model before `deepspeed.initialize`.
+groups must be those of the stored optimizer, in their order. Limits of loading in DeepSpeed:
+- It loads no frozen parameters and no buffers: they must be in the model before `deepspeed.initialize`.
 - Under ZeRO-3 it sets every group to the settings of the first, and every step to the first. `write` stores there only
   settings that all groups share, so that each group of the engine keeps the others, such as its weight decay.
-- Under ZeRO-3 all groups get one and the same step tensor, which torch's AdamW increments once per group. Give each its
-  own after loading: `for state in engine.optimizer.optimizer.state.values(): state["step"] = state["step"].clone()`.
-- It has no scheduler's state here: an engine with one needs `load_lr_scheduler_states=False`.
+- Under ZeRO-3 all groups share one step tensor, which torch's AdamW increments once per group. After loading, give each
+  group its own: `for state in engine.optimizer.optimizer.state.values(): state["step"] = state["step"].clone()`.
+- The folder has no state of a scheduler: an engine with a scheduler needs `load_lr_scheduler_states=False`.
 
 `read` also reads what DeepSpeed's own `ds_to_universal` writes.
 """
@@ -71,7 +71,7 @@ LAYOUT = "0.19.8"
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` is a universal checkpoint of DeepSpeed, or contains some and `latest_universal`."""
+    """Returns whether `folder` is a universal checkpoint of DeepSpeed, or contains some and `latest_universal`."""
     try:
         return (tag_folder(folder, LATEST) / ZERO / OPTIMIZER).is_file()
     except (CheckpointError, OSError):

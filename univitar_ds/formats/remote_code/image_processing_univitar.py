@@ -1,4 +1,4 @@
-"""Images and videos to packed patches, with Pillow and numpy alone."""
+"""Converts images and videos to packed patches, with Pillow and numpy only."""
 
 import math
 import struct

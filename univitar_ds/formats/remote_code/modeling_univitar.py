@@ -32,7 +32,7 @@ def packed_attention(module, q, k, v, q_lengths, k_lengths):
     Args: q_lengths, k_lengths: numbers of queries and of keys of each item.
     """
     name = module.config._attn_implementation
-    # transformers looks for this call in the source to see that the implementation can be chosen.
+    # transformers searches the source for this call to find out whether the implementation can be chosen.
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     options = {"attention_mask": None, "scaling": module.scaling, "dropout": 0.0, "is_causal": False}
@@ -163,7 +163,7 @@ class UniViTARPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # Functions of `init` leave values alone that were loaded from a file.
+        # Functions of `init` do not change values that were loaded from a file.
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
         elif isinstance(module, UniViTARPatchEmbedding):
@@ -242,7 +242,8 @@ class UniViTARVisionModel(UniViTARPreTrainedModel):
 
 @dataclass
 class UniViTAROutput(ModelOutput):
-    """Logits (N, M) and (M, N), and unit vectors (N, E) of images and (M, E) of texts. What has no input is None."""
+    """Logits (N, M) and (M, N), and unit vectors (N, E) of images and (M, E) of texts. Results without input are
+    None."""
 
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
@@ -294,7 +295,7 @@ class UniViTARModel(UniViTARPreTrainedModel):
 
     @can_return_tuple
     def get_text_features(self, input_ids, attention_mask=None, output_hidden_states=None, **kwargs):
-        """Embeds texts. Those above `context_length` tokens are cut, and keep their last token.
+        """Embeds texts. Texts of more than `context_length` tokens are cut and end with the end-of-text token.
 
         Args: input_ids: (M, S) padded on the right; attention_mask: (M, S) with 1 for real tokens; None: a row ends at
             its first end-of-text token.
@@ -317,7 +318,7 @@ class UniViTARModel(UniViTARPreTrainedModel):
 
     def _cut(self, input_ids, attention_mask):
         """Returns ids of at most `context_length` per row, and the numbers of real tokens (M,)."""
-        # The zero-shot pipeline cuts long texts not at all, or at 64 tokens.
+        # The zero-shot pipeline does not cut long texts, or cuts them at 64 tokens.
         room, end = self.config.context_length, self.config.text_eos_token_id
         if attention_mask is None:
             ends = input_ids == end

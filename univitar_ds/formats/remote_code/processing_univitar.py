@@ -1,4 +1,4 @@
-"""Images, videos and texts in one call."""
+"""Prepares images, videos and texts in one call."""
 
 from transformers import BatchFeature, ProcessorMixin
 
@@ -19,7 +19,7 @@ class UniViTARProcessor(ProcessorMixin):
             videos, each a list of frames (PIL images); kwargs: options of the tokenizer.
         Returns: BatchFeature with input_ids (M, S) and attention_mask for texts, pixel_values (T, 1176) and grid_thw
             (N, 3) for images and then videos.
-        Raises: ValueError if nothing is given; as the image processor.
+        Raises: ValueError if nothing is given, and the errors of the image processor.
         """
         items = [*(images if isinstance(images, (list, tuple)) else [] if images is None else [images])]
         items += [] if videos is None else list(videos)
