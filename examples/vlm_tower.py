@@ -2,9 +2,9 @@
 
     python examples/vlm_tower.py
 
-The encoder emits the tokens of an item in blocks of 2x2 neighbours if `spatial_merge_size` is 2, so a merger is a
+If `spatial_merge_size` is 2, the encoder returns the tokens of an item in blocks of 2x2 neighbours, so a merger is a
 reshape and an MLP. A trained encoder works too: set `spatial_merge_size` 2 and `resize_factor` 1 in its config.json,
-which changes the order of the tokens, but neither weights nor sizes, and open it by `UniViTAR.from_pretrained(folder)`.
+which changes the order of the tokens but neither weights nor sizes, and open it by `UniViTAR.from_pretrained(folder)`.
 """
 
 import torch

@@ -8,11 +8,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # The log shows lines immediately, and the stack of a process that a fatal signal ends.
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
-# A random.py or tokenizers/ in the folder of the job is not imported. The project must be installed in PYTHON's
+# Python does not import a random.py or tokenizers/ in the folder of the job. The project must be installed in PYTHON's
 # environment, as `make` does it.
 export PYTHONSAFEPATH=1
 
-# Packs have another size in every step; expandable segments avoid fragmentation of GPU memory.
+# The size of packs changes from step to step; expandable segments avoid fragmentation of GPU memory.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # A cache per node: hundreds of ranks that write one cache in a shared home would wait for each other.

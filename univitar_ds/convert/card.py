@@ -66,7 +66,7 @@ def write_card(model: StoredModel, folder: Path, to: str, licence: str = UNKNOWN
 def card(model: StoredModel, to: str, licence: str = UNKNOWN_LICENCE, grids: Grids = ()) -> str:
     """Returns the card: sizes, training, data, results with chance levels, versions, and how to load the model.
 
-    What the source does not say is left out. Of data it has the names, not the folders that hold them.
+    What the source does not record is left out. Data sets are listed by name, without their folders.
     """
     recipe = model.origin.get("recipe")
     parts = [
@@ -143,7 +143,7 @@ def _signature(model: StoredModel, to: str, grids: Grids) -> list[str]:
     about = "For packs of any number of tokens T and items N. Attention has a mask of T * T values."
     if fixed:
         sides = ", ".join(f"{t} x {h} x {w} (images of {w * PATCH} x {h * PATCH} px)" for t, h, w in grids)
-        about = f"For packs with these grids alone, in tokens along time, height and width: {sides}."
+        about = f"Only for packs with these grids, in tokens along time, height and width: {sides}."
     return ["## Inputs and outputs", about, table(("", "name", "shape and type", "meaning"), rows, left=4)]
 
 

@@ -19,8 +19,8 @@ _LENGTHS = (4, 3)
 def compare(source: StoredModel, written: StoredModel) -> str:
     """Runs one pack through both models. Returns a sentence with the largest difference, which is 0.
 
-    Both run in float32, to which smaller types are converted exactly: formats may store another type, and a model may
-    have tensors of several types. So their outputs are equal to the bit unless a tensor differs.
+    Both run in float32, since formats may store different types, and a model may have tensors of several types. Smaller
+    types are converted to float32 exactly, so the outputs are bitwise equal unless a tensor differs.
     Raises: CheckpointError if an output differs.
     """
     outputs, finite = _outputs(written.converted(torch.float32)), True

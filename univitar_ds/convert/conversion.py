@@ -32,10 +32,13 @@ _SLACK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is written. None: `part` is the whole model if the source has one and the format can hold it; `dtype`
-    is that of the source; `shard_bytes` gives one file. `licence` is an identifier of the hub, for the model card.
-    `grids` are the tokens along time, height and width of the items of an ONNX file. `push` is the name of a repository
-    on the hub (owner/name) that gets the written files, after they are verified if the format can be read."""
+    """How a model is written.
+
+    `part`: None: the whole model if the source has one and the format can hold it. `dtype`: None: that of the source.
+    `shard_bytes`: maximum size of a file of weights; None: one file. `licence`: an identifier of the hub, for the model
+    card. `grids`: tokens along time, height and width of each item of an ONNX file. `push`: name of a repository on the
+    hub (owner/name) to which the files are uploaded, after they are verified if the format can be read.
+    """
 
     part: Part | None = None
     dtype: torch.dtype | None = None
@@ -111,7 +114,7 @@ def _check_format(to: str, options: Options) -> None:
         raise CheckpointError(f"--shard-size is for {' and '.join(_SHARDED)}, not for {to}; leave it out")
     if (to == "onnx") != bool(options.grids):
         raise CheckpointError(
-            "an ONNX file, and no other format, is for fixed grids: --grid T,H,W, as in --grid 1,16,16"
+            "--grid T,H,W, such as --grid 1,16,16, is required for an ONNX file and only for it; add it or leave it out"
         )
     if to == "onnx" and options.dtype not in (None, torch.float32):
         raise CheckpointError(
@@ -138,7 +141,7 @@ def _needed_bytes(model: StoredModel, to: str) -> int:
 
 
 def _refuse_overlap(source: Path, model: StoredModel, out: Path) -> None:
-    """Raises: CheckpointError if the result would replace its source, or be in it.
+    """Checks that the result neither replaces its source nor is in it. Raises: CheckpointError.
 
     A result may be in the folder of a run, but not among its checkpoints."""
     there = out.resolve()
@@ -148,4 +151,4 @@ def _refuse_overlap(source: Path, model: StoredModel, out: Path) -> None:
             raise CheckpointError(f"{out} is the source or a folder above it; name another folder for the result")
     inner = model.path.parent if model.format == "run" else source
     if inner.resolve() in there.parents:
-        raise CheckpointError(f"{out} is inside of {inner}, which stays as it is; name another folder for the result")
+        raise CheckpointError(f"{out} is inside of {inner}, which is not changed; name another folder for the result")

@@ -26,16 +26,16 @@ KIND = "export"
 _LIST = ".univitar-ds-files"
 """A file with the paths of all files that a conversion wrote into its folder."""
 _OWN = (f"{re.escape(MARK)}(-files)?", re.escape(MARK), re.escape(_LIST))
-"""Patterns of both names, in EXPORT_FILES and in lists."""
+"""Patterns of the names of the marker file and of the list, as they are in EXPORT_FILES and in lists."""
 
 
 @contextmanager
 def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     """Yields a new folder for the body to write, which gets the name `out` after the body.
 
-    If the body fails, or the process is killed, `out` is as before, and the next conversion to `out` removes what is
-    left. An earlier result is renamed first, since the system cannot rename a folder over a folder that is not empty,
-    and removed at the end; if a kill leaves it under the other name, the next conversion renames it back.
+    If the body fails or the process is killed, `out` is unchanged, and the next conversion to `out` removes incomplete
+    files. An earlier result is first renamed, since the system cannot rename a folder over one that is not empty, and
+    removed at the end. If the process is killed between, the next conversion renames the earlier result back.
 
     Args: replace: whether a folder that a conversion wrote may be replaced.
     Raises: CheckpointError if `out` contains anything else, or another process writes it now; StorageError if it cannot
@@ -67,7 +67,7 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def check_space(out: Path, nbytes: int) -> None:
-    """Raises: StorageError if the disk of `out` has less than `nbytes` of free space."""
+    """Checks that the disk of `out` has at least `nbytes` of free space. Raises: StorageError."""
     folder = out.absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -80,7 +80,7 @@ def check_space(out: Path, nbytes: int) -> None:
 
 
 def _is_export_of_run(out: Path) -> bool:
-    """Whether `out` is the export in a run's folder, where exports of earlier versions have no marker file."""
+    """Returns whether `out` is the export in a run's folder; exports of earlier versions have no marker file."""
     run = out.parent
     return out.name == EXPORT and (run / RUN_CONFIG).is_file() and (run / CHECKPOINTS).is_dir()
 
@@ -111,7 +111,7 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
     Raises: CheckpointError if another process holds it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # there is none, or what is there is refused later
+    except OSError:  # it does not exist, or is rejected later
         descriptor = None
     try:
         try:
@@ -128,12 +128,13 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
 
 
 def _only_begun(folder: Path) -> bool:
-    """Whether a kill left the folder before it had its marker file."""
+    """Returns whether a process was killed before it had written the marker file of the folder."""
     return folder.is_dir() and os.listdir(folder) == [f"{MARK}.partial"] and not (folder / f"{MARK}.partial").is_dir()
 
 
 def _remove(folder: Path) -> None:
-    """Removes what a conversion wrote. Marker file and list are last, so that a kill leaves a folder with both."""
+    """Removes what a conversion wrote. Marker file and list are removed last, so that an interrupted removal can be
+    continued."""
     names = _names(folder)
     if not is_empty(folder) and not folder.is_symlink():
         clear(folder, {name: inner for name, inner in names.items() if name not in _OWN})
@@ -149,8 +150,8 @@ def _record(folder: Path) -> None:
 def _names(folder: Path) -> Names:
     """Returns the tree of entries that a conversion may have written to `folder`: by names, and by its list.
 
-    The folder of a conversion that was killed has no list. Names of all formats are then taken as its own, if the
-    folder has the marker file."""
+    The folder of a conversion that was killed has no list. If it has the marker file, the names of all formats count as
+    written by the conversion."""
     tree: dict[str, Any] = copy.deepcopy({**EXPORT_FILES, re.escape(_LIST): None})
     listed = folder / _LIST
     if not is_marked(folder, KIND):

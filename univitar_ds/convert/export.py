@@ -43,7 +43,7 @@ def export_run(source: str | Path, out: str | Path, weights: Weights | None = No
 
 
 def refresh_cards(run: Path, out: Path) -> None:
-    """Writes the cards of an export again, which then have the results of the run's evaluation.
+    """Writes the model cards of an export again, with the results of the run's evaluation.
 
     Raises: as `export_run`.
     """

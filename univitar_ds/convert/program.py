@@ -163,7 +163,7 @@ class ImageProgram(nn.Module):
         tokens = self.encode(pixel_values, positions, lambda q, k, v: _masked(q, k, v, mask))
         if self.pool is None:
             return tokens
-        # The number of items is read from the data: torch.export would fix a program to more than one item otherwise.
+        # The number of items is read from the data: otherwise torch.export would require more than one item.
         count = items[-1].item() + 1
         torch._check(count >= 1)
         q, k, v = self.pool_inputs(tokens)
@@ -226,9 +226,8 @@ def _block(block: nn.Module, x: Tensor, positions: Tensor, attend: Attend) -> Te
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Returns attention (Tq, H * K). Args: q: (Tq, H, K); k, v: (T, H, K); mask: (Tq, T), whether a row sees a column.
-
-    Without a mask, all rows see all columns.
+    """Returns attention (Tq, H * K). Args: q: (Tq, H, K); k, v: (T, H, K); mask: (Tq, T), whether a query attends to a
+    key; None: every query attends to every key.
     """
     heads = (part.transpose(0, 1)[None] for part in (q, k, v))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask)[0].transpose(0, 1).flatten(1)
@@ -297,7 +296,7 @@ def _example(grids: Sequence[Sequence[int]]) -> Tensor:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silences warnings of the exporter that no user can act on: torchvision, which is not used, and its own types."""
+    """Silences warnings of the exporter that users cannot act on: about torchvision, which is unused, and its types."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

@@ -11,7 +11,8 @@ from univitar_ds.formats.recognise import HUB_NAME
 from univitar_ds.formats.weight_files import WEIGHT_NAME
 from univitar_ds.owned import MARK
 
-_FIRST_WORDS = 300
+_MOST_CHARACTERS = 300
+"""Maximum length of a quoted error."""
 
 
 def check_name(name: str) -> None:
@@ -29,13 +30,13 @@ def check_name(name: str) -> None:
 
 
 def push(folder: Path, name: str, *, weights_only_from_here: bool) -> str:
-    """Uploads the files in `folder` in one commit. A new repository is private; an existing one stays as it is.
+    """Uploads the files in `folder` in one commit. A new repository is private; an existing one keeps its visibility.
 
     The marker files of a conversion are left out.
     Args: weights_only_from_here: whether the commit removes weights of an earlier upload that these files do not
-        replace, such as more shards. A loader could take them instead. Other files of the repository stay.
+        replace, such as additional shards, which a loader could load instead. Other files of the repository stay.
     Returns: a sentence with the address.
-    Raises: StorageError if the hub cannot be reached or refuses; the folder stays.
+    Raises: StorageError if the hub cannot be reached or rejects the upload. `folder` is kept.
     """
     hub = _library()
     try:
@@ -64,7 +65,7 @@ def push(folder: Path, name: str, *, weights_only_from_here: bool) -> str:
 def _reason(error: Exception, token: str | None) -> str:
     """Returns the first line of an error, without the token."""
     text = first_line(error)
-    return (text.replace(token, "***") if token else text)[:_FIRST_WORDS]
+    return (text.replace(token, "***") if token else text)[:_MOST_CHARACTERS]
 
 
 def _library() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Classification of files, by names of classes or by the trained head of a run: `univitar-ds classify`."""
+"""Classifies files by names of classes, or by the trained head of a run: the command `univitar-ds classify`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AT_ONCE = 32
 
 
 class Guess(NamedTuple):
-    """A class with its probability among the classes of its data set; `set` is None if there is one without a name."""
+    """A class with its probability among the classes of its data set; `set` is the name of the data set, or None."""
 
     label: str
     probability: float
@@ -98,7 +98,7 @@ class Classifier:
     def classify(self, files: Sequence[str], top: int) -> Iterator[Classified]:
         """Yields the result of each file in order, with the `top` best classes of each data set.
 
-        Folders count as the files in them. Raises: ConfigError if a file does not exist, or a folder holds none."""
+        A folder stands for the files in it. Raises: ConfigError if a file does not exist, or a folder holds none."""
         places = find_places(files, shards=False)
         total = sum(map(len, places))
         found = read_units(self._model, self._kind, units(places, total, _AT_ONCE, Position(), 0), self._reading)
@@ -125,15 +125,15 @@ class Classifier:
 
 
 def _check_labels(labels: Sequence[str] | None, templates: Sequence[str] | None) -> None:
-    """Raises: ConfigError for labels that are not at least two different names, and for templates without labels."""
+    """Checks that labels are at least two different names, and that templates come with labels. Raises: ConfigError."""
     if labels is None and templates is not None:
         raise ConfigError("--templates are sentences for the names in --labels; give both")
     if labels is not None and (len(set(labels)) < max(2, len(labels)) or "" in labels):
-        raise ConfigError(f"--labels must be at least two different names with commas, got {','.join(labels)!r}")
+        raise ConfigError(f"--labels must be at least two different names, as in cat,dog; got {','.join(labels)!r}")
 
 
 def _check_whole(model: str, stored: StoredModel, labels: Sequence[str] | None) -> None:
-    """Raises: ConfigError if a model without a trained head has no text tower, or there are no labels for it."""
+    """Checks that a model without a trained head has a text tower, and that there are labels. Raises: ConfigError."""
     if stored.joint is None:
         raise ConfigError(
             f"{model} is an encoder alone, without a text tower and without a trained head; name a run, or a folder "

@@ -1,4 +1,4 @@
-"""The files of a result: parts, an index and a list of what was left out; and a folder of progress while it is written.
+"""The files of a result: parts, an index, a list of items that were left out, and a folder for progress.
 
 For `features.safetensors` the parts are `features-00000.safetensors` and so on, the index is
 `features.safetensors.index.json`, and items that were left out are in `features.safetensors.bad.jsonl`. While the
@@ -32,7 +32,7 @@ _NAMES = {r"part-\d{5,}\.json|settings\.json|lock": None}
 
 @dataclass
 class FinishedPart:
-    """The content of a finished part: file, keys of its rows, items that were left out, and the position behind it."""
+    """The content of a finished part: file, keys of its rows, items that were left out, and the position after it."""
 
     file: str
     after: Position
@@ -65,10 +65,11 @@ class Destination:
 
     @contextmanager
     def opened(self, settings: Mapping[str, Any]) -> Iterator[int]:
-        """Holds the result for the body, for which this process alone writes it. Yields the number of finished parts.
+        """Locks the result for this process while the body runs. Yields the number of finished parts.
 
-        Args: settings: all that determines the result.
-        Raises: ConfigError if there are files of another result, or another process writes this one; StorageError.
+        Args: settings: everything that determines the result.
+        Raises: ConfigError if there are files of another result, or another process writes this one; StorageError if
+        the folder cannot be written.
         """
         self._settings = settings
         with writing(self._progress):
@@ -198,7 +199,7 @@ def _joined(lists: Iterator[list[Any]]) -> Iterator[str]:
 
 
 def add_rows(part: Part, about: FinishedPart, rows: Rows) -> None:
-    """Appends a unit to a part. Raises: StorageError."""
+    """Appends the rows of a unit to a part, and records them in `about`. Raises: StorageError."""
     part.add(rows)
     about.keys += rows.keys
     about.left_out += rows.left_out

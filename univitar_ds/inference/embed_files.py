@@ -36,7 +36,7 @@ TOKEN_BUDGET = 16384
 PART_ROWS, PART_ROWS_OF_TOKENS = 100_000, 1_000
 """Default number of items of a part. Tokens take about a thousand times the space of a vector."""
 _UNIT_ITEMS = {"embedding": 256, "mean": 256, "tokens": 32}
-"""Items of a unit of work. Packs do not span units."""
+"""Maximum number of items of a unit of work. A pack has items of one unit."""
 _MOST_WORKERS = 8
 
 
@@ -44,8 +44,9 @@ _MOST_WORKERS = 8
 class ModelOptions:
     """How a model is opened and run, and how its items are read.
 
-    `frames` of a video, None: as a run's configuration says, else 8. `workers`: decoding processes of each process.
-    `s3`: settings of the S3 store, instead of those of a run. `dtype`: None: bfloat16 on a GPU, else as stored.
+    `frames`: number of frames of a video; None: as in the run's configuration, else 8. `workers`: decoding processes of
+    each process. `s3`: settings of the S3 store, instead of those of a run. `dtype`: None: bfloat16 on a GPU, else as
+    stored.
     """
 
     weights: Weights | None = None
@@ -60,7 +61,7 @@ class ModelOptions:
 @dataclass(frozen=True)
 class EmbedOptions:
     """What is written. `tokens`: all tokens instead of one vector per item; `part_rows`: maximum number of rows of a
-    part; `split`: of packed folders, None for all; `progress`: whether to show a bar on stderr."""
+    part; `split`: split of packed folders, None for all; `progress`: whether to show a bar on stderr."""
 
     tokens: bool = False
     part_rows: int | None = None
@@ -100,7 +101,7 @@ def embed_files(
 
 
 def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Opened:
-    """Finds a model and decides how items are read: by the configuration of a run, else by the defaults.
+    """Opens a model and determines how items are read: by the configuration of a run, else by the defaults.
 
     Raises: CheckpointError if the model cannot be opened; ConfigError if options do not fit it, or there are too few
         GPUs.
@@ -118,7 +119,7 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
     changes: dict[str, Any] = {
         "workers": how.workers or max(1, min(cores // nproc - 1, _MOST_WORKERS)),
         "prefetch_packs": None,
-        "worker_restarts": 1 << 30,  # a file that ends its process is left out, however many there are
+        "worker_restarts": 1 << 30,  # files that crash their process are left out, without a limit
         "s3": data.s3.model_copy(update=given),
         "cache": CacheConfig(),  # reading all data would evict the shards of a run
     }
@@ -152,7 +153,7 @@ def _storage(s3: S3Config) -> StorageSettings:
 
 
 def _settings(stored: StoredModel, setup: Setup, places: Sequence[Place], part_rows: int) -> dict[str, Any]:
-    """Returns what determines the result, by names for messages."""
+    """Returns everything that determines the result, by the names that messages use."""
     reading = setup.reading
     dtype = feature_dtype(device_of(0)) if setup.dtype is None else setup.dtype
     return {

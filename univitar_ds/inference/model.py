@@ -1,4 +1,4 @@
-"""The whole model behind one class: images, videos and texts in, embeddings and probabilities out."""
+"""A trained model as one class, which maps images, videos and texts to embeddings and probabilities."""
 
 from __future__ import annotations
 
@@ -232,8 +232,8 @@ class UniViTARModel(nn.Module):
         A class is the normalised mean of the embeddings of its sentences (CLIP's prompt ensemble), and the
         probabilities are a softmax of scale times cosine over the given classes, for both objectives.
 
-        Args: class_names: a column each, also if a name is given twice, as data sets have it; templates: sentences with
-            {} for the name.
+        Args: class_names: one column each; a name may be repeated, as in some data sets; templates: sentences with {}
+        for the name.
         Raises: UserError if there are no classes, or a template has no {}.
         """
         classes = self.encode_classes(class_names, templates)
@@ -257,7 +257,7 @@ class UniViTARModel(nn.Module):
         """Returns the probabilities of the classes that a classifier was trained on, (N, C) float32, rows sum to 1.
 
         Column i is the class `class_names(data_set)[i]`.
-        Args: data_set: whose classes, if the classifier was trained on those of several; tokens_at_once: see
+        Args: data_set: the data set of the classes, if the classifier was trained on several; tokens_at_once: see
             `features`.
         Raises: UserError if the model is no classifier, or as `class_names`; or an item is no image or video.
         """
@@ -286,7 +286,7 @@ class UniViTARModel(nn.Module):
         return self.classes.spans[self._set(data_set)]
 
     def _set(self, data_set: str | None) -> str | None:
-        """Returns the data set that is meant: a single one needs no name."""
+        """Returns the name of a data set of the classifier; None stands for its only one. Raises: UserError."""
         sets = list(self.classes.names)
         if data_set is None and len(sets) == 1:
             return sets[0]

@@ -43,21 +43,21 @@ class Part(Protocol):
 
 
 def open_part(path: Path, kind: Kind, width: int) -> Part:
-    """Returns a new part. `width`: of a vector.
+    """Returns a new part. Args: width: number of values of a vector.
 
-    Raises: StorageError; InstallationError if a Parquet file is asked for and pyarrow is not installed.
+    Raises: StorageError if the file cannot be written; InstallationError for a Parquet file without pyarrow.
     """
     return (SafetensorsPart if path.suffix == ".safetensors" else ParquetPart)(path, kind, width)
 
 
 def check_suffix(path: Path) -> None:
-    """Raises: InstallationError as `open_part`."""
+    """Checks that parts with the suffix of `path` can be written. Raises: InstallationError as `open_part`."""
     if path.suffix == ".parquet":
         _pyarrow()
 
 
 class SafetensorsPart:
-    """A part as safetensors. The vectors are written as they come, so that memory does not grow with the part."""
+    """A part as safetensors. Vectors are written immediately, so that memory does not grow with the part."""
 
     def __init__(self, path: Path, kind: Kind, width: int) -> None:
         self._path, self._kind, self._width = path, kind, width
@@ -141,7 +141,7 @@ class ParquetPart:
         values = np.concatenate([one.values for one in waiting])
         vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), values.shape[1])
         grids = [grid for one in waiting for grid in one.grids]
-        # Names of files may be no UTF-8.
+        # File names may be invalid UTF-8.
         keys = arrow.array([key.encode("utf-8", "backslashreplace").decode() for one in waiting for key in one.keys])
         columns = [keys.cast(arrow.string())]
         if self._kind == "tokens":
@@ -162,7 +162,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _partial(path: Path) -> Path:
-    """Returns the name of an incomplete file, as `atomic_write.replacing` gives it. An earlier one is removed."""
+    """Returns the name of the incomplete file, the same as of `atomic_write.replacing`. Removes an earlier one."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         partial.unlink(missing_ok=True)

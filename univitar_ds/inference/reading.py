@@ -1,7 +1,7 @@
-"""Reads units of files or samples: decodes them in confined processes, and computes features pack by pack.
+"""Decodes units of files or samples in confined processes, and computes their features pack by pack.
 
-Files and samples are decoded as in training. A file that is damaged, hostile or of another kind is left out with the
-reason. The packs of a unit depend on the unit only.
+Files and samples are decoded as in training. A file that is damaged, hostile or of another type is left out, and the
+reason is reported. The packs of a unit depend only on the unit.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def read_units(
 ) -> Iterator[Rows]:
     """Yields the features of each unit, in order.
 
-    Args: units: taken ahead, in another thread; finished: called with the number of items of each finished pack.
+    Args: units: consumed ahead, in another thread; finished: called with the number of items of each finished pack.
     Raises: DataError if a shard cannot be read; UserError if the GPU has too little memory for a pack.
     """
     rules = reading.rules()
@@ -243,7 +243,7 @@ def _plans(
     probe: Prober,
     settings: StorageSettings,
 ) -> Iterator[_UnitPlan]:
-    """Yields the packs of a unit: items of a modality in order, up to `token_budget` tokens; a larger item is alone."""
+    """Yields the packs of a unit: items of one modality in order, up to `token_budget` tokens, or one larger item."""
     filling = {modality: _Filling() for modality in rules}
     left_out: list[tuple[int, LeftOut]] = []
 
@@ -304,7 +304,7 @@ def _address(path: str, max_sample_mb: int, settings: StorageSettings) -> MediaA
 
 
 def _probed(media: Sequence[MediaAddress], probe: Prober) -> list[MediaSize | SampleError]:
-    """Reads sizes. A file that cannot be read is an error of its own, not of all files that are read with it."""
+    """Returns the size of each file, or its error. A file that cannot be read does not affect the other files."""
     try:
         return probe(media) if media else []
     except DataError as error:
@@ -337,7 +337,7 @@ def _sample(media: MediaAddress, size: MediaSize, rule: SizeRule) -> Sample:
 
 
 def _samples(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
-    """Yields the samples of a unit, and the damage between them."""
+    """Yields the samples of a unit, and an error for each damaged range between them."""
     assert unit.shard is not None
     shard = replace(unit.shard, storage=storage_for(unit.shard.path, settings))
     with shard.storage.open(shard.path) as stream:

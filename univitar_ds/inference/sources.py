@@ -1,7 +1,7 @@
 """Finds the items of sources, and divides them into units of work: files, folders of files, and shards.
 
-The units depend on the sources only, not on the number of processes. A unit belongs to one part of the result. Every
-part but the last covers the same number of items, so that a later process can begin with any part.
+The units depend only on the sources, not on the number of processes. A unit belongs to one part of the result. Every
+part but the last has the same number of items, so that a later process can begin with any part.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Position(NamedTuple):
 class Unit:
     """Consecutive items: `files`, or the samples of a shard whose headers begin in its bytes [start, end).
 
-    `number` is the position of the unit in the listing, `part` the part of the result, `after` the position behind it.
+    `number` is the position of the unit in the listing, `part` the part of the result, `after` the position after the
+    unit.
     """
 
     number: int
@@ -58,7 +59,7 @@ def find_places(
 ) -> list[Place]:
     """Returns the places of the sources, in order.
 
-    A source is a file; a folder, whose images and videos are taken with those of its folders, in the order of their
+    A source is a file; a folder, whose images and videos are taken with those of its subfolders, in the order of their
     names; or shards: a tar, a brace range of tars, or a folder with tars. Hidden files are left out. A file that
     several sources name is taken once.
 
@@ -96,7 +97,7 @@ def find_places(
 
 
 def units(places: Sequence[Place], part_items: int, unit_items: int, start: Position, part: int) -> Iterator[Unit]:
-    """Yields the units from `start` on, where `part` begins. Shards are scanned as the units are asked for.
+    """Yields the units from `start` on, where `part` begins. Shards are scanned while the units are consumed.
 
     Args: part_items: items of a part; unit_items: maximum number of items of a unit.
     Raises: DataError if a shard cannot be read.
@@ -156,7 +157,7 @@ def fingerprint_of(places: Sequence[Place]) -> str:
 
 
 def _holds_shards(source: str) -> bool:
-    """Whether a source is to be read as shards. Raises: ConfigError for a folder with tars beside images."""
+    """Returns whether a source is read as shards. Raises: ConfigError for a folder with tars and images."""
     if _extension(source) == "tar" or source.endswith(f"/{MANIFEST}") or _BRACES.search(source):
         return not os.path.isfile(source) or _extension(source) not in MEDIA
     if source.startswith(S3):
@@ -187,13 +188,14 @@ def _by_source(sources: Sequence[SourceConfig], settings: StorageSettings) -> li
 
 
 def _files_of(folder: str) -> Iterator[str]:
-    """Yields the images and videos in a folder and its folders, without hidden ones. Follows links, but not in circles.
+    """Yields the images and videos in a folder and its subfolders, without hidden ones. Follows links, but visits each
+    folder once.
 
-    A folder that cannot be read is an error, since its files would be missing without a word.
+    A folder that cannot be read is an error, since its files would be missing silently.
     """
 
     def unreadable(error: OSError) -> None:
-        raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); ask for the right to, or name others")
+        raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); ask for permission, or name others")
 
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -230,7 +232,7 @@ def _announce(places: Sequence[Place]) -> None:
 
 
 def _samples(shard: SourceShard, start: int, most: int) -> tuple[int, int]:
-    """Returns the number of samples, at most `most`, from byte `start` on, and the byte behind them."""
+    """Returns the number of samples, at most `most`, from byte `start` on, and the byte after them."""
     count = 0
     with shard.storage.open(shard.path) as stream:
         for found in tar_index.scan(stream, shard.name, shard.size, start):

@@ -25,7 +25,7 @@ class TrainedHead(NamedTuple):
 
 
 def classifies(stored: StoredModel) -> bool:
-    """Whether a stored model is that of a run of `objective.kind: classification`."""
+    """Returns whether a stored model is that of a run of `objective.kind: classification`."""
     return stored.format == "run" and stored.origin["recipe"].objective.classifies
 
 
@@ -34,7 +34,7 @@ def trained_head(
 ) -> TrainedHead:
     """Returns the classifier of a stored model for which `classifies` is true.
 
-    Does not verify the checksums of its files again: opening the stored model has done that.
+    Does not verify the checksums of its files again, since opening the stored model has verified them.
     Args: weights, dtype, attention: as `UniViTARModel.from_pretrained`.
     Raises: CheckpointError if the run lacks its classes, or as `build_classifier_of`.
     """

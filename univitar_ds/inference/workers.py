@@ -25,10 +25,10 @@ from univitar_ds.model.placement import feature_dtype, placed
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 _AHEAD = 2
-"""Units that a process has at a time: it decodes one while it computes the other."""
+"""Number of units that a process has at a time: it decodes one while it computes features of the other."""
 _MOST_WAITING = 4
 """Maximum number of units, per process, that are handed out and not yet yielded. It limits the memory of this process
-if one unit takes long."""
+while one unit takes long."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def compute(
 
 
 def _distributed(workers: list[_Worker], units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
-    """Hands out units to the workers with the fewest, and yields their results in order."""
+    """Hands out each unit to the worker with the fewest pending units, and yields the results in order."""
     done: dict[int, Rows] = {}
     given = coming = 0
     more = True
