@@ -47,12 +47,12 @@ TENSOR = 1 << 20
 """Elements of a parameter, about those of a matrix of the 0.3B encoder."""
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 SIDE = 640
-"""Of the matrices whose product is a step."""
+"""Rows and columns of the matrices that a step multiplies."""
 RETENTION = Retention(1)
 
 
 def engine_of(megabytes: int) -> Any:
-    """Returns what a save needs of an engine, with a training state of this size."""
+    """Returns an object with the parts of an engine that a save needs, and a training state of this size."""
     count = max(1, megabytes * 10**6 // (4 * TENSOR * len(KINDS)))
     pieces = [
         ParamShard(f"layers.{number}", (TENSOR,), 0, {kind: torch.randn(TENSOR) for kind in KINDS})
@@ -67,7 +67,7 @@ def engine_of(megabytes: int) -> Any:
 
 
 class Training:
-    """Steps of a training, with the saves of `saves`."""
+    """Runs steps of a training, and continues asynchronous saves between them."""
 
     def __init__(self, saves: Saves) -> None:
         self._saves = saves

@@ -4,8 +4,8 @@
 
 The model has the 24 blocks and 12 text layers of the recipe univitar_0p3b, in 96 instead of 1,024 and 768 channels;
 buckets and thresholds shrink with it, so that they split the parameters like those of the full model. The engine is the
-trainer's (`build_engine`). Each count is a process of its own that is rank 0 of a fake world of machines with 8 ranks:
-torch's fake process group answers at once and moves no data, so sizes, counts and order are real and results are not.
+trainer's (`build_engine`). Each count runs in a separate process as rank 0 of a fake world of machines with 8 ranks:
+torch's fake process group returns at once and moves no data, so sizes, counts and order are real and results are not.
 The first steps, in which DeepSpeed records the order of the modules, are not counted. "bytes_per_parameter": bytes of
 the tensors that the rank passes to collectives in a step, divided by the parameters of the model. "held": the bytes per
 parameter of weights, gradients and optimizer states that the rank holds between two steps. Rows are written to
@@ -151,7 +151,7 @@ def count(name: str, ranks: int, packs: int) -> dict[str, Any]:
 
 
 def one_pack(engine: Engine) -> None:
-    """Forward and backward of a pack of two images and captions."""
+    """Runs forward and backward of a pack of two images and captions."""
     grids, frames = torch.tensor([[1, 2, 2]] * 2), torch.ones(2, dtype=torch.int64)
     pixels = torch.zeros(2 * 4 * 588, dtype=torch.uint8)
     vision, text, scale, bias = engine(pixels, frames, grids, torch.full((2, 8), 2), torch.full((2,), 8))[:4]

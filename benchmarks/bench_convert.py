@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Nothing heavy: the kernel counts the memory of this process at the start of a child as the child's.
+# No heavy imports: the kernel counts the memory that this process has when it starts a child as the child's.
 from benchmarks.rows import RESULTS, ROOT, add_rows, git_commit, processor
 
 GIB = 1 << 30
@@ -51,7 +51,7 @@ convert(sys.argv[1], sys.argv[2], max_shard_size="5GB", safe_serialization=True)
 
 
 class Cost(NamedTuple):
-    """What a process has taken."""
+    """Time and peak memory of a process."""
 
     wall_s: float
     cpu_s: float
@@ -154,7 +154,7 @@ def source_of(work: Path, kind: str, size: str) -> Path:
 
 
 def run(command: list[str]) -> Cost:
-    """Raises: SystemExit if the command fails."""
+    """Runs a command and returns its cost. Raises: SystemExit if the command fails."""
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_host.py [--ranks 1 8 64 256 1024] [--configurations zero2 zero3 zero3_node] [--steps 7]
 
-Each measurement is a process of its own that is rank 0 of a fake world: torch's fake process group answers at once and
+Each measurement runs in a separate process as rank 0 of a fake world: torch's fake process group returns at once and
 moves no data, so the time of a step is that of the host alone. The model has the 24 blocks of the 0.3B encoder and the
 12 layers of its text tower, in `WIDTH` instead of 1,024 channels; buckets and thresholds of `ds_configs/` shrink with
 it, so that they split the parameters as those of the whole model. The engine is the trainer's (`build_engine`), bf16,
@@ -55,7 +55,7 @@ WHOLE = PRESETS["0.3b"]
 WHOLE_TEXT = TextConfig(
     hidden_size=768, layers=12, heads=12, intermediate_size=3072, context_length=64, vocab_size=32768
 )
-"""That of the recipe univitar_0p3b."""
+"""The text tower of the recipe univitar_0p3b."""
 LINEAR = F.linear
 WARM_UP = 4
 """Steps before those that are measured. DeepSpeed records the order of the modules in the first two."""
@@ -104,7 +104,7 @@ class Collectives(TorchDispatchMode):
 
 
 def fake_world(ranks: int) -> World:
-    """Makes this process rank 0 of `ranks` ranks that do not exist. The content of gathered tensors means nothing."""
+    """Makes this process rank 0 of `ranks` ranks that do not exist. The content of gathered tensors is undefined."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     return World(0, ranks, 0, torch.device("cpu"))
@@ -158,7 +158,8 @@ def pack() -> tuple[Tensor, ...]:
 
 
 def plain_step(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Forward and backward without DeepSpeed, which replaces torch's `linear` for the whole process under ZeRO 3."""
+    """Runs forward and backward without DeepSpeed, which replaces torch's `linear` in the whole process under
+    ZeRO-3."""
     replaced, F.linear = F.linear, LINEAR
     model.zero_grad(set_to_none=True)
     sum(output.sum() for output in model(*inputs)[:4]).backward()
@@ -166,7 +167,7 @@ def plain_step(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def engine_step(engine: Engine, inputs: Sequence[Tensor]) -> list[float]:
-    """One step of the engine. Returns the CPU seconds of forward, backward and update."""
+    """Runs a step of the engine. Returns the CPU seconds of forward, backward and update."""
     times = [time.process_time()]
     engine.zero_grad(1e-6)
     outputs = engine(*inputs)

@@ -1,6 +1,8 @@
-"""Host time of the launches of an encoder block's row kernels, by Triton and by the kept launchers, without a GPU.
+"""Measures the host time to launch an encoder block's row kernels by Triton and by cached launchers, without a GPU.
 
-The driver launches nothing, so the time of CUDA's own launch is in neither. Run: python benchmarks/bench_launch.py
+    python benchmarks/bench_launch.py
+
+The driver launches nothing, so both times are without CUDA's own launch. Rows are added to results/bench_launch.csv.
 """
 
 from __future__ import annotations
@@ -61,13 +63,13 @@ def launches_of_a_block() -> dict[str, list[tuple[Any, ...]]]:
 
 
 def by_triton(prepared: gpu.Prepared, grid: Any, tensors: Any, numbers: Any) -> None:
-    """Launches a kernel as it was before launchers were kept."""
+    """Launches a kernel by Triton's own launch, as before launchers were cached."""
     with torch.cuda.device_of(tensors[0]):
         prepared.kernel[grid](*tensors, *numbers, **prepared.options)
 
 
 def host_us(launch: Callable[..., None], calls: list[tuple[Any, ...]]) -> float:
-    """Returns the CPU time of all `calls` in microseconds, the least of REPEATS measurements."""
+    """Returns the CPU time of all `calls` in microseconds, the minimum of REPEATS measurements."""
     times = []
     for _ in range(REPEATS):
         start = time.process_time()

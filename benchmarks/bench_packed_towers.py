@@ -1,4 +1,4 @@
-"""Counts what towers of transformers compute with padding or by size, and packed; needs no GPU.
+"""Counts what towers of transformers compute on padded texts or on batches by size, and on packs; needs no GPU.
 
     python -m benchmarks.bench_packed_towers
 
@@ -7,7 +7,7 @@ attention on tensors without data. The numbers of tokens of the texts are log-no
 and of descriptions, and at most the recipe's context length; padded texts are as long as the longest of the pack.
 
 A teacher of 24 blocks on frames of as many sizes as there are frames: operations that write, each of which is a kernel
-or more on a GPU. Attention over a pack counts as one operation, which it is there.
+or more on a GPU. Attention over a pack counts as one operation, as on a GPU.
 
 Rows are written to results/bench_packed_towers.csv.
 """

@@ -1,12 +1,13 @@
-"""Compares the memory that `univitar-ds plan` foresees with the peak memory of training processes on a CPU.
+"""Compares the memory that `univitar-ds plan` predicts with the peak memory of training processes on a CPU.
 
     python -m benchmarks.bench_plan_memory [--cases NAME ...]
 
 A case trains for two steps with the real engine, losses and both towers, on drawn packs without a loader, in one or two
-processes (`plan_memory_rank.py`). Measured is the highest resident memory that the kernel has seen since the engine was
-built, less what the process held after a step of a small model, which has imported and compiled everything; the larger
-of two ranks. glibc gives freed memory back at once, as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set to 64
-KiB: otherwise the peak has freed blocks too. Foreseen is `planning.memory`, without any number that was fitted here.
+processes (`plan_memory_rank.py`). `measured_gb` is the peak resident memory since the engine was
+built, minus the memory of the process after a step of a small model, which has imported and compiled everything; of two
+ranks the larger one. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are 64 KiB, so that glibc returns freed memory
+at once: otherwise the peak would include freed blocks. `foreseen_gb` is the prediction of `planning.memory`, in which
+no number was fitted to these measurements.
 The case without an engine runs the model forward and backward once, with weights and gradients in bf16: AdamW's states
 of 0.6B would take 12 GB. Rows replace those of the same cases in results/bench_plan_memory.csv.
 """
@@ -60,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def foreseen(case: dict[str, Any]) -> Peak:
-    """Returns the memory of a rank of a case, by the formulas of the plan."""
+    """Returns the predicted memory of a rank of a case, by the formulas of the plan."""
     config = run_of(case)
     described = describe(config.model, None, vocab_size=VOCABULARY, eos_id=1, pad_id=0)
     counts = count_parameters(config, described, teacher_width=None, classes=None)

@@ -38,7 +38,7 @@ TOKENS = sum(t * h * w for t, h, w in GRIDS)
 class Counter(TorchDispatchMode):
     """Counts FLOPs of matrix products and attention, and remembers the storages of all tensors.
 
-    Args: given: tensors that are there already; views of them count as nothing.
+    Args: given: tensors that exist already; they and their views are not counted.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -54,7 +54,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **kwargs or {})
         self.flops += flops_of(operation.name(), args)
-        for tensor in tree_leaves((args, kwargs, result)):  # compiled operations are seen by who reads their results
+        for tensor in tree_leaves((args, kwargs, result)):  # results of compiled operations are seen as arguments
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata in self.given:

@@ -1,4 +1,4 @@
-"""CPU time of decoding some frames of a video, compared with the simplest correct PyAV loop for the same frames.
+"""Measures the CPU time to decode some frames of a video, next to the simplest correct PyAV loop for these frames.
 
     python benchmarks/bench_video_decode.py [--videos FOLDER] [--frames 8]
 

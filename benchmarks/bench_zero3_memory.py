@@ -6,8 +6,8 @@ The model, engine and fake world (machines of 8 ranks) are those of `bench_host.
 packs of two small images, so that weights, gradients, optimizer states and what is gathered are nearly all of the
 memory. torch's profiler reports every allocation and release of the process from before the model is built. "held" is
 what is allocated between two steps, "peak" the most in the last of five steps, both in bytes for each parameter.
-`--tree` measures the package and `ds_configs` of another checkout. Each measurement is a process of its own; rows are
-added to results/bench_zero3_memory.csv.
+`--tree` measures the package and `ds_configs` of another checkout. Each measurement runs in a separate process; rows
+are added to results/bench_zero3_memory.csv.
 """
 
 from __future__ import annotations

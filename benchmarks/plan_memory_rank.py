@@ -124,7 +124,7 @@ def step(engine: Engine, config: RunConfig, case: dict[str, Any]) -> None:
 
 
 def held() -> int:
-    """Bytes of this process in memory."""
+    """Returns the resident bytes of this process."""
     return _status("VmRSS")
 
 

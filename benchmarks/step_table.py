@@ -34,7 +34,8 @@ GPUS = {name: gpus.GPUS[name] for name in ("A100", "H100", "H200")}
 RANKS = (8, 64, 256, 1024)
 RECIPES = ("univitar_0p3b", "univitar_0p6b", "univitar_1b")
 TOKENS_PER_ITEM, ATTENDED, SIZES = 1024, 1500, 24
-"""Of items of the native stage: chosen, near those of photographs at 576 to 5,832 tokens (`bench_packing.py`)."""
+"""Tokens of an item, mean number of tokens that a token attends to, and sizes in a pack, all of the native stage. They
+are chosen near those of photographs at 576 to 5,832 tokens (`bench_packing.py`)."""
 BEFORE = Method(
     zero=3,
     host_ratio={8: 4.5, 256: 20, 1024: 88},
@@ -48,7 +49,7 @@ BEFORE = Method(
     imbalance=1.29,
     fused_host=1.0,
 )
-"""Counted or measured on a CPU, but for the imbalance, which is predicted (29 to 47 % between single packs)."""
+"""Counted or measured on a CPU, except for the imbalance, which is predicted (29 to 47 % between single packs)."""
 AFTER = Method(
     zero=2,
     host_ratio={8: 1.4, 256: 1.4, 1024: 2.9},
@@ -62,7 +63,7 @@ AFTER = Method(
     imbalance=1.02,
     fused_host=0.3,
 )
-"""What the changes aim at, with ZeRO-2's ratios as they were measured before."""
+"""The step after the changes, with ZeRO-2's host ratios as they were measured before."""
 
 
 def work_of(recipe: str, stage: int = 1) -> Work:
@@ -101,7 +102,7 @@ def _parameters(config: RunConfig) -> int:
 
 
 def host_ratios(path: Path, configuration: str, label: str | None = None) -> dict[int, float]:
-    """Returns the host ratio by number of ranks in rows of `bench_host.py`; of several rows the last.
+    """Returns the host ratio by number of ranks in rows of `bench_host.py`; the last one if there are several.
 
     Raises: SystemExit if there is no such row.
     """
@@ -158,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assumptions", action="store_true", help="print every assumption with its source")
     parser.add_argument("--host-rows", type=Path, help="rows of bench_host.py, for the host ratios of `after`")
-    parser.add_argument("--label", help="of these rows")
+    parser.add_argument("--label", help="label of these rows")
     arguments = parser.parse_args()
     after = AFTER
     if arguments.host_rows is not None:
