@@ -286,7 +286,7 @@ class UniViTARModel(nn.Module):
         return self.classes.spans[self._set(data_set)]
 
     def _set(self, data_set: str | None) -> str | None:
-        """Returns the name of a data set of the classifier; None stands for its only one. Raises: UserError."""
+        """Returns the name of a data set of the classifier; None is its only one. Raises: UserError."""
         sets = list(self.classes.names)
         if data_set is None and len(sets) == 1:
             return sets[0]
