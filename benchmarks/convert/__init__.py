@@ -1,1 +1,1 @@
-"""Sources of the benchmark of conversions."""
+"""Models that the benchmark of conversions converts."""

@@ -100,7 +100,7 @@ def patch_embed_cases() -> Iterator[Case]:
 
 
 def pair_cases() -> Iterator[Case]:
-    """Yields the losses of 48 images and a chunk of 1,024 texts; the width of the embeddings plays no part."""
+    """Yields the losses of 48 images and a chunk of 1,024 texts; the width of the embeddings does not matter."""
     logits, rows, columns = torch.zeros(TOKENS, 1024), torch.zeros(TOKENS), torch.zeros(1024)
     ids = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(1024, dtype=torch.int64)
     for name, given in (("", None), (" captions", ids)):

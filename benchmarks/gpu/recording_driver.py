@@ -1,4 +1,4 @@
-"""A driver for Triton that launches nothing: kernels are compiled for a GPU that is not there, launches recorded."""
+"""A driver for Triton that launches nothing: it compiles kernels for a Hopper GPU and records their launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 _devices = itertools.count(99)
-"""Numbers of GPUs. Triton keeps compiled kernels with their launchers by it, so every driver has its own."""
+"""Numbers of GPUs. Triton caches compiled kernels by GPU, so every driver has a number of its own."""
 STREAM = 7
 
 
@@ -75,7 +75,7 @@ def recorded(*, records: bool = True) -> Iterator[RecordingDriver]:
 
     active = RecordingDriver(records=records)
     gpu.forget()
-    before = driver._active  # there may be none, which `reset_active` would look for
+    before = driver._active  # may be unset: `reset_active` would then look for a real driver
     driver.set_active(active)
     try:
         yield active

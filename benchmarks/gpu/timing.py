@@ -22,7 +22,7 @@ class Timer:
     """Measures medians in milliseconds on a GPU. On a CPU (a dry run) the result is the time of a single run."""
 
     def __init__(self, device: torch.device, seconds: float = 0.3, min_runs: int = 10) -> None:
-        """Args: seconds: spent on the runs of one operation. min_runs: the minimum number of runs, also if they take
+        """Args: seconds: time for the runs of one operation. min_runs: the minimum number of runs, even if they take
         longer than `seconds`."""
         self.device = device
         self.seconds = seconds

@@ -98,7 +98,8 @@ class Classifier:
     def classify(self, files: Sequence[str], top: int) -> Iterator[Classified]:
         """Yields the result of each file in order, with the `top` best classes of each data set.
 
-        Of a folder, all images and videos are classified. Raises: ConfigError if a file does not exist, or a folder holds none."""
+        Of a folder, all images and videos are classified.
+        Raises: ConfigError if a file does not exist, or a folder holds none."""
         places = find_places(files, shards=False)
         total = sum(map(len, places))
         found = read_units(self._model, self._kind, units(places, total, _AT_ONCE, Position(), 0), self._reading)
