@@ -187,11 +187,6 @@ def width_of(model: UniViTARModel, kind: Kind) -> int:
     return model.joint.embed_dim if kind == "embedding" else model.encoder.config.hidden_size
 
 
-def kind_of(model: UniViTARModel, tokens: bool) -> Kind:
-    """Returns the features that a model gives: its tokens if asked for, else the joint embedding if it has one."""
-    return "tokens" if tokens else "mean" if model.joint is None else "embedding"
-
-
 @torch.no_grad()
 def _features(
     model: UniViTARModel,
