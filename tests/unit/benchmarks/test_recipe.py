@@ -1,0 +1,218 @@
+"""The benchmark of the recipe: its arms differ in what they compare, and its table computes what it says."""
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks.recipe import runs
+from benchmarks.recipe.arms import ARMS, MARGIN, PHOTO_ARMS, TEACHER, Data, mean_tokens, native_like, plan, run_file
+from benchmarks.recipe.naflex import NAFLEX_ARMS
+from benchmarks.recipe.table import QUESTIONS, final_rows, interval, tables
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.demo.scenes import image_scene, video_scene
+
+SAMPLES = 7000
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """The sizes of some of the demo's scenes, without drawing them."""
+    images = [image_scene(0, "train", index) for index in range(150)]
+    videos = [video_scene(0, "train", index) for index in range(60)]
+    sizes = [[(one.height, one.width) for one in found] for found in (images, videos)]
+    return Data("scenes", Path("scenes-shards"), *sizes)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_valid_run_file(scenes, arm):
+    config = RunConfig.model_validate(run_file(arm, ARMS[arm], scenes, SAMPLES, seed=3, teacher=Path("teacher")))
+    assert config.seed == 3
+    assert config.data.lanes == (4 if arm.endswith("-4") else 1)
+    assert config.objective.kind == arm.split("-")[0] if "-4" in arm or arm == "sigmoid" else "softmax"
+    assert (config.objective.teacher is not None) == any(stage.distill.ever for stage in config.stages)
+    samples = sum(stage.samples for stage in config.stages)
+    assert (samples == SAMPLES) == (ARMS[arm].tokens_of is None)
+    videos = sum(stage.samples * stage.video_ratio for stage in config.stages) / samples
+    assert videos == pytest.approx(ARMS[arm].video_ratio, abs=1e-3)
+
+
+@pytest.mark.parametrize("arm", PHOTO_ARMS)
+def test_arms_on_photos_have_no_videos(scenes, arm):
+    photos = Data("photos-x", Path("photos"), scenes.images, [], "photos")
+    config = RunConfig.model_validate(run_file(arm, ARMS[arm], photos, SAMPLES, seed=0))
+    assert all(stage.video_ratio == 0 for stage in config.stages)
+    assert config.model.text.vocab_size == 2048
+
+
+def test_arms_of_equal_tokens_are_planned_with_equal_tokens(scenes):
+    for question in QUESTIONS:
+        for arm in question.equal_tokens:
+            wanted = plan(ARMS[question.baseline], scenes, SAMPLES).tokens
+            assert plan(ARMS[arm], scenes, SAMPLES).tokens == pytest.approx(wanted, rel=MARGIN / 2)
+    # At equal samples the fixed size takes more, or the pair would show nothing.
+    assert plan(ARMS["curriculum"], scenes, SAMPLES).tokens < 0.8 * plan(ARMS["fixed"], scenes, SAMPLES).tokens
+
+
+def test_native_items_have_the_tokens_of_squares(scenes):
+    for modality, sizes, px, frames in (("image", scenes.images, 112, 1), ("video", scenes.videos, 70, 8)):
+        square = mean_tokens({"size_px": px}, sizes, frames)
+        assert square == {"image": 64, "video": 100}[modality]
+        rule = native_like(int(square), sizes, modality)
+        assert mean_tokens(rule, sizes, frames) == pytest.approx(square, rel=MARGIN / 2)
+
+
+def test_the_teacher_trains_longer_than_its_students(scenes):
+    student = plan(ARMS["distilled"], scenes, SAMPLES)
+    assert plan(TEACHER, scenes, 4 * SAMPLES).tokens > 3 * student.tokens
+
+
+def test_runs_of_equal_tokens_have_counted_equal_tokens():
+    """The token counts in the committed results, of every seed that has both arms."""
+    found = [row for row in runs.read_rows() if row["design"] == "2"]
+    pairs = []
+    for data, samples in {(row["data"], row["run_samples"]) for row in found}:
+        mine = [row for row in found if (row["data"], row["run_samples"]) == (data, samples)]
+        tokens = {arm: {row["seed"]: int(row["tokens_seen"]) for row in ends} for arm, ends in final_rows(mine).items()}
+        for question in QUESTIONS:
+            for arm in question.equal_tokens:
+                ours, wanted = tokens.get(arm, {}), tokens.get(question.baseline, {})
+                pairs += [(wanted[seed], ours[seed]) for seed in ours.keys() & wanted.keys()]
+    assert pairs, "no results of arms with equal tokens"
+    assert [pair for pair in pairs if abs(pair[1] / pair[0] - 1) > MARGIN] == []
+
+
+def row(arm: str, seed: int, value: float, task: str = "zero-shot", **changes: object) -> dict[str, str]:
+    kind = "top-1" if task == "zero-shot" else "R@5"
+    fields = {"arm": arm, "seed": seed, "samples_seen": 7010, "tokens_seen": 500_000, "task": task, "modality": "image"}
+    fields |= {"measure": kind, "value": value, "chance": 0.0625, "n": 118, "design": 2, "data": "scenes"}
+    fields |= {"run_samples": 7000, "cpu_s": 300} | changes
+    return {name: str(field) for name, field in fields.items()}
+
+
+def test_the_table_of_a_worked_example():
+    """Means 50 and 56 %; gains 4, 6, 8 points: mean 6, deviation 2, half width 4.303 * 2 / sqrt(3) = 4.97."""
+    rows = [row("native", seed, value) for seed, value in enumerate((0.48, 0.50, 0.52))]
+    rows += [row("square", seed, value) for seed, value in enumerate((0.52, 0.56, 0.60))]
+    rows += [row("square", 0, 0.11, samples_seen=3500)]  # half way: not a result
+    rows += [row("square", 5, 0.99)]  # a seed that the baseline lacks is in the mean but in no difference
+    rows += [row("square", seed, 0.99, design=1) for seed in range(3)]  # other arms of the same name
+    text = tables(rows, "scenes", 7000)
+    assert text.startswith("Data: scenes, which anyone can render again.")
+    assert "### Native sizes against squares" in text
+    assert text.count("###") == 1  # no other question has two arms
+    lines = text.splitlines()
+    assert "| native | 3 | 7,010 | 500,000 | 300 | 50.0 % ± 5.0 | – | – | – |" in lines
+    assert "| chance (test items) | | | | | 6.2 % (118) | – | – | – |" in lines
+    assert "- `square` minus `native`, points: class of an image, top-1 +6.0 ± 5.0 (better)." in lines
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((0.1, 0.11), "+10.5 ± 6.4 (better)"),
+        ((-0.1, -0.11), "-10.5 ± 6.4 (worse)"),
+        ((0.1, 0.0), "no difference shown"),
+    ],
+)
+def test_a_difference_is_named_only_outside_of_its_interval(gains, verdict):
+    rows = [row("native", seed, 0.5) for seed in range(2)]
+    rows += [row("square", seed, 0.5 + gain) for seed, gain in enumerate(gains)]
+    assert verdict in tables(rows, "scenes", 7000)
+
+
+def test_one_seed_shows_nothing():
+    text = tables([row("native", 0, 0.5), row("square", 0, 0.6)], "scenes", 7000)
+    assert "| square | 1 | 7,010 | 500,000 | 300 | 60.0 % | – | – | – |" in text
+    assert "top-1 +10.0. One seed: a difference without an interval shows nothing." in text
+
+
+def test_what_the_baseline_cannot_do_is_compared_with_chance():
+    videos = {"modality": "video", "chance": 0.25}
+    rows = [row("video-0", 0, 0.5), row("video-0.1", 0, 0.4), row("video-0.1", 0, 0.9, **videos)]
+    assert "direction of motion, top-1 (against chance) +65.0" in tables(rows, "scenes", 7000)
+
+
+def test_unequal_tokens_are_reported():
+    rows = [row("native", 0, 0.5), row("square", 0, 0.6, tokens_seen=530_000)]
+    assert "Tokens of `square` are 1.060 of those of `native`: not equal within 5%." in tables(rows, "scenes", 7000)
+
+
+def test_photos_are_marked_as_not_remakeable():
+    rows = [row(arm, 0, 0.5, data="photos-x") for arm in ("native", "square")]
+    assert "nobody else can remake this table" in tables(rows, "photos-x", 7000)
+    assert "###" not in tables(rows, "scenes", 7000)
+
+
+def test_the_interval_is_that_of_student():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    for count in range(2, 17):
+        values = [(7 * index) % 5 / 10 for index in range(count)]
+        mean, half = interval(values)
+        low, high = scipy_stats.t.interval(0.95, count - 1, mean, scipy_stats.sem(values))
+        # T_975 has three decimals.
+        assert (mean - half, mean + half) == pytest.approx((low, high), abs=0.0005 * scipy_stats.sem(values))
+    assert interval([0.5]) is None
+
+
+def test_every_arm_answers_a_question():
+    asked = {arm for question in QUESTIONS for arm in (question.baseline, *question.arms)}
+    assert asked == {*ARMS, *NAFLEX_ARMS, "teacher"}
+
+
+def test_runs_with_rows_are_not_repeated(tmp_path, monkeypatch, scenes):
+    trained = []
+    monkeypatch.setattr(runs, "CSV", tmp_path / "results.csv")
+    monkeypatch.setattr(runs, "_train_and_score", lambda bench, arm, seed, config: trained.append((arm, seed)))
+    bench = runs.Bench(tmp_path, scenes, SAMPLES)
+    progress = {"samples": 7010, "tokens": 500_000, "seconds": 200.0, "cpu_s": None}
+    score = {"task": "zero-shot", "modality": "image", "measure": "top-1", "value": 0.5, "chance": 0.0625, "n": 118}
+    runs.append_rows([runs.result_row(bench, "fixed", 0, progress, score)])
+    for arm, seed in (("fixed", 0), ("fixed", 1), ("square", 0)):
+        runs.provide_run(bench, arm, seed)
+    runs.provide_run(runs.Bench(tmp_path, scenes, 3000), "fixed", 0)
+    assert trained == [("fixed", 1), ("square", 0), ("fixed", 0)]
+
+
+def test_new_rows_have_the_columns_of_the_results(tmp_path, scenes):
+    progress = {"samples": 1, "tokens": 1, "seconds": 1.0, "cpu_s": 1.0}
+    score = {"task": "zero-shot", "measure": "top-1", "value": 0.5, "chance": 0.5, "n": 1}
+    made = runs.result_row(runs.Bench(tmp_path, scenes, SAMPLES), "fixed", 0, progress, score)
+    with runs.CSV.open(newline="", encoding="utf-8") as file:
+        assert list(made) == next(csv.reader(file))
+
+
+def test_cpu_seconds_are_added_over_parts_and_unknown_after_an_interruption(tmp_path):
+    record = tmp_path / "fixed-0.cpu"
+    assert runs.cpu_seconds(record) is None
+    runs.run_process(["true"], record, fresh=True)
+    record.write_text(str(runs.cpu_seconds(record) + 100), encoding="utf-8")
+    runs.run_process(["true"], record, fresh=False)
+    assert runs.cpu_seconds(record) > 100
+    with pytest.raises(SystemExit, match="exit code 1 of: false"):
+        runs.run_process(["false"], record, fresh=False)
+    record.write_text("nan", encoding="utf-8")  # as it is while a part runs
+    runs.run_process(["true"], record, fresh=False)
+    assert runs.cpu_seconds(record) is None
+
+
+def test_sizes_are_read_from_shards(tmp_path):
+    def write(name: str, rows: list[dict[str, object]]) -> None:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number, content in enumerate(rows):
+                data = json.dumps(content).encode()
+                info = tarfile.TarInfo(f"{number}.json")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    write("train-image-000000.tar", [{"kind": "image", "width": 30, "height": 20}])
+    write("train-video-000000.tar", [{"kind": "video", "width": 50, "height": 40}])
+    with pytest.raises(SystemExit, match="no images in its splits train and test"):
+        runs.packed("scenes", tmp_path)
+    write("test-image-000000.tar", [{"kind": "image", "width": 9, "height": 9}])
+    found = runs.packed("scenes", tmp_path)
+    assert (found.images, found.videos) == ([(20, 30)], [(40, 50)])
+    assert runs.packed("photos-x", tmp_path, with_videos=False).videos == []
