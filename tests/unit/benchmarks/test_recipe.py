@@ -6,14 +6,17 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks.recipe import runs
+from benchmarks.recipe import naflex, runs
 from benchmarks.recipe.arms import ARMS, MARGIN, PHOTO_ARMS, TEACHER, Data, mean_tokens, native_like, plan, run_file
 from benchmarks.recipe.naflex import NAFLEX_ARMS
 from benchmarks.recipe.table import QUESTIONS, final_rows, interval, tables
+from univitar_ds.config.run_folder import TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.demo.scenes import image_scene, video_scene
+from univitar_ds.tokenization import train_tokenizer
 
 SAMPLES = 7000
 
@@ -216,3 +219,44 @@ def test_sizes_are_read_from_shards(tmp_path):
     found = runs.packed("scenes", tmp_path)
     assert (found.images, found.videos) == ([(20, 30)], [(40, 50)])
     assert runs.packed("photos-x", tmp_path, with_videos=False).videos == []
+
+
+def test_embeddings_of_the_other_encoder_are_scored_as_ours(tmp_path, monkeypatch, scenes):
+    """Embeddings that are one axis for each composition score 100 %; the request has all that the loop reads."""
+    drawn = [image_scene(0, split, index) for split in ("train", "test") for index in range(6)]
+    (tmp_path / "scenes").mkdir()
+    lines = "".join(json.dumps(scene.row()) + "\n" for scene in [*drawn, video_scene(0, "test", 0)])
+    (tmp_path / "scenes/metadata.jsonl").write_text(lines, encoding="utf-8")
+    bench = runs.Bench(tmp_path, scenes, SAMPLES)
+    peer = bench.run("video-0", 0)
+    (peer / "export").mkdir(parents=True)
+    (peer / "export/config.json").write_text("{}", encoding="utf-8")
+    captions = [caption for scene in drawn for caption in scene.captions]
+    train_tokenizer(captions, 512).save(str(peer / TOKENIZER))
+    tests = [scene for scene in drawn if scene.split == "test"]
+
+    def loop(command: list[str], record: Path, *, fresh: bool) -> None:
+        request = json.loads(Path(command[2]).read_text(encoding="utf-8"))
+        assert (request["samples"], request["batch"], request["width"], request["depth"]) == (SAMPLES, 24, 192, 7)
+        assert [len(request[split]) for split in ("train", "test")] == [6, 6]
+        assert all(len(row["captions"]) == 3 for row in request["train"])
+        sentences = naflex._sentences([scene.row() for scene in drawn], ["a {}", "a small {}", "a large {}"])
+        assert len(sentences) == len(request["sentences"])
+        axes = np.eye(len(tests), dtype=np.float32)
+        text = np.zeros((len(sentences), len(tests)), np.float32)
+        for number, scene in enumerate(tests):
+            for row, sentence in enumerate(sentences):
+                if sentence in scene.captions or (scene.label is not None and sentence.endswith(scene.label)):
+                    text[row] = axes[number]
+        np.savez(command[3], vision=axes, text=text, samples=7008, tokens=400_000, seconds=9.0)
+
+    monkeypatch.setattr(naflex, "run_process", loop)
+    monkeypatch.setattr(runs, "CSV", tmp_path / "results.csv")
+    naflex.provide_naflex(bench, "timm-samples", 0, "python")
+    found = {(row["task"], row["measure"]): row for row in runs.read_rows(tmp_path / "results.csv")}
+    assert float(found["zero-shot", "top-1"]["value"]) == float(found["image to text", "R@1"]["value"]) == 1
+    assert found["zero-shot", "top-1"]["tokens_seen"] == "400000"
+    with pytest.raises(SystemExit, match=r"CPU seconds of .* are not known"):
+        naflex.provide_naflex(bench, "timm-cpu", 0, "python")
+    with pytest.raises(SystemExit, match="not trained with seed 1"):
+        naflex.provide_naflex(bench, "timm-cpu", 1, "python")
