@@ -45,15 +45,15 @@ def main() -> None:
         for data in sorted({row["data"] for row in rows}, key=lambda name: (name != "scenes", name)):
             print(tables(rows, data, arguments.samples), end="\n\n")
         return
-    work = arguments.work
-    data = photos(work, arguments.photos) if arguments.photos else scenes(work)
-    bench = Bench(work, data, arguments.samples)
     possible = list(PHOTO_ARMS) if arguments.photos else list(ARMS)
     if arguments.timm_python and not arguments.photos:
         possible += NAFLEX_ARMS
     arms = arguments.arms or possible
     if impossible := [arm for arm in arms if arm not in possible]:
         parser.error(f"arms {' '.join(impossible)}: not with photos, and those of timm only with --timm-python")
+    work = arguments.work
+    data = photos(work, arguments.photos) if arguments.photos else scenes(work)
+    bench = Bench(work, data, arguments.samples)
     for seed in arguments.seeds:  # all arms of a seed first: if time runs out, the results of some seeds are complete
         for arm in arms:
             if arm in NAFLEX_ARMS:

@@ -7,6 +7,7 @@ are configured from these expected values, and the table shows the tokens that t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ class Data:
 
     name: str
     shards: Path
-    images: Sequence[Size]
-    videos: Sequence[Size]
+    images: tuple[Size, ...]
+    videos: tuple[Size, ...]
     recipe: str = "demo"
     """Recipe with the text tower and the templates that fit the data."""
 
@@ -140,7 +141,8 @@ def mean_tokens(rule: dict[str, Any], sizes: Sequence[Size], frames: int) -> flo
     return sum(token_count(resolution.grid(*size, frames)) for size in sizes) / len(sizes)
 
 
-def native_like(tokens: int, sizes: Sequence[Size], modality: Literal["image", "video"]) -> dict[str, Any]:
+@functools.cache
+def native_like(tokens: int, sizes: tuple[Size, ...], modality: Literal["image", "video"]) -> dict[str, Any]:
     """Returns the native size rule whose mean number of tokens is nearest to `tokens`."""
     rules = (
         {"min_tokens": _NATIVE_LEAST[modality], "max_tokens": most, "divisor_px": 14}

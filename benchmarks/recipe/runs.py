@@ -89,7 +89,7 @@ def packed(name: str, shards: Path, *, recipe: str = "demo", with_videos: bool =
                     sizes[row["kind"]].append((row["height"], row["width"]))
     if not sizes["image"] or not any(shards.glob("test-image-*.tar")):
         raise SystemExit(f"{shards} has no images in its splits train and test; both are needed to train and to score")
-    return Data(name, shards, sizes["image"], sizes["video"] if with_videos else [], recipe)
+    return Data(name, shards, tuple(sizes["image"]), tuple(sizes["video"]) if with_videos else (), recipe)
 
 
 def provide_teacher(bench: Bench) -> Path:

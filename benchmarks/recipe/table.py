@@ -109,8 +109,8 @@ def tables(rows: Rows, data: str, samples: int) -> str:
         row for row in rows if (row["design"], row["data"], row["run_samples"]) == (str(DESIGN), data, str(samples))
     ]
     parts = [(REMAKEABLE if data == "scenes" else NOT_REMAKEABLE).format(data)]
-    parts += [text for question in QUESTIONS if (text := _table(question, final_rows(mine)))]
-    return "\n\n".join(parts)
+    found = [text for question in QUESTIONS if (text := _table(question, final_rows(mine)))]
+    return "\n\n".join([*parts, *(found or [f"No two arms of {samples:,} samples can be compared yet."])])
 
 
 def final_rows(rows: Rows) -> dict[str, Rows]:
