@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class Counts:
     by_part: Mapping[str, int]
     matrices: Mapping[str, int] = field(default_factory=dict)
     """Those of `by_part` that are in matrices of blocks, which Muon updates."""
+    shapes: Mapping[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
+    """Of these matrices, by part."""
 
     @property
     def total(self) -> int:
@@ -59,6 +62,12 @@ class Counts:
         """Returns the number of parameters that a stage trains by Muon."""
         return _trained(self.matrices, config, stage) if config.optimizer.kind == MUON else 0
 
+    def shapes_of_muon(self, config: RunConfig, stage: StageConfig) -> list[tuple[int, ...]]:
+        """Returns the shapes of the matrices that a stage trains by Muon."""
+        if config.optimizer.kind != MUON:
+            return []
+        return [shape for part in _trained_of(self.shapes, config, stage) for shape in self.shapes[part]]
+
     def moments(self, config: RunConfig, stage: StageConfig) -> int:
         """Returns the bytes of the optimizer's moments of all parameters that a stage trains.
 
@@ -68,8 +77,12 @@ class Counts:
 
 
 def _trained(counts: Mapping[str, int], config: RunConfig, stage: StageConfig) -> int:
+    return sum(counts[part] for part in _trained_of(counts, config, stage))
+
+
+def _trained_of(counts: Mapping[str, Any], config: RunConfig, stage: StageConfig) -> list[str]:
     parts = trained_parts(config, stage)
-    return sum(count for part, count in counts.items() if (part if part in PARTS else "rest") in parts)
+    return [part for part in counts if (part if part in PARTS else "rest") in parts]
 
 
 def _bytes_of(cfg: OptimizerConfig, group: Mapping[str, str]) -> int:
@@ -108,7 +121,10 @@ def count_parameters(
             built = build_classifier(model, classes=classes, **given)
         else:
             built = build_contrastive(model, vocab_size=1, eos_id=0, pad_id=0, **given)
-    return Counts(_by_part(dict(built.named_parameters())), _by_part(block_matrices(built)))
+    matrices, shapes = block_matrices(built), defaultdict(list)
+    for name, matrix in matrices.items():
+        shapes[part_of(name, GRADIENT_PARTS)].append(tuple(matrix.shape))
+    return Counts(_by_part(dict(built.named_parameters())), _by_part(matrices), shapes)
 
 
 def _by_part(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:

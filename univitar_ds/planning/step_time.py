@@ -27,6 +27,8 @@ BACKWARD_LAUNCHES = {"fused": 4, "product": 10, "attention": 1, "other": 21}
 """Device launches of a block, counted."""
 SUMS_OF_FUSED = 12
 """Of BACKWARD_LAUNCHES["other"]: sums and casts of partial results, which `fused_backward` includes."""
+MUON_LAUNCHES = 3
+"""Matrix products of an iteration."""
 BF16, FP32 = 2, 4
 
 ASSUMPTIONS = {
@@ -70,12 +72,24 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class MuonWork:
+    """Muon in an update: FLOPs of the rank with most and of all that share the matrices, iterations of that rank over
+    its matrices, bytes that a rank sends, and whether the products are in float32."""
+
+    flops: float
+    flops_of_all: float
+    iterations: int
+    bytes: float
+    fp32: bool = False
+
+
+@dataclass(frozen=True)
 class Work:
     """What a step computes.
 
     `parameters`: trained, of both towers. `tokens_per_item`: mean. `attended`: mean number of tokens that a token
     attends to, the sum of squared lengths over the sum of lengths. `sizes`: distinct sizes of a pack. `fill`: of
-    `token_budget`. `teacher`: None without distillation.
+    `token_budget`. `teacher`: None without distillation; `muon`: None with another optimizer.
     """
 
     name: str
@@ -92,6 +106,7 @@ class Work:
     chunk: int = 4096
     fill: float = 1.0
     teacher: Teacher | None = field(default_factory=Teacher)
+    muon: MuonWork | None = None
 
     @property
     def tokens(self) -> float:
@@ -190,7 +205,7 @@ def predict(work: Work, gpu: Gpu, ranks: int, method: Method) -> StepTime:
     host = _host(work, ranks, method, packs, recomputed_share(work, gpu, ranks, method))
     alone = {
         "loss": _loss(work, gpu, ranks, method, packs),
-        "optimizer": _optimizer(work, gpu, ranks),
+        "optimizer": _optimizer(work, gpu, ranks, method),
         "collectives": _collectives(work, gpu, ranks, method, packs, compute),
         "host": max(0.0, host - compute),
         "imbalance": (method.imbalance - 1) * compute if packs == 1 else (method.imbalance - 1) * compute / packs**0.5,
@@ -272,7 +287,8 @@ def _device(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> dic
 def _text(work: Work, gpu: Gpu, method: Method) -> float:
     """Returns the seconds of the text tower for a pack, forward and backward."""
     text, width = work.text, work.text.hidden_size
-    tokens = work.items * (_of("caption_tokens") if method.packed_text else text.context_length)
+    packed = min(_of("caption_tokens"), text.context_length)
+    tokens = work.items * (packed if method.packed_text else text.context_length)
     products = 6 * (4 * width**2 + 2 * width * text.intermediate_size) * text.layers * tokens / gpu.products.value
     moved = _of("text_layer_bytes") * width * text.layers * tokens / (_of("bandwidth_share") * gpu.bandwidth.value)
     return max(products + moved, _of("text_launches") * text.layers * _of("launch"))
@@ -318,9 +334,17 @@ def _sharing(work: Work, gpu: Gpu, method: Method, packs: int, again: float) -> 
     return passes * (moved + sharing_collectives(*shape) * _latency(ranks))
 
 
-def _optimizer(work: Work, gpu: Gpu, ranks: int) -> float:
+def _optimizer(work: Work, gpu: Gpu, ranks: int, method: Method) -> float:
     share = work.parameters / ranks
-    return _of("update") + _of("optimizer_bytes") * share / (_of("bandwidth_share") * gpu.bandwidth.value)
+    passes = _of("update") + _of("optimizer_bytes") * share / (_of("bandwidth_share") * gpu.bandwidth.value)
+    return passes + (0.0 if work.muon is None else _muon(work.muon, gpu, ranks, method))
+
+
+def _muon(muon: MuonWork, gpu: Gpu, ranks: int, method: Method) -> float:
+    """Returns the seconds of Muon's iterations, and of the exchange of its matrices."""
+    rate = _of("fp32_share") * gpu.peak.value if muon.fp32 else gpu.products.value
+    computed = max(muon.flops / rate, muon.iterations * MUON_LAUNCHES * _of("launch"))
+    return computed + (muon.bytes / _link(gpu, ranks, method.node) + 2 * _latency(ranks) if ranks > 1 else 0.0)
 
 
 def step_bytes(parameters: int, zero: int, passes: int, backwards: int) -> dict[str, int]:

@@ -31,9 +31,12 @@ ASSUMPTIONS = {
         80e6, "bytes", "measured", "of a decoding process, without pixels (docs/performance.md)"
     ),
     "write_rate": Assumption(1e9, "bytes/s of a machine", "chosen", "to the folder of checkpoints"),
+    "copy_rate": Assumption(
+        10e9, "bytes/s of a GPU", "chosen", "of a checkpoint to host memory; half of what a PCIe 4 x16 link carries"
+    ),
     "native_tokens": Assumption(1024, "tokens", "chosen", "mean image at native size, within the stage's limits"),
     "attended": Assumption(1500 / 1024, "of the mean", "chosen", "tokens that a token attends to, at native sizes"),
-    "sizes": Assumption(24, "sizes", "chosen", "of the items of a pack at native sizes: passes of the teacher"),
+    "sizes": Assumption(24, "sizes", "chosen", "of the items of a pack at native sizes"),
     "fill": Assumption(0.985, "of token_budget", "measured", "packs of several sizes (docs/performance.md)"),
     "fused_host": Assumption(
         0.25, "of the host time of a launch", "measured", "with kept launchers (benchmarks/results/bench_launch.csv)"
@@ -109,6 +112,6 @@ def value(name: str) -> float:
 
 def assumption_lines(cluster: Cluster, step: dict[str, Assumption]) -> Iterator[str]:
     """Yields a line for each number that a plan assumes. Args: step: assumptions of `step_time`."""
-    yield "a teacher runs once for each size of a pack, and texts are padded (derived: as the trainer does it)"
+    yield "teachers and texts run packed, SigLIP's texts at full length (derived: as the trainer does it on GPUs)"
     for name, one in [*ASSUMPTIONS.items(), *step.items(), *cluster.gpu.assumptions()]:
         yield f"{name}: {one.value:.4g} {one.unit} ({one.kind}: {one.source})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,13 @@ from univitar_ds.planning.forecast.stage import StagePlan, placement, plan_stage
 from univitar_ds.planning.forecast.step_load import (
     Placement,
     PlannedModel,
+    group_size,
     teacher_memory,
     with_lanes,
 )
 from univitar_ds.planning.memory import TeacherMemory
 from univitar_ds.planning.sizes import amount, count_parameters
-from univitar_ds.plugins import load_plugins
+from univitar_ds.plugins import OPTIMIZERS, load_plugins
 
 SCALES = tuple(2**power for power in range(11))
 """Numbers of GPUs in the scaling table."""
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Hours of training, and of writing checkpoints as if the training waited for it."""
+        """Hours of training, and of waiting for checkpoints."""
         return sum(stage.hours for stage in self.stages) + self.checkpoints.hours
 
     @property
@@ -91,8 +91,13 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
     """
     load_plugins(config.plugins)
     notes: list[str] = []
-    if config.optimizer.kind != "adamw":
+    if config.optimizer.kind not in OPTIMIZERS:
         notes.append(f"the time of an update is that of AdamW, and the run has optimizer.kind {config.optimizer.kind}")
+    if config.model.tensor_parallel > 1:
+        notes.append(
+            "with model.tensor_parallel, activations are counted as if each GPU had all heads and the whole "
+            "feed-forward width, and the token-wise operations of its blocks as if they were fused"
+        )
     teacher = None if config.objective.teacher is None else _teacher(config, ranks, notes)
     start = open_start(config)
     found = Inputs(config, {}, {}, (), (), start, None)
@@ -131,28 +136,31 @@ def plan_run(config: RunConfig, cluster: Cluster, tokens_per_item: int | None = 
     return plan_model(model, cluster, known_means(config), tokens_per_item, notes)
 
 
-def _check_alone(config: RunConfig) -> None:
-    """Raises: ConfigError if ranks share packs or weights."""
-    shared = {name: getattr(config.model, name) for name in ("tensor_parallel", "sequence_parallel")}
-    if math.prod(shared.values()) > 1:
-        keys = ", ".join(f"model.{name} {number}" for name, number in shared.items() if number > 1)
+def _check_groups(config: RunConfig, cluster: Cluster) -> None:
+    """Raises: ConfigError if the GPUs cannot form groups that share packs or weights."""
+    own, each = config.model, group_size(config)
+    if cluster.ranks % each:
         raise ConfigError(
-            f"a plan assumes that each GPU has its own packs and weights, and the run has {keys}; leave it out, or see "
-            "memory and time on this machine with `univitar-ds train --dry-run`"
+            f"model.tensor_parallel {own.tensor_parallel} and model.sequence_parallel {own.sequence_parallel} need a "
+            f"multiple of {each} GPUs, and --nodes {cluster.nodes} x --gpus-per-node {cluster.per_node} are "
+            f"{cluster.ranks}; give other numbers of GPUs, or lower them"
         )
 
 
 def plan_model(
     model: PlannedModel, cluster: Cluster, means: Means, tokens_per_item: int | None = None, notes: Sequence[str] = ()
 ) -> Plan:
-    """Returns the plan of a model on a cluster; see `plan_run`. The lanes are rounded up to a multiple of the GPUs."""
-    _check_alone(model.config)
+    """Returns the plan of a model on a cluster; see `plan_run`. The lanes are rounded up to a multiple of the GPUs.
+
+    GPUs that share packs or weights count as one."""
+    _check_groups(model.config, cluster)
     lanes = model.config.data.lanes
     model = with_lanes(model, cluster.ranks)
     if model.config.data.lanes != lanes:
         notes = [
             *notes,
-            f"data.lanes is taken to be {model.config.data.lanes:,} instead of {lanes:,}, a multiple of the GPUs",
+            f"data.lanes is taken to be {model.config.data.lanes:,} instead of {lanes:,}, a multiple of the "
+            + ("GPUs" if group_size(model.config) == 1 else f"groups of {group_size(model.config)} GPUs"),
         ]
     config = model.config
     zero, choice = config.deepspeed, None
@@ -178,7 +186,8 @@ def scaling(plan: Plan, means: Means, tokens_per_item: int | None = None) -> Ite
     sizes = sorted({*SCALES, plan.cluster.ranks})
     for ranks in sizes:
         part = of_ranks(plan.cluster, ranks)
-        if part.ranks != ranks or (ranks < lanes and lanes % ranks):
+        readers = ranks // group_size(plan.config)
+        if part.ranks != ranks or readers == 0 or (readers < lanes and lanes % readers):
             continue
         try:
             yield plan_model(plan.model, part, means, tokens_per_item)

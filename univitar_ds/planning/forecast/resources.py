@@ -10,7 +10,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.collate import AHEAD
 from univitar_ds.planning.forecast.cluster import Cluster, value
 from univitar_ds.planning.forecast.stage import StagePlan
-from univitar_ds.planning.forecast.step_load import Placement, PlannedModel
+from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, group_size
 from univitar_ds.planning.memory import pixel_bytes
 from univitar_ds.planning.sizes import checkpoint_bytes, memory_of_rank
 
@@ -36,16 +36,17 @@ class HostNeeds:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Bytes of a checkpoint, seconds to write one, number of checkpoints, and bytes of disk space needed."""
+    """Bytes of a checkpoint, seconds to write one, number of checkpoints, and bytes of disk space needed.
+
+    `pause`: seconds for which the training waits at a save; `hours`: for which it waits at all of them.
+    """
 
     bytes: float
     seconds: float
+    pause: float
     count: int
     disk: float
-
-    @property
-    def hours(self) -> float:
-        return self.count * self.seconds / 3600
+    hours: float
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,29 @@ class Reading:
 def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> HostNeeds:
     """Returns what each machine needs beside its GPUs, in the stage that needs most."""
     data, per_node = model.config.data, cluster.per_node
-    packs = max(1, data.lanes // cluster.ranks)
+    readers = cluster.ranks // group_size(model.config)
+    packs = max(1, data.lanes // readers)
     ahead = max(data.prefetch_packs or max(AHEAD, packs), data.workers)
     slots = ahead + max(packs, 2) + 1
     pixels = max(pixel_bytes(stage.token_budget, video=stage.video_ratio > 0) for stage in model.config.stages)
+    tensor = model.config.model.tensor_parallel
+    counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
     held = max(
-        memory_of_rank(model.config, stage, model.counts, place.sharing, place.resolved).host
-        for stage in model.config.stages
+        memory_of_rank(model.config, stage, counts, sharing, place.resolved).host for stage in model.config.stages
     )
     busy = max(
         sum(one.share * _cpu_seconds(model.config, own.name, one.modality) for one in own.items)
-        * own.pairs / cluster.ranks / own.step_s
+        * own.pairs / readers / own.step_s
         for own in stages
     )  # fmt: skip
+    saved = max(checkpoint_bytes(model.config, stage, model.counts, place.resolved) for stage in model.config.stages)
     memory = {
         "processes": per_node * (value("rank_bytes") + value("cuda_bytes")),
         "decoding processes": per_node * max(1, data.workers) * value("worker_bytes"),
         "pixels of packs": per_node * slots * pixels,
         "model while it is built": per_node * model.counts.total * FP32,
         "offloaded training state": per_node * held,
+        "copy of the checkpoint": per_node * saved / place.sharing,
     }
     return HostNeeds(
         {name: size for name, size in memory.items() if size}, per_node * busy, max(1, -int(-busy // 1)), data.workers
@@ -89,8 +94,8 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
 def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> Checkpoints:
     """Returns size, time and number of a run's checkpoints.
 
-    Machines that share a training state each write a part of it. The time is an upper limit: with
-    `checkpoint.asynchronous` the training does not wait for it.
+    Machines that share a training state each write a part of it. With `checkpoint.asynchronous` the training waits for
+    the copy to host memory, for an earlier save that is still being written, and for the last one.
     """
     config = model.config
     size = max(checkpoint_bytes(config, stage, model.counts, place.resolved) for stage in config.stages)
@@ -100,7 +105,10 @@ def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
     count = ends[-1] // every + sum(end % every > 0 for end in ends)  # the end of a stage is saved too
     kept = config.checkpoint.keep + 1 + (ends[-1] // forever if forever else 0)
     seconds = size / writers / value("write_rate")
-    return Checkpoints(size, seconds, count, size * kept)
+    pause = size / place.sharing / value("copy_rate") if config.checkpoint.asynchronous else seconds
+    late = sum(own.steps // every * max(0.0, seconds - pause - every * own.step_s) for own in stages)
+    waits = count * pause + (late + seconds if config.checkpoint.asynchronous else 0.0)
+    return Checkpoints(size, seconds, pause, count, size * kept, waits / 3600)
 
 
 def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:

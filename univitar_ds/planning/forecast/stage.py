@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.model.blocks.activations import LADDER, Kind
+from univitar_ds.model.blocks.rank_group import sharing_bytes, sharing_collectives
 from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.planning.counts.batch import TERA
 from univitar_ds.planning.forecast.cluster import Cluster, value
@@ -18,14 +19,16 @@ from univitar_ds.planning.forecast.step_load import (
     Placement,
     PlannedModel,
     fitting_recomputation,
+    group_size,
     largest_budget,
     peak_of,
     text_shape,
 )
 from univitar_ds.planning.memory import REDUCED_AT_ONCE, Peak
 from univitar_ds.planning.sizes import encoder_of
-from univitar_ds.planning.step_time import Method, Teacher, Work, predict, step_bytes
+from univitar_ds.planning.step_time import BF16, FP32, Method, MuonWork, Teacher, Work, predict, step_bytes
 from univitar_ds.training.engine.optim import trained_parts
+from univitar_ds.training.optimizers.matrices import multiplications, owners_of
 
 HOST_RATIOS = {
     "zero2": {1: 1.8, 8: 1.7, 256: 1.5, 1024: 2.1},
@@ -39,7 +42,8 @@ ZeRO-1 is assumed to take as long as ZeRO-2, which has the same hooks."""
 class StagePlan:
     """A stage on the cluster. `step`: mean over images and videos, in seconds by part; `budgets`: the largest
     `token_budget` that fits, by recomputation; `collectives`: bytes that a rank passes to collectives in a step, by
-    kind."""
+    kind, in about so many `messages`; `group_bytes`, `group_messages`: those within blocks, of ranks that share packs
+    or weights; `muon_flops`: of Muon's iterations, on all ranks."""
 
     name: str
     items: Sequence[Items]
@@ -58,6 +62,9 @@ class StagePlan:
     budgets: Mapping[Kind, int]
     pack_tflops: float
     recomputed_flops: float
+    group_bytes: float = 0.0
+    group_messages: int = 0
+    muon_flops: float = 0.0
 
     @property
     def step_s(self) -> float:
@@ -84,21 +91,29 @@ def plan_stage(
         sets it; with_budgets: whether to look for the largest budgets.
     """
     config, (zero, place), room = model.config, where, cluster.room
-    shared = {"tensor": config.model.tensor_parallel, "sequence": config.model.sequence_parallel}
-    packs = config.data.lanes * math.prod(shared.values()) // cluster.ranks
+    packs = config.data.lanes * group_size(config) // cluster.ranks
     kind = fitting_recomputation(model, stage, place, room) if kind is None else kind
     kept = kept_packs(model, stage, place, kind, room, packs)
-    method = replace(method_of(stage, zero, place, kept, cluster), **shared)
-    found = [
-        (one.share, predict(work_of(model, stage, one, kind), cluster.gpu, cluster.ranks, method)) for one in items
-    ]
+    method = method_of(model, stage, zero, place, kept, cluster)
+    encoder, shared, muon = (
+        encoder_of(model.description),
+        (method.tensor, method.sequence),
+        muon_of(model, stage, place),
+    )
+    works = [(one.share, work_of(model, stage, one, kind, muon)) for one in items]
+    found = [(share, predict(work, cluster.gpu, cluster.ranks, method)) for share, work in works]
     mean = _mean([(share, step.parts) for share, step in found])
     flops = sum(share * step.flops for share, step in found)
     pairs = sum(one.share * _tokens(stage, one) / one.tokens for one in items) * config.data.lanes
     passes = 2 * packs - min(kept, packs)
-    moved = step_bytes(model.counts.trained(config, stage), method.zero, passes, packs) if cluster.ranks > 1 else {}
-    linear, square = cost_coefficients(encoder_of(model.description))
+    trained = model.counts.split(method.tensor).trained(config, stage)
+    moved = step_bytes(trained, method.zero, passes, packs) if cluster.ranks > 1 else {}
+    if muon is not None and place.sharing > 1:
+        moved["alltoall"] = muon.bytes
+    linear, square = cost_coefficients(encoder)
     again = 1 / kind if isinstance(kind, int) and kind else 0.0  # selective recomputes no matrix product
+    through = passes + packs * (1 + again)  # of a pack through all blocks, forward, backward and recomputed
+    tokens = sum(share * step.tokens for share, step in found)
     forwards = (passes - packs) / packs + again
     return StagePlan(
         name=stage.name,
@@ -110,7 +125,7 @@ def plan_stage(
         step=mean,
         mfu=flops / sum(mean.values()) / cluster.gpu.peak.value,
         flops=flops * cluster.ranks,
-        tokens=sum(share * step.tokens for share, step in found) * cluster.ranks,
+        tokens=tokens * cluster.ranks,
         pairs=pairs,
         steps=math.ceil(stage.samples / pairs),
         collectives=moved,
@@ -118,7 +133,33 @@ def plan_stage(
         budgets={one: largest_budget(model, stage, place, one, room) for one in LADDER} if with_budgets else {},
         pack_tflops=max(stage.token_budget * (linear + square * one.attended) for one in items) / TERA,
         recomputed_flops=flops * cluster.ranks * forwards / 3,
+        group_bytes=through / packs * tokens * method.tensor * sharing_bytes(encoder, *shared, number=BF16),
+        group_messages=round(through * sharing_collectives(encoder, *shared)),
+        muon_flops=0.0 if muon is None else muon.flops_of_all * (cluster.ranks // place.sharing),
     )
+
+
+def packs_texts(model: PlannedModel) -> bool:
+    """Whether texts run without padding, as on GPUs all but SigLIP's do; see `model.towers`."""
+    text = model.description.get("text")
+    return text is not None and text["model_type"].startswith("clip")
+
+
+def muon_of(model: PlannedModel, stage: StageConfig, place: Placement) -> MuonWork | None:
+    """Returns the work of Muon in an update, None without it. The ranks that share a training state divide the matrices
+    among them, as the optimizer does it."""
+    shapes = model.counts.shapes_of_muon(model.config, stage)
+    if not shapes:
+        return None
+    settings, ranks = model.config.optimizer.muon, place.sharing
+    flops = [2 * settings.ns_steps * multiplications(shape) for shape in shapes]
+    loads, counts = [0] * ranks, [0] * ranks
+    for owner, one in zip(owners_of(flops, ranks), flops, strict=True):
+        loads[owner] += one
+        counts[owner] += 1
+    width = FP32 if settings.precision == "fp32" else BF16
+    moved = 2 * width * sum(math.prod(shape) for shape in shapes) / ranks  # momentum to the owners, and results back
+    return MuonWork(max(loads), sum(flops), max(counts) * settings.ns_steps, moved, settings.precision == "fp32")
 
 
 def messages(model: PlannedModel, place: Placement, zero: int, passes: int, backwards: int) -> int:
@@ -129,10 +170,12 @@ def messages(model: PlannedModel, place: Placement, zero: int, passes: int, back
     """
     if place.ranks == 1:
         return 0
-    section, parameters = place.resolved["zero_optimization"], model.counts.total
+    section = place.resolved["zero_optimization"]
+    tensor = model.config.model.tensor_parallel
+    parameters, ranks = model.counts.split(tensor).total, place.ranks // tensor
     buckets = math.ceil(parameters / section.get("reduce_bucket_size", 500_000_000))
     if zero < 3:
-        gathers = 2 * math.ceil(parameters / place.ranks / section.get("allgather_bucket_size", 500_000_000))
+        gathers = 2 * math.ceil(parameters / ranks / section.get("allgather_bucket_size", 500_000_000))
         reduced = buckets * backwards if zero == 2 else math.ceil(parameters / REDUCED_AT_ONCE)
         return 7 + gathers + reduced
     fetches = math.ceil(parameters / section.get("stage3_prefetch_bucket_size", 50_000_000)) + 2
@@ -153,31 +196,35 @@ def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: 
     return low
 
 
-def method_of(stage: StageConfig, zero: str, place: Placement, kept: int, cluster: Cluster) -> Method:
+def method_of(
+    model: PlannedModel, stage: StageConfig, zero: str, place: Placement, kept: int, cluster: Cluster
+) -> Method:
     """Returns how the trainer computes a step of a stage, for `step_time`."""
     level = place.resolved["zero_optimization"]["stage"]
     balanced = stage.cost_budget_tflops is not None
     fixed = stage.image.size_px is not None and stage.video_ratio == 0
     imbalance = 1.0 if fixed else value("balanced" if balanced else "unbalanced")
-    shared = "sharding_ranks" in place.resolved or zero == "zero3_node"
+    by_node = "sharding_ranks" in place.resolved or zero == "zero3_node"
     return Method(
         zero=level,
         host_ratio=HOST_RATIOS["zero3" if level == 3 else "zero2"],
-        update_collectives={1: 4, 2: 10, 3: 19 if shared else 17}[level],
+        update_collectives={1: 4, 2: 10, 3: 19 if by_node else 17}[level],
         recompute_by_memory=False,
         kept_packs=kept,
         ring=False,
         loss_kernels=int(value("loss_kernels")),
-        teacher_by_size=True,
-        packed_text=False,
+        teacher_by_size=False,
+        packed_text=packs_texts(model),
         imbalance=imbalance,
         fused_host=value("fused_host"),
         node=cluster.per_node,
+        tensor=model.config.model.tensor_parallel,
+        sequence=model.config.model.sequence_parallel,
     )
 
 
-def work_of(model: PlannedModel, stage: StageConfig, items: Items, kind: Kind) -> Work:
-    """Returns what a step computes for a pack of one modality."""
+def work_of(model: PlannedModel, stage: StageConfig, items: Items, kind: Kind, muon: MuonWork | None = None) -> Work:
+    """Returns what a step computes for a pack of one modality, and its update."""
     config = model.config
     shape = text_shape(model, trained="text" in trained_parts(config, stage))
     text = config.model.text
@@ -204,6 +251,7 @@ def work_of(model: PlannedModel, stage: StageConfig, items: Items, kind: Kind) -
         chunk=config.objective.chunk,
         fill=_tokens(stage, items) / stage.token_budget * (1 - stage.patch_dropout),
         teacher=None if teacher is None else Teacher(teacher.width, teacher.layers),
+        muon=muon,
     )
 
 

@@ -27,6 +27,11 @@ class PlannedModel:
     teacher: TeacherMemory | None = None
 
 
+def group_size(config: RunConfig) -> int:
+    """Returns how many ranks read the same packs, since they share their tokens or the weights."""
+    return config.model.tensor_parallel * config.model.sequence_parallel
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a run is trained: `ranks`, `node` of them on each machine, and the complete DeepSpeed configuration."""
@@ -95,7 +100,7 @@ def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kep
     """
     config, encoder = model.config, encoder_of(model.description)
     parts_of_pack = config.model.sequence_parallel
-    readers = max(1, ranks // (config.model.tensor_parallel * parts_of_pack))
+    readers = max(1, ranks // group_size(config))
     lanes = max(config.data.lanes, readers)
     packs = lanes_per_rank(lanes, readers)
     of_pack = max(size.items[1] for size in pack_sizes(stage, encoder))
@@ -167,9 +172,9 @@ def largest_budget(
 
 
 def with_lanes(model: PlannedModel, ranks: int) -> PlannedModel:
-    """Returns the model with the lanes of its run rounded up to a multiple of the ranks."""
-    lanes = model.config.data.lanes
-    if lanes % ranks == 0:
+    """Returns the model with the lanes of its run rounded up to a multiple of the ranks, or of their groups."""
+    lanes, readers = model.config.data.lanes, ranks // group_size(model.config)
+    if lanes % readers == 0:
         return model
-    data = model.config.data.model_copy(update={"lanes": -(-lanes // ranks) * ranks})
+    data = model.config.data.model_copy(update={"lanes": -(-lanes // readers) * readers})
     return replace(model, config=model.config.model_copy(update={"data": data}))

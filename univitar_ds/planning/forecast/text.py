@@ -8,6 +8,7 @@ from typing import Any
 from univitar_ds.planning.forecast.cluster import assumption_lines
 from univitar_ds.planning.forecast.plan import Plan
 from univitar_ds.planning.forecast.stage import HOST_RATIOS, StagePlan
+from univitar_ds.planning.forecast.step_load import group_size
 from univitar_ds.planning.forecast.sweep import Trial, best_of
 from univitar_ds.planning.gpus import Assumption
 from univitar_ds.planning.sizes import amount
@@ -53,8 +54,8 @@ def plan_object(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()
         "gpu_hours": plan.gpu_hours,
         "host": {"memory_bytes": dict(plan.host.memory), "cores": plan.host.cores, "workers": plan.host.workers},
         "checkpoint": {
-            "bytes": plan.checkpoints.bytes, "seconds": plan.checkpoints.seconds, "count": plan.checkpoints.count,
-            "disk_bytes": plan.checkpoints.disk,
+            "bytes": plan.checkpoints.bytes, "seconds": plan.checkpoints.seconds, "pause_s": plan.checkpoints.pause,
+            "count": plan.checkpoints.count, "disk_bytes": plan.checkpoints.disk, "hours": plan.checkpoints.hours,
         },
         "reading": {
             "samples": plan.reading.samples, "bytes": plan.reading.bytes, "requests": plan.reading.requests,
@@ -94,6 +95,9 @@ def _stage_object(stage: StagePlan) -> dict[str, Any]:
         "recomputed_flops_per_step": stage.recomputed_flops,
         "collective_bytes_per_step": dict(stage.collectives),
         "collectives_per_step": stage.messages,
+        "group_bytes_per_step": stage.group_bytes,
+        "group_collectives_per_step": stage.group_messages,
+        "muon_flops_per_step": stage.muon_flops,
         "pairs_per_step": stage.pairs,
         "tokens_per_step": stage.tokens,
         "steps": stage.steps,
@@ -110,8 +114,9 @@ def _run(plan: Plan) -> Iterator[str]:
         f"{part} {count / 1e6:,.1f}M" for part, count in plan.model.counts.by_part.items() if count > 1e5
     )
     yield f"{plan.model.counts.total / 1e6:,.0f}M parameters ({counts})"
-    packs = config.data.lanes // cluster.ranks
-    yield f"{config.data.lanes:,} packs a step, {packs:,} for each GPU; {config.objective.kind} loss"
+    each = group_size(config)
+    packs, whom = config.data.lanes * each // cluster.ranks, "GPU" if each == 1 else f"group of {each} GPUs"
+    yield f"{config.data.lanes:,} packs a step, {packs:,} for each {whom}; {config.objective.kind} loss"
     yield plan.choice.line if plan.choice is not None else f"deepspeed: {plan.zero}, as the run file says"
     yield from plan.notes
 
@@ -135,6 +140,11 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
     if stage.collectives:
         moved = ", ".join(f"{kind} {amount(size)}" for kind, size in stage.collectives.items())
         yield f"weights and gradients of a step, each GPU: {moved}, in about {stage.messages} collectives"
+    if stage.group_messages:
+        moved = f"{amount(stage.group_bytes)} in {stage.group_messages:,} collectives"
+        yield f"within groups of {group_size(plan.config)} GPUs that share packs or weights, each GPU: {moved}"
+    if stage.muon_flops:
+        yield f"an update by Muon computes {flops_text(stage.muon_flops)}, shared by the GPUs of a training state"
     yield from _memory(plan, stage)
     wanted = own.cost_budget_tflops
     cost = "auto: from the first samples, so that packs take equal time" if wanted == "auto" else wanted or "none"
@@ -162,8 +172,9 @@ def _whole(plan: Plan) -> Iterator[str]:
     made = plan.checkpoints
     yield f"{duration(plan.hours)}, {short(plan.gpu_hours)} GPU hours"
     yield (
-        f"a checkpoint: {amount(made.bytes)}, {made.seconds:.3g} s; {made.count:,} are written "
-        f"({duration(made.hours)}), and {amount(made.disk)} of disk hold those that are kept while one is written"
+        f"a checkpoint: {amount(made.bytes)}, written in {made.seconds:.3g} s, of which training waits "
+        f"{made.pause:.3g} s; {made.count:,} are written ({duration(made.hours)} of waiting), and {amount(made.disk)} "
+        "of disk hold those that are kept while one is written"
     )
     read = plan.reading
     where = "from S3" if read.remote else "from shards"

@@ -38,7 +38,7 @@ class WholeMatrices:
         """Args: device: of the rank, where the function runs; the flat tensor may be in host memory."""
         self._rank, self._group, self._device = sharding.rank, sharding.group, device
         self._parts = parts
-        owners = _owners([_cost(part.shape) for part in parts], sharding.size)
+        owners = owners_of([multiplications(part.shape) for part in parts], sharding.size)
         self._order = sorted(range(len(parts)), key=lambda number: owners[number])
         """Numbers of the matrices, ordered by owner: their order in all messages."""
         self._own = [number for number in self._order if owners[number] == self._rank]
@@ -87,13 +87,13 @@ class WholeMatrices:
         return result
 
 
-def _cost(shape: Sequence[int]) -> int:
+def multiplications(shape: Sequence[int]) -> int:
     """Returns the multiplications of a Newton-Schulz iteration of a matrix."""
     small, large = sorted(shape)
     return 2 * small * small * large + small**3
 
 
-def _owners(costs: Sequence[int], ranks: int) -> list[int]:
+def owners_of(costs: Sequence[int], ranks: int) -> list[int]:
     """Returns the rank that works on each matrix: the largest first, each by the rank with the least work so far."""
     loads = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)

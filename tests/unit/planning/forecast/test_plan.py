@@ -1,6 +1,8 @@
 """Plans of the recipes: what they take, what fits, how they scale, and what they say where nothing fits."""
 
 import json
+import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,10 +12,14 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.planning.forecast.cluster import cluster_of, of_ranks
 from univitar_ds.planning.forecast.items import items_of
 from univitar_ds.planning.forecast.plan import plan_model, plan_run, scaling
+from univitar_ds.planning.forecast.resources import checkpoints
+from univitar_ds.planning.forecast.stage import muon_of
 from univitar_ds.planning.forecast.sweep import best_of, candidates, stage_named, sweep
 from univitar_ds.planning.forecast.text import plan_object, plan_text
 from univitar_ds.planning.gpus import GPUS
 from univitar_ds.planning.sizes import checkpoint_bytes
+
+GROUPS = ("tensor", "sequence")
 
 
 @cache
@@ -43,6 +49,75 @@ def test_checkpoints_at_the_end_of_stages_and_those_that_stay_are_counted():
     assert plan.checkpoints.disk == plan.checkpoints.bytes * (plan.config.checkpoint.keep + 1)
     assert forever.checkpoints.count == len({*range(1000, ends[-1] + 1, 1000), *ends})
     assert forever.checkpoints.disk == forever.checkpoints.bytes * (plan.config.checkpoint.keep + 1 + ends[-1] // 10000)
+
+
+def test_the_training_waits_for_the_copy_of_a_checkpoint_for_a_late_one_and_for_the_last():
+    plan, waits = planned().checkpoints, planned(4, "h100", "checkpoint.asynchronous=false").checkpoints
+    assert plan.pause == plan.bytes / 32 / 10e9
+    assert plan.hours == pytest.approx((plan.count * plan.pause + plan.seconds) / 3600)
+    assert waits.pause == waits.seconds == plan.seconds
+    assert waits.hours == pytest.approx(waits.count * waits.seconds / 3600)
+    assert planned().host.memory["copy of the checkpoint"] == pytest.approx(8 * plan.bytes / 32)
+    quick = [replace(stage, step={"products": 1e-4 * plan.seconds}) for stage in planned().stages]
+    every = planned().config.checkpoint.every_steps
+    late = checkpoints(planned().model, quick, planned().cluster, planned().place)
+    waiting = sum(stage.steps // every for stage in quick) * (plan.seconds * (1 - 1e-4 * every) - plan.pause)
+    assert waiting > 0
+    assert late.hours * 3600 == pytest.approx(waiting + plan.count * plan.pause + plan.seconds)
+
+
+def test_groups_of_gpus_share_weights_or_packs_and_exchange_messages_within_blocks():
+    plan = planned()
+    tensor, sequence = (planned(4, "h100", f"model.{name}_parallel=2", "deepspeed=zero2") for name in GROUPS)
+    counts, layers = plan.model.counts, 24
+    blocks = counts.by_part["blocks"]
+    assert tensor.stages[0].peak.parts["weights"] == 2 * (counts.total - blocks / 2)
+    assert sequence.stages[0].peak.parts["weights"] == 2 * counts.total
+    pixels = [one.stages[0].peak.parts["pixels"] / one.stages[0].packs for one in (plan, sequence)]
+    assert pixels[0] == pixels[1], "each GPU of a group reads its packs whole"
+    kept = [one.stages[0].peak.parts["encoder activations"] / one.stages[0].kept for one in (plan, sequence)]
+    assert plan.stages[0].kind == sequence.stages[0].kind == 0
+    assert kept[1] == pytest.approx(kept[0] / 2)
+    for one, messages in ((tensor, 4), (sequence, 2)):
+        stage = one.stages[0]
+        assert (stage.packs, stage.pairs) == (2 * plan.stages[0].packs, plan.stages[0].pairs)
+        passes = 3 * stage.packs - min(stage.kept, stage.packs) + (stage.packs if stage.kind == 1 else 0)
+        assert stage.group_messages == passes * messages * layers
+        assert stage.group_bytes > 0
+        assert stage.step["sharing"] > 0
+        assert 2 in [part.cluster.ranks for part in scaling(one, {})]
+        assert 1 not in [part.cluster.ranks for part in scaling(one, {})]
+        text = plan_text(one, [one])
+        assert "within groups of 2 GPUs that share packs or weights" in text
+        assert "for each group of 2 GPUs" in text
+    assert plan.stages[0].group_messages == 0
+    with pytest.raises(ConfigError, match=r"need a multiple of 2 GPUs, and --nodes 3 x --gpus-per-node 1 are 3"):
+        plan_model(tensor.model, cluster_of(3, 1, "h100"), {})
+
+
+def test_muon_counts_its_iterations_on_the_gpu_with_most_matrices():
+    plan, muon = planned(1), planned(1, "h100", "optimizer.kind=muon", "deepspeed=zero2")
+    assert plan.stages[0].muon_flops == 0
+    shapes = muon.model.counts.shapes_of_muon(muon.config, muon.config.stages[0])
+    assert sum(math.prod(shape) for shape in shapes) == muon.model.counts.of_muon(muon.config, muon.config.stages[0])
+    each = [10 * (2 * min(shape) ** 2 * max(shape) + min(shape) ** 3) for shape in shapes]
+    assert muon.stages[0].muon_flops == sum(each)
+    work = muon_of(muon.model, muon.config.stages[0], muon.place)
+    assert sum(each) / 8 <= work.flops <= sum(each) / 8 + max(each)
+    assert muon.stages[0].collectives["alltoall"] == 4 * sum(math.prod(shape) for shape in shapes) / 8
+    assert muon.stages[0].step["optimizer"] > plan.stages[0].step["optimizer"] + work.flops / 989e12
+    exact = planned(1, "h100", "optimizer.kind=muon", "optimizer.muon.precision=fp32", "deepspeed=zero2").stages[0]
+    assert exact.step["optimizer"] > 2 * muon.stages[0].step["optimizer"]
+    assert not any("AdamW" in note for note in muon.notes)
+
+
+def test_texts_are_packed_where_the_tower_packs_them():
+    model, length = planned().model, planned().config.model.text.context_length
+    padded = replace(model, description={**model.description, "text": {
+        **model.description["text"], "model_type": "siglip_text_model", "max_position_embeddings": length,
+    }})  # fmt: skip
+    ours, theirs = (plan_model(one, planned().cluster, {}).stages[0].step["text"] for one in (model, padded))
+    assert theirs * 20 / length <= ours < theirs
 
 
 def test_recomputation_and_kept_packs_are_the_least_and_the_most_that_fit():

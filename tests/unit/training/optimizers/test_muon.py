@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from univitar_ds.training.optimizers.matrices import multiplications
 from univitar_ds.training.optimizers.muon import orthogonalised, rate_ratio
 
 
@@ -18,6 +20,13 @@ def test_singular_values_come_near_1_and_singular_vectors_stay(shape):
     values = inner.diagonal()
     assert 0.6 < values.min() <= values.max() < 1.3
     assert (inner - values.diag()).abs().max() < 1e-4
+
+
+def test_the_multiplications_of_an_iteration_are_those_that_torch_counts():
+    for shape in ((24, 24), (48, 16), (5, 60)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalised(torch.ones(shape), 3)
+        assert counter.get_total_flops() == 2 * 3 * multiplications(shape)
 
 
 def test_a_matrix_of_zeros_stays_zero():
