@@ -33,13 +33,15 @@ class Callbacks:
     """The callbacks of the loaded plugins: all of them on rank 0, none on other ranks.
 
     An error in a callback is not raised immediately, since other ranks would wait for this rank. It is kept until all
-    ranks call `raise_failed` in `all_ranks_or_none`, and nothing is called after it.
+    ranks call `raise_failed` in `all_ranks_or_none`. After it only `on_checkpoint` of other callbacks is called: a save
+    that was in flight is completed before the run ends.
     """
 
     def __init__(self, world: World) -> None:
         loaded = plugins.active() if world.is_main else []
         self._hooks = [(plugin, callback) for plugin in loaded for callback in plugin.callbacks]
         self._failed: PluginError | None = None
+        self._broken: list[object] = []
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -48,13 +50,14 @@ class Callbacks:
         """Calls a method of all callbacks that have it. Args: hook: one of `plugins.HOOKS`."""
         for plugin, callback in self._hooks:
             method = getattr(callback, hook, None)
-            if method is None or self._failed is not None:
+            if method is None or callback in self._broken or (self._failed is not None and hook != "on_checkpoint"):
                 continue
             try:
                 with plugins.calling(plugin, hook):
                     method(argument)
             except PluginError as error:
-                self._failed = error
+                self._failed = self._failed or error
+                self._broken.append(callback)
 
     def raise_failed(self) -> None:
         """Raises the first error of a callback, if any. Must be called within `all_ranks_or_none`."""

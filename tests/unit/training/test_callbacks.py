@@ -19,10 +19,16 @@ class First:
         if info == 2:
             raise ValueError("of step two")
 
+    def on_checkpoint(self, folder):
+        seen.append("not called")
+
 @register_callback
 class Second:
     def on_step(self, info):
         seen.append(-info)
+
+    def on_checkpoint(self, folder):
+        seen.append(f"saved {folder}")
 
     def on_end(self, summary):
         seen.append(summary)
@@ -52,9 +58,19 @@ def test_an_error_is_kept_and_ends_the_calls(plugin):
         callbacks.raise_failed()
 
 
+def test_after_an_error_a_completed_checkpoint_is_still_announced_to_other_callbacks(plugin):
+    callbacks = Callbacks(world(0))
+    for hook in ("on_step", "on_checkpoint", "on_step"):
+        callbacks.call(hook, 2)
+    seen = type(plugin.callbacks[0]).on_step.__globals__["seen"]
+    assert seen == [2, "saved 2"]
+    with pytest.raises(PluginError, match="failed in on_step"):
+        callbacks.raise_failed()
+
+
 def test_methods_that_a_callback_lacks_are_left_out(plugin):
     callbacks = Callbacks(world(0))
-    callbacks.call("on_checkpoint", "folder")
+    callbacks.call("on_start", "run")
     callbacks.call("on_end", "summary")
     callbacks.raise_failed()
     assert type(plugin.callbacks[0]).on_step.__globals__["seen"] == ["summary"]
