@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import shutil
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,10 @@ from univitar_ds.run_lock import still_ours
 from univitar_ds.training.distributed.process_group import World
 
 logger = logging.getLogger(__name__)
+
+
+_LOG_LEVEL, _SILENT = "KINETO_LOG_LEVEL", "6"
+"""The profiler's library logs its start and stop to stderr at level 5, the highest that it has."""
 
 
 class StepProfiler:
@@ -41,6 +46,7 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU]
             if self._world.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
+            os.environ.setdefault(_LOG_LEVEL, _SILENT)
             self._profile, self._first = torch.profiler.profile(activities=activities), number
             self._profile.start()
 

@@ -47,6 +47,12 @@ def test_the_steps_of_a_trace_are_those_that_were_asked_for(tmp_path):
     assert BACKWARD not in events
 
 
+def test_the_profiler_prints_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    assert traced(ProfileConfig(from_step=1, steps=1), tmp_path, range(1, 3))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_run_that_is_resumed_or_ends_within_the_steps_traces_the_rest(tmp_path):
     (trace,) = traced(ProfileConfig(from_step=3, steps=9), tmp_path, range(5, 7)).items()
     assert trace[0] == "step00000005-rank00000.json.gz"
