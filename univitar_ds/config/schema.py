@@ -241,7 +241,7 @@ class RunConfig(Section):
         description="name of the run and of its folder in `output`: letters, digits, dots, underscores and dashes"
     )
     output: PathText = Field("runs", description="folder in which the run's folder is created")
-    seed: Annotated[int, Field(ge=0)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
         0, description="determines initial weights, order of samples, drawn frames and dropping; the same on all ranks"
     )
     deterministic: bool = Field(
