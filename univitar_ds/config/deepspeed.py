@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -56,13 +57,18 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     return content
 
 
+def divisors(number: int) -> list[int]:
+    """Returns the numbers that divide `number`, the smallest first."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
 def lanes_per_rank(lanes: int, world_size: int) -> int:
     """Returns the number of lanes per rank. Raises: ConfigError if `world_size` does not divide `lanes`."""
     if lanes % world_size:
-        divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise ConfigError(
             f"data.lanes is {lanes} and cannot be shared evenly by {world_size} ranks; "
-            f"run {divisors} ranks, or start a new run with another data.lanes"
+            f"run {', '.join(map(str, divisors(lanes)))} ranks, or start a new run with another data.lanes"
         )
     return lanes // world_size
 
@@ -78,7 +84,7 @@ def packs_per_rank(config: RunConfig, world_size: int) -> int:
         return lanes_per_rank(config.data.lanes, world_size)
     keys = f"model.tensor_parallel {model.tensor_parallel} and model.sequence_parallel {model.sequence_parallel}"
     lanes = config.data.lanes
-    possible = ", ".join(str(number * each) for number in range(1, lanes + 1) if lanes % number == 0)
+    possible = ", ".join(str(number * each) for number in divisors(lanes))
     if world_size % each:
         raise ConfigError(
             f"{keys} need a multiple of {each} ranks, there are {world_size}; run {possible} ranks, or lower them"

@@ -72,15 +72,16 @@ def build_vision(config: ModelConfig, shape: EncoderConfig, seed: int) -> UniViT
         return UniViTAR(shape, attention=config.attention, checkpoint_every=every)
 
 
-def check_model(config: ModelConfig, start: StoredModel | None, part: str) -> None:
+def check_model(config: ModelConfig, start: StoredModel | None, part: str, ranks: int | None = None) -> None:
     """Checks that the shapes of a run's model fit each other and `start`, without building the model.
 
-    Args: start: the opened model `config.init_from`; part: what is taken from it, "encoder" or "model".
+    Args: start: the opened model `config.init_from`; part: what is taken from it, "encoder" or "model"; ranks: of the
+        run, if known.
     Raises: ConfigError or CheckpointError as `build_contrastive`.
     """
     encoder = described_encoder(config, start)
     _check_pool_heads(config, encoder)
-    check_sizes(encoder, config.tensor_parallel, config.sequence_parallel)
+    check_sizes(encoder, config.tensor_parallel, config.sequence_parallel, ranks)
     if start is not None and part == "model":
         _joint_of(config, start)
 

@@ -108,7 +108,7 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     teacher = faults.of(check_teacher, config)
     start = faults.of(open_start, config)
     if start is not None or config.model.init_from is None:
-        faults.of(check_shapes, config, start)
+        faults.of(check_shapes, config, start, world_size)
     faults.of(check_text, config)
     config, train, evaluation = _sources(config, faults, pack)
     faults.raise_all()
@@ -361,17 +361,18 @@ def open_start(config: RunConfig) -> StoredModel | None:
         raise type(error)(f"model.init_from: {error}") from error
 
 
-def check_shapes(config: RunConfig, start: StoredModel | None) -> None:
+def check_shapes(config: RunConfig, start: StoredModel | None, ranks: int | None = None) -> None:
     """Checks the shapes of the run's model, and the weights that it starts from.
 
-    Args: start: the opened model `model.init_from`. Raises: CheckpointError or ConfigError if they do not fit.
+    Args: start: the opened model `model.init_from`; ranks: of the run, if known.
+    Raises: CheckpointError or ConfigError if they do not fit.
     """
     from univitar_ds.model.build import check_model
     from univitar_ds.model.from_stored import check_complete
 
     part = "encoder" if config.objective.classifies else config.model.init_part
     taken = start.joint if start is not None and part == "model" else None
-    check_model(with_joint(config, taken).model, start, part)
+    check_model(with_joint(config, taken).model, start, part, ranks)
     if start is not None:
         check_complete(start if part == "model" else start.encoder_only())
 

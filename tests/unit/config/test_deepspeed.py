@@ -8,6 +8,7 @@ from univitar_ds.config.deepspeed import (
     NODE,
     SHARDING,
     deepspeed_path,
+    divisors,
     packs_per_rank,
     read_deepspeed,
     resolve_deepspeed,
@@ -168,3 +169,9 @@ def test_a_state_on_nvme_is_refused_with_the_remedy(config, name):
         resolve_deepspeed(config, 2, content, NAMES)
     content["zero_optimization"][name] = {"device": "cpu"}
     assert resolve_deepspeed(config, 2, content, NAMES)
+
+
+def test_divisors_of_absurd_numbers_of_lanes_are_found_at_once():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(10**12)[-2:] == [5 * 10**11, 10**12]
+    assert divisors(1) == [1]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from univitar_ds.config.deepspeed import divisors
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import ConfigError
 
@@ -24,16 +25,17 @@ class RankGroup:
     group: dist.ProcessGroup | None = None
 
 
-def check_sizes(encoder: EncoderConfig, tensor: int, sequence: int) -> None:
+def check_sizes(encoder: EncoderConfig, tensor: int, sequence: int, ranks: int | None = None) -> None:
     """Checks that an encoder can be split over `tensor` times `sequence` ranks.
 
+    Args: ranks: of the run, if known, so that the message names numbers that divide them too.
     Raises: ConfigError with the numbers of ranks that can.
     """
     heads, inner = encoder.num_attention_heads, encoder.inner_width
     if heads % tensor or inner % tensor:
         raise ConfigError(
             f"model.tensor_parallel {tensor} does not divide the encoder's {heads} heads and its feed-forward width of "
-            f"{inner}; set it to {_divisors(gcd(heads, inner))}"
+            f"{inner}; set it to {_divisors(gcd(heads, inner, ranks or 0))}"
         )
     if heads // tensor % sequence:
         share = (
@@ -41,12 +43,12 @@ def check_sizes(encoder: EncoderConfig, tensor: int, sequence: int) -> None:
         )
         raise ConfigError(
             f"model.sequence_parallel {sequence} does not divide the encoder's {share}; set it to "
-            f"{_divisors(heads // tensor)}"
+            f"{_divisors(gcd(heads // tensor, (ranks or 0) // tensor))}"
         )
 
 
 def _divisors(number: int) -> str:
-    *most, last = [str(one) for one in range(1, number + 1) if number % one == 0]
+    *most, last = map(str, divisors(number))
     return f"{', '.join(most)} or {last}" if most else last
 
 

@@ -27,3 +27,12 @@ def test_ranks_that_divide_the_heads_and_the_width_are_taken(tensor, sequence):
 def test_others_are_refused_with_those_that_do(tensor, sequence, words):
     with pytest.raises(ConfigError, match=words):
         check_sizes(ENCODER, tensor, sequence)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "ranks", "words"),
+    [(1, 5, 4, "1, 2 or 4"), (4, 4, 8, "1 or 2"), (5, 1, 8, "1, 2 or 4"), (1, 5, 7, "1")],
+)
+def test_of_those_that_divide_only_those_that_divide_the_ranks_are_named(tensor, sequence, ranks, words):
+    with pytest.raises(ConfigError, match=f"set it to {words}$"):
+        check_sizes(ENCODER, tensor, sequence, ranks)
