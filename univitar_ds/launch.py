@@ -20,9 +20,10 @@ from univitar_ds import startup
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, EVALUATION, EXPORT, SUMMARY
-from univitar_ds.errors import StorageError, UserError, first_line, storage_error
+from univitar_ds.errors import ConfigError, StorageError, UserError, first_line, storage_error
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.import_path import safe_environment
+from univitar_ds.plugins import load_plugins
 from univitar_ds.processes import SIGNALS, Process, children, signals_held
 from univitar_ds.run import create_run, describe_resumed, describe_run, reopen_run
 from univitar_ds.run_lock import VARIABLE, RunLock, release_all, still_ours
@@ -33,6 +34,10 @@ from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.preemption import SAVED, Stop
 
 logger = logging.getLogger(__name__)
+_RANK_BYTES = 0.6e9
+"""Host memory of a rank after its imports, measured by `benchmarks/bench_plan_memory.py`."""
+_RANKS_PER_CORE = 8
+"""Ranks of a test may share a core; more of them would not come together within the limits of their messages."""
 _CAUSES = {
     "SIGKILL": " (by a user, or by the system if memory ran out: see `dmesg`)",
     "SIGBUS": " (a disk or /dev/shm is full, or a mapped file was truncated)",
@@ -92,7 +97,7 @@ def _ranks(run: Path, nproc: int | None, prepare: Callable[[int, RunLock], Path]
         nproc = nproc or 1
         with startup.reported("preparing the run"):
             startup.phase("looking for GPUs")
-            _check_gpus(nproc)
+            _check_machine(nproc)
             return _start(prepare(nproc, lock), nproc, lock)
 
 
@@ -121,11 +126,10 @@ def _kept(run: Path) -> str:
 
 def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
     startup.phase("loading PyTorch and DeepSpeed")
-    from univitar_ds.formats.run import run_configuration
+    from univitar_ds.formats.run import finished_at, run_configuration
     from univitar_ds.planning.counts.batch import batch_lines
     from univitar_ds.training.callbacks import Callbacks
     from univitar_ds.training.distributed.process_group import broadcast_json, start_world, stop_world
-    from univitar_ds.training.loop import train as train_rank
     from univitar_ds.training.watch.flight_recorder import record_collectives
 
     record_collectives(run)  # before the process group
@@ -137,9 +141,24 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
         # Equal lines from hundreds of ranks would hide the lines of rank 0.
         logging.getLogger("univitar_ds").setLevel(logging.WARNING)
     config = load_config(run / CONFIG)
+    step = broadcast_json(finished_at(run) if world.is_main else None, world)
+    if step is not None:
+        stop_world()
+        if world.is_main:
+            logger.info(
+                "all stages of %s are done since step %d: nothing is trained, export and evaluation are made again; "
+                "--extend adds a stage",
+                run,
+                step,
+            )
+            load_plugins(config.plugins)
+            finish_run(run)
+        return 0
     if world.is_main:
         for line in batch_lines(config, world.size, run_configuration(run)[0]):
             logger.info("%s", line)
+    from univitar_ds.training.loop import train as train_rank  # imports DeepSpeed
+
     completed = train_rank(config, run, world, stop)
     stop_world()
     if world.is_main:
@@ -309,11 +328,25 @@ def _is_rank(nproc: int | None) -> bool:
     return False
 
 
-def _check_gpus(nproc: int) -> None:
-    """Checks the number of GPUs before files are replaced. Raises: ConfigError if there are too few."""
-    from univitar_ds.training.distributed.process_group import check_gpus
+def _check_machine(nproc: int) -> None:
+    """Raises: ConfigError if this machine has too few GPUs, or too little memory or too few cores for ranks on its CPU.
+
+    Called before files are replaced and ranks start."""
+    from univitar_ds.drafting.machine import this_machine
+    from univitar_ds.planning.sizes import amount
+    from univitar_ds.training.distributed.process_group import check_gpus, uses_cuda
 
     check_gpus(nproc)
+    if uses_cuda():
+        return
+    machine = this_machine()
+    most = max(1, int(min(machine.memory / _RANK_BYTES, _RANKS_PER_CORE * machine.cores)))
+    if nproc > most:
+        raise ConfigError(
+            f"{nproc} processes are too many for this machine ({machine.cores} cores, {amount(machine.memory)}): each "
+            f"takes {amount(_RANK_BYTES)} for its libraries alone, and {_RANKS_PER_CORE} ranks a core are the limit; "
+            f"start at most {most} (--nproc {most})"
+        )
 
 
 def _devices(nproc: int) -> list[str] | list[int]:

@@ -10,12 +10,19 @@ import sys
 import pytest
 import torch
 
-from tests.support.finished import run_config
+from tests.support.finished import run_config, write_run
 from univitar_ds import launch, screen
-from univitar_ds.config.load import dump_config
+from univitar_ds.config.load import config_fingerprint, dump_config
 from univitar_ds.convert import export
+from univitar_ds.drafting.machine import Machine
 from univitar_ds.errors import CheckpointError, ConfigError, DataError
 from univitar_ds.evaluation import run as evaluation
+from univitar_ds.formats.run import finished_at
+from univitar_ds.run_lock import RunLock
+from univitar_ds.training.distributed import process_group
+from univitar_ds.training.distributed.preemption import Stop
+from univitar_ds.training.distributed.process_group import World
+from univitar_ds.training.watch import flight_recorder
 
 ELSEWHERE = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -71,6 +78,50 @@ def test_processes_get_the_first_gpus_where_the_user_says_nothing(started):
 )  # fmt: skip
 def test_on_the_cpu_there_are_as_many_processes_as_asked_for(started, gpus, environment):
     assert started(gpus, 2, **environment) == ([0, 1], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("machine", "nproc", "most"), [(Machine(2, 64e9), 17, 16), (Machine(64, 4e9), 7, 6), (Machine(1, 0.1e9), 2, 1)]
+)
+def test_more_processes_than_a_machine_can_hold_are_refused_before_a_folder_is_made(
+    started, monkeypatch, tmp_path, machine, nproc, most
+):
+    monkeypatch.setattr("univitar_ds.drafting.machine.this_machine", lambda: machine)
+    with pytest.raises(ConfigError, match=rf"{nproc} processes .*\({machine.cores} cores, .* start at most {most} "):
+        started(0, nproc)
+    assert not (tmp_path / "made").exists()
+    assert len(started(0, most)[0]) == most if most > 1 else True
+
+
+def test_a_finished_run_builds_no_engine(monkeypatch, tmp_path, caplog):
+    run, done = tmp_path / "tried", []
+    config = run_config()
+    write_run(run, config)
+    summary = {"completed": True, "steps": 7, "fingerprint": config_fingerprint(config)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(process_group, "start_world", lambda: World(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr(process_group, "stop_world", lambda: None)
+    monkeypatch.setattr(flight_recorder, "record_collectives", lambda run: None)
+    monkeypatch.setattr(launch, "finish_run", done.append)
+    monkeypatch.setattr(launch, "load_plugins", lambda entries: done.append(list(entries)))
+    with RunLock(run) as lock, caplog.at_level("INFO"):
+        assert launch.run_rank(run, Stop(), lock) == 0
+    assert done == [[], run]
+    assert "are done since step 7: nothing is trained" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"completed": False}, {"steps": 6}, {"fingerprint": "other"}, {"steps": None}])
+def test_a_run_is_finished_if_its_summary_is_of_its_last_checkpoint_and_configuration(tmp_path, changes):
+    run, config = tmp_path / "tried", run_config()
+    (run / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000007" / "manifest.json").write_text("{}")
+    dump_config(config, run / "config.yaml")
+    assert finished_at(run) is None
+    summary = {"completed": True, "steps": 7, "fingerprint": config_fingerprint(config)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert finished_at(run) == 7
+    (run / "summary.json").write_text(json.dumps(summary | changes))
+    assert finished_at(run) is None
 
 
 def test_more_processes_than_gpus_are_refused_before_a_folder_is_made(started, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from univitar_ds.config.encoder import EncoderConfig, read_encoder_config, read_object
-from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, TOKENIZER
+from univitar_ds.config.load import config_fingerprint, load_config
+from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, SUMMARY, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.errors import CheckpointError
@@ -60,6 +61,24 @@ def last_checkpoint(run: Path) -> Path | None:
         return checkpoint_dir.latest(run / CHECKPOINTS)
     name = store.latest()
     return None if name is None else store.copied(name)
+
+
+def finished_at(run: Path) -> int | None:
+    """Returns the last step of a run whose stages are all done, by its summary; None if it is to be trained further.
+
+    The summary counts if it is of the run's configuration and of its last checkpoint. No checkpoint is read.
+    Raises: CheckpointError if the store of checkpoints cannot be read."""
+    config = load_config(run / CONFIG)
+    try:
+        summary = json.loads(read_utf8(run / SUMMARY))
+        fingerprint, step = summary["fingerprint"], summary["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if summary.get("completed") is not True or fingerprint != config_fingerprint(config):
+        return None
+    store = store_of(config)
+    last = checkpoint_dir.latest(run / CHECKPOINTS) if store is None else store.latest()
+    return step if last is not None and checkpoint_dir.step_of(Path(last).name) == step else None
 
 
 def read(path: Path, weights: Weights | None = None, *, verify: bool = True) -> StoredModel:
