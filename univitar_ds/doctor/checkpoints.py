@@ -39,15 +39,15 @@ def write_rate(folder: Path) -> tuple[int, float]:
         return total, time.monotonic() - start
 
 
-def space(folder: Path, checkpoint_bytes: float | None, keep: int) -> Row:
-    """Returns a row about the space for `keep` checkpoints and the one that is being written."""
+def space(folder: Path, checkpoint_bytes: float | None, count: int) -> Row:
+    """Returns a row about the space for `count` checkpoints, the one that is being written among them."""
     free = shutil.disk_usage(folder).free
     if checkpoint_bytes is None:
         return Row(NAME, OK, f"{amount(free)} are free in {folder}")
-    needed = checkpoint_bytes * (keep + 1)
-    text = f"{keep + 1} checkpoints need {amount(needed)}, {amount(free)} are free in {folder}"
+    needed = checkpoint_bytes * count
+    text = f"{count} checkpoints need {amount(needed)}, {amount(free)} are free in {folder}"
     if free < needed:
-        remedy = "free some space there, name another output=..., or lower checkpoint.keep"
+        remedy = "free some space there, name another output=..., lower checkpoint.keep or raise keep_every_steps"
         return Row(NAME, FAILED, text, remedy, numbers={"free_bytes": free, "needed_bytes": needed})
     return Row(NAME, OK, text, numbers={"free_bytes": free, "needed_bytes": needed})
 
@@ -73,7 +73,8 @@ def _look(scene: Scene) -> Found:
     if checkpoint is not None and checkpoint.folder is not None:
         rows.append(in_store(checkpoint.folder, StorageSettings.of(scene.config.data)))
     elif scene.ranks.is_main:  # free space changes all the time, so each node would have a row of its own
-        rows.append(space(folder, scene.checkpoint_bytes, 1 if checkpoint is None else checkpoint.keep))
+        count = scene.checkpoints or (2 if checkpoint is None else checkpoint.keep + 1)
+        rows.append(space(folder, scene.checkpoint_bytes, count))
     return Found(rows, {"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
 
 

@@ -46,12 +46,13 @@ from univitar_ds.training.distributed.rendezvous import meet
 from univitar_ds.training.distributed.slurm import node_name
 
 CHECKS = (
+    run_file.CHECK,
     versions.CHECK,
     gpus.CHECK,
     meeting.GPU,
     operations.CHECK,
     limits.CHECK,
-    run_file.CHECK,
+    run_file.PARTS_CHECK,
     storage.CHECK,
     checkpoints.CHECK,
     checkpoints.SHARED_CHECK,
@@ -60,8 +61,8 @@ CHECKS = (
     speed.CHECK,
     network.CHECK,
 )
-"""In this order: no rank allocates GPU memory before all have looked at its use; checks that may hang a rank come
-last."""
+"""In this order: a wrong run file is the first row; no rank allocates GPU memory before all have looked at its use;
+checks that may hang a rank come last."""
 LIMIT_S = 120.0
 """Default limit of a check in seconds: importing all packages from a busy disk takes a minute."""
 

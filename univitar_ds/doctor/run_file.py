@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, divisors, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
 from univitar_ds.config.paths import expand
 from univitar_ds.config.run_folder import CONFIG
@@ -18,10 +18,13 @@ from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.doctor.findings import OK, SKIPPED, Found, Row, from_error, listed
 from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError
+from univitar_ds.model.config import encoder_config
 from univitar_ds.model.teacher.teacher import build_teacher
 from univitar_ds.model.towers import build_text_tower
 from univitar_ds.planning import checks
 from univitar_ds.planning.checks import Inputs
+from univitar_ds.planning.counts.batch import kept_checkpoints
+from univitar_ds.planning.counts.samples import expected_tokens
 from univitar_ds.planning.sizes import checkpoint_bytes, count_parameters
 from univitar_ds.tokenization import load_tokenizer, special_ids
 
@@ -29,17 +32,22 @@ NAME = "run file"
 
 
 def rows_of(scene: Scene) -> list[Row]:
-    """Reads the run file and what it names. Fills `config`, `shards` and `checkpoint_bytes` of the scene."""
+    """Reads the run file. Fills `config` of the scene."""
     if scene.recipe is None:
         return [Row(NAME, SKIPPED, "none given; --config RUN checks its sources, models and folder too")]
     rows: list[Row] = []
-    config = _tried(rows, NAME, lambda: load_config(scene.recipe, scene.overrides))
+    scene.config = _tried(rows, NAME, lambda: load_config(scene.recipe, scene.overrides))
+    if scene.config is not None:
+        stages = listed([stage.name for stage in scene.config.stages])
+        rows.append(Row(NAME, OK, f"{scene.recipe} is valid; its stages: {stages}"))
+    return rows
+
+
+def rows_of_parts(scene: Scene) -> list[Row]:
+    """Reads what the run file names. Fills `shards`, `checkpoint_bytes` and `checkpoints` of the scene."""
+    config, rows = scene.config, []
     if config is None:
         return rows
-    scene.config = config
-    rows.append(
-        Row(NAME, OK, f"{scene.recipe} is valid; its stages: {listed([stage.name for stage in config.stages])}")
-    )
     steps: dict[str, Callable[[], str | None]] = {
         "installation": lambda: _installation(config),
         "plugins": lambda: checks.check_plugins(config),
@@ -71,7 +79,7 @@ def _installation(config: RunConfig) -> str:
 def _lanes(config: RunConfig, scene: Scene) -> str:
     lanes, size = config.data.lanes, scene.ranks.size
     each, sharing = packs_per_rank(config, size), config.model.tensor_parallel * config.model.sequence_parallel
-    fitting = ", ".join(str(count * sharing) for count in range(1, lanes + 1) if lanes % count == 0)
+    fitting = ", ".join(str(count * sharing) for count in divisors(lanes))
     return f"data.lanes = {lanes} fits {size} rank{'' if size == 1 else 's'}, {each} for each; it fits {fitting} ranks"
 
 
@@ -92,7 +100,7 @@ def _models(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
     if scene.run is None:  # a run has its own copy of the tokenizer and of the start weights
         start = _tried(rows, "model.init_from", lambda: checks.open_start(config))
         if start is not None or config.model.init_from is None:
-            _tried(rows, "model", lambda: checks.check_shapes(config, start))
+            _tried(rows, "model", lambda: checks.check_shapes(config, start, scene.ranks.size))
         _tried(rows, "text tower", lambda: _text(config, rows))
     if start is not None:
         rows.append(Row("model.init_from", OK, f"{config.model.init_from} fits the model of the run"))
@@ -147,6 +155,7 @@ def _sources(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
     if found is None:
         return
     scene.config, (scene.shards, evaluation) = packed, found
+    scene.checkpoints = kept_checkpoints(packed, encoder_config(packed.model), expected_tokens(packed, scene.shards))
     plural = "" if len(packed.data.sources) == 1 else "s"
     text = f"{len(scene.shards)} shards of {len(packed.data.sources)} source{plural} fit the stages"
     rows.append(Row("sources", OK, text + (f", {len(evaluation)} of the evaluation" if evaluation else "")))
@@ -163,4 +172,9 @@ def _look(scene: Scene) -> Found:
     return Found(rows_of(scene))
 
 
-CHECK = Check(NAME, _look, "a disk, store or hub that the run file names does not answer on this node")
+def _look_at_parts(scene: Scene) -> Found:
+    return Found(rows_of_parts(scene))
+
+
+CHECK = Check(NAME, _look, "the disk with the run file does not answer on this node")
+PARTS_CHECK = Check(NAME, _look_at_parts, "a disk, store or hub that the run file names does not answer on this node")

@@ -33,6 +33,8 @@ class Scene:
     config: RunConfig | None = None
     shards: Sequence[SourceShard] = ()
     checkpoint_bytes: float | None = None
+    checkpoints: int | None = None
+    """How many checkpoints the run needs space for, once its sources are read."""
     made: list[Path] = field(default_factory=list)
     usable: bool = False
     """Whether this rank has a device that it can use."""

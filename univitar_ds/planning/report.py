@@ -19,7 +19,7 @@ from univitar_ds.drafting.machine import this_machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning import sizes
 from univitar_ds.planning.checks import Inputs, existing_parent, given_tokenizer
-from univitar_ds.planning.counts.batch import Means, batch_lines, pairs_per_step
+from univitar_ds.planning.counts.batch import Means, batch_lines, fewest_steps, kept_checkpoints, pairs_per_step
 from univitar_ds.planning.counts.samples import expected_tokens, source_lines
 from univitar_ds.planning.deepspeed_auto import ranks_of
 from univitar_ds.planning.forecast.dry_run import planned, step_lines
@@ -68,7 +68,7 @@ def report(plan: Plan) -> str:
         "parameters": list(_parameters(counts, plan.classes)),
         "memory of a rank": list(_memory(plan, counts)),
         "a step": list(step_lines(*planned(plan.inputs, plan.description, counts, plan.world_size), means)),
-        "checkpoints": list(_checkpoints(plan, counts)),
+        "checkpoints": list(_checkpoints(plan, counts, means)),
         "starts from": list(_starts(plan)),
     }
     if unused := unused_parts(config):
@@ -100,7 +100,7 @@ def _evaluation(plan: Plan) -> Iterator[str]:
 def _stage(config: RunConfig, stage: StageConfig, encoder: EncoderConfig, means: Means) -> Iterator[str]:
     lanes = config.data.lanes
     least, most, mean = pairs_per_step(stage, lanes, encoder, means)
-    fewest = math.ceil(stage.samples / (most if mean is None else mean))
+    fewest = fewest_steps(stage, lanes, encoder, means)
     steps = math.ceil(stage.samples / (least if mean is None else mean))
     length = f"{'' if least == most else 'about '}{steps:,} steps"
     if fewest < steps:
@@ -156,7 +156,7 @@ def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     yield f"between steps{where}; a step adds activations, buffers, gathered weights and a teacher:"
 
 
-def _checkpoints(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
+def _checkpoints(plan: Plan, counts: sizes.Counts, means: Means) -> Iterator[str]:
     """Raises: ConfigError if the disk has too little space for the checkpoints of a new run."""
     config = plan.config
     size = max(sizes.checkpoint_bytes(config, stage, counts, plan.inputs.resolved) for stage in config.stages)
@@ -172,13 +172,15 @@ def _checkpoints(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
         f"{amount(size)} each, every {config.checkpoint.every_steps:,} steps; {keep} kept, so up to "
         f"{amount(size * (keep + 1))} while one is written; {amount(free)} are free"
     )
+    count = kept_checkpoints(config, plan.encoder, means)
+    needed = size * count
     if config.checkpoint.keep_every_steps is not None:
-        yield f"one every {config.checkpoint.keep_every_steps:,} steps stays for good, in addition"
-    needed = size * (keep + 1)
+        every, more = config.checkpoint.keep_every_steps, count - keep - 1
+        yield f"one every {every:,} steps stays for good, {more:,} in addition, {amount(needed)} at the end"
     if plan.done is None and free < needed:
         raise ConfigError(
-            f"{keep + 1} checkpoints need {amount(needed)} and {amount(free)} are free in {plan.run.parent}; "
-            "free some space there, name another output=..., or lower checkpoint.keep"
+            f"{count} checkpoints need {amount(needed)} and {amount(free)} are free in {plan.run.parent}; "
+            "free some space there, name another output=..., lower checkpoint.keep or raise keep_every_steps"
         )
 
 

@@ -12,11 +12,14 @@ from tests.support.s3 import s3_server
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.doctor import checkpoints, run_file, storage
+from univitar_ds.doctor import checkpoints, run, run_file, storage
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Row
 from univitar_ds.doctor.ranks import Ranks
 from univitar_ds.doctor.scene import Scene
 from univitar_ds.errors import DataError, StorageError
+from univitar_ds.model.config import PRESETS
+from univitar_ds.planning.counts.batch import fewest_steps
+from univitar_ds.planning.counts.samples import expected_tokens
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +36,13 @@ def scene(folder, *overrides: str, recipe: str = "run.yaml", size: int = 1) -> S
     return Scene(ranks, str(folder / recipe), overrides)
 
 
+def read(given: Scene) -> list[Row]:
+    return [*run_file.rows_of(given), *run_file.rows_of_parts(given)]
+
+
 def found(folder, *overrides: str, **options) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    for row in run_file.rows_of(scene(folder, *overrides, **options)):
+    for row in read(scene(folder, *overrides, **options)):
         rows.setdefault(row.check, []).append(row)
     return rows
 
@@ -87,7 +94,7 @@ def test_the_folder_of_a_run_is_a_run_file_too(folder):
 
 def test_the_sources_are_read_and_a_missing_one_is_an_error(folder):
     given = scene(folder)
-    run_file.rows_of(given)
+    read(given)
     values = storage.CHECK.look(given).values
     size = sum(path.stat().st_size for path in (folder / "shards").glob("train*.tar"))
     assert values["mb"] == size / 1e6
@@ -102,7 +109,7 @@ def test_the_sources_are_read_and_a_missing_one_is_an_error(folder):
 
 def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
     given = scene(folder)
-    run_file.rows_of(given)
+    read(given)
     before = sorted(folder.iterdir())
     answer = checkpoints.CHECK.look(given)
     assert sorted(folder.iterdir()) == before
@@ -112,8 +119,27 @@ def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
     assert re.search(rf"101 checkpoints need [\d.]+ GB, [\d.]+ .B are free in {folder}", row.found)
 
 
+def test_checkpoints_that_stay_need_space_too(folder):
+    given = scene(folder, "checkpoint.keep=2", "checkpoint.keep_every_steps=4", "stages.0.samples=6000")
+    read(given)
+    (row,) = checkpoints.CHECK.look(given).rows
+    means = expected_tokens(given.config, given.shards)
+    steps = sum(fewest_steps(stage, 4, PRESETS["tiny"], means) for stage in given.config.stages)
+    assert given.checkpoints == 3 + steps // 4 > 3
+    assert row.found.startswith(f"{given.checkpoints} checkpoints need")
+
+
+def test_a_wrong_run_file_is_the_first_row_and_hides_no_check_of_the_machine(folder):
+    first, *others = run.CHECKS
+    given = scene(folder, "data.lines=3")
+    (row,) = first.look(given).rows
+    assert (row.check, row.state) == ("run file", FAILED)
+    assert not run_file.PARTS_CHECK.look(given).rows
+    assert run_file.PARTS_CHECK in others
+
+
 def test_too_little_space_fails_with_what_is_needed(tmp_path):
-    row = checkpoints.space(tmp_path, 1e14, keep=3)
+    row = checkpoints.space(tmp_path, 1e14, count=4)
     assert row.state == FAILED
     assert row.found.startswith("4 checkpoints need 400 TB")
     assert "checkpoint.keep" in row.remedy
@@ -134,7 +160,7 @@ def test_sources_and_checkpoints_in_a_store_are_reached_with_the_credentials(fol
             f"data.s3.endpoint_url={server.url}",
             f"checkpoint.folder={source.rpartition('/')[0]}/runs",
         )
-        assert {row.state for row in run_file.rows_of(given)} == {OK}
+        assert {row.state for row in read(given)} == {OK}
         assert storage.CHECK.look(given).values["mb"] > 0.01
         (row,) = checkpoints.CHECK.look(given).rows
         assert row.state == OK
@@ -145,7 +171,7 @@ def test_sources_and_checkpoints_in_a_store_are_reached_with_the_credentials(fol
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        rows = run_file.rows_of(scene(folder, *given.overrides, "data.s3.region=eu-central-1"))
+        rows = read(scene(folder, *given.overrides, "data.s3.region=eu-central-1"))
         failed = [row for row in rows if row.state == FAILED]
         assert [row.check for row in failed] == ["sources"]
         assert "no credentials were found" in failed[0].found

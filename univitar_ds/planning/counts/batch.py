@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -83,6 +84,19 @@ def pairs_per_step(
     most = sum(shares[size.modality] * size.items[1] for size in sizes) * lanes
     known = all(size.mean_items is not None for size in sizes)
     return least, most, sum(shares[size.modality] * (size.mean_items or 0) for size in sizes) * lanes if known else None
+
+
+def fewest_steps(stage: StageConfig, lanes: int, encoder: EncoderConfig, means: Means | None = None) -> int:
+    """Returns the expected steps of a stage; if nothing is known of the data, as few as there can be."""
+    _, most, mean = pairs_per_step(stage, lanes, encoder, means)
+    return math.ceil(stage.samples / (most if mean is None else mean))
+
+
+def kept_checkpoints(config: RunConfig, encoder: EncoderConfig, means: Means | None = None) -> int:
+    """Returns how many checkpoints a run has at most: the newest, those that stay, and one that is being written."""
+    forever = config.checkpoint.keep_every_steps
+    steps = sum(fewest_steps(stage, config.data.lanes, encoder, means) for stage in config.stages) if forever else 0
+    return config.checkpoint.keep + 1 + (steps // forever if forever else 0)
 
 
 def tokens_of_item(stage: StageConfig, modality: Modality, frame_tokens: float) -> float:
