@@ -47,6 +47,10 @@ from univitar_ds.data.storage.local import allow_open_files
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality, Resolution, token_count
 
+WHOLE_SHARDS = 8
+"""Shards per rank from which on the ranks of an evaluation share whole shards: one of them has at most an eighth more
+than another."""
+
 
 @dataclass(frozen=True)
 class LaneSet:
@@ -86,6 +90,30 @@ class LaneSet:
             )
             starts.append(cursor)
         return starts
+
+
+@dataclass(frozen=True)
+class EvalShare:
+    """The share of an evaluation's samples that one of several ranks reads: share `place` of `count`.
+
+    `shards` is the result of `find_shards` for the sources, which one rank lists for all.
+    """
+
+    shards: Sequence[SourceShard]
+    place: int = 0
+    count: int = 1
+
+    def holds_shard(self, number: int, shards: int) -> bool:
+        """Whether this rank reads samples of shard `number`, of `shards` shards. Many shards are shared as a whole, so
+        that each is read by one rank."""
+        return not self._whole_shards(shards) or number % self.count == self.place
+
+    def holds_sample(self, number: int, shards: int) -> bool:
+        """Whether sample `number` of a shard that this rank reads belongs to this rank."""
+        return self._whole_shards(shards) or number % self.count == self.place
+
+    def _whole_shards(self, shards: int) -> bool:
+        return shards >= WHOLE_SHARDS * self.count
 
 
 class PackLoader:
@@ -197,17 +225,21 @@ def eval_packs(
     tokenizer: str | Path | Tokenizer | None,
     context_length: int,
     data: DataConfig,
+    share: EvalShare | None = None,
 ) -> Generator[PackedBatch]:
     """Yields packs of every readable sample of one modality once, in the order of the shards, with its first caption.
+
+    Many arguments because the evaluation, the stage and the model each bring some.
 
     If a source has one caption per line, the other lines are in `PackedBatch.other_captions`. A sample with only a
     label has the caption "", because templates of sources are used in training only.
     Packs are filled in order up to `token_budget`; a larger item is alone in its pack. Of `data`, only limits,
     storage, `workers` and `prefetch_packs` are used. `lane` is 0 and `cursor` None. If there are no
     samples, it yields nothing.
+    Args: share: the samples that this process reads; None: all of them.
     Raises: DataError or ConfigError as `PackLoader` does.
     """
-    shards = find_shards(sources, StorageSettings.of(data))
+    share = share or EvalShare(find_shards(sources, StorageSettings.of(data)))
     frames = video_frames if modality == "video" else 1
     largest = resolution.max_tokens
     if resolution.fixed_px is not None:
@@ -224,10 +256,10 @@ def eval_packs(
     loaded = tokenization.load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
 
     def plans_of(probe: Prober) -> Iterator[Plan]:
-        return tokenized(_sweep(shards, size, token_budget, bad_policy(data), probe), loaded, context_length)
+        return tokenized(_sweep(share, size, token_budget, bad_policy(data), probe), loaded, context_length)
 
     monitor = DecodingMonitor(bad_policy(data))
-    packs = decoded(plans_of, data, {modality: size}, size.most_tokens, from_s3=on_s3(shards))
+    packs = decoded(plans_of, data, {modality: size}, size.most_tokens, from_s3=on_s3(share.shards))
     try:
         for pack in packs:
             yield collate(monitor.check(pack), loaded)
@@ -236,7 +268,7 @@ def eval_packs(
 
 
 def _sweep(
-    shards: Sequence[SourceShard], size: SizeRule, token_budget: int, policy: BadPolicy, probe: Prober = probe_each
+    share: EvalShare, size: SizeRule, token_budget: int, policy: BadPolicy, probe: Prober = probe_each
 ) -> Iterator[Plan]:
     """Yields plans of consecutive samples. Samples left out at the end are reported in a last, empty plan."""
     numbers = itertools.count()
@@ -251,12 +283,15 @@ def _sweep(
         counts = {"ignored": dict(ignored), "filtered": dict(filtered)}
         return Plan(tuple(samples), size.modality, 0, next(numbers), None, dict(bad), **counts)
 
-    indices = of_modality(shards, size.modality)
+    shards, indices = share.shards, of_modality(share.shards, size.modality)
+    count = len(indices)
+    indices = [index for number, index in enumerate(indices) if share.holds_shard(number, count)]
     for place, index in enumerate(indices, 1):
         announce([shards[other] for other in indices[place : place + HINTED]])
         shard = shards[index]
         entries = numbered(shard_samples(shard, size.modality))
-        for entry, ordinal, found in read_entries(shard, entries, size, probe, label_is_enough=True):
+        own = (each for each in entries if share.holds_sample(each[1], count))
+        for entry, ordinal, found in read_entries(shard, own, size, probe, label_is_enough=True):
             if isinstance(found, SampleError) and found.kind == FILTERED:
                 filtered[str(found)] += 1
                 continue

@@ -6,7 +6,10 @@ import pytest
 from tests.support.loading import STAGE, same
 from tests.support.shards import image, video, write_demo_shards, write_tar
 from univitar_ds.config.data import DataConfig, SourceConfig
-from univitar_ds.data.loader import eval_packs
+from univitar_ds.data import loader
+from univitar_ds.data.loader import EvalShare, eval_packs
+from univitar_ds.data.shards.sources import find_shards
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.tokenization import train_tokenizer
 
 
@@ -22,7 +25,7 @@ def tokenizer(tmp_path_factory):
     return path
 
 
-def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test", tokenizer=None):
+def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test", tokenizer=None, share=None):
     return list(
         eval_packs(
             [SourceConfig(path=str(folder), split=split)],
@@ -33,6 +36,7 @@ def sweep(folder, modality="image", *, workers=0, token_budget=100, split="test"
             tokenizer=tokenizer,
             context_length=16,
             data=DataConfig(sources=[SourceConfig(path=str(folder))], workers=workers),
+            share=share,
         )
     )
 
@@ -90,3 +94,27 @@ def test_a_video_keeps_its_frames_in_order(tmp_path):
     bright = frames.sum(axis=(1, 3)).argmax(axis=1)
     assert list(bright) == sorted(bright)
     assert bright[0] < bright[-1]
+
+
+@pytest.mark.parametrize(("split", "whole"), [("test", False), ("train", True)])
+def test_the_shares_of_ranks_are_all_samples_once(folder, monkeypatch, split, whole):
+    monkeypatch.setattr(loader, "WHOLE_SHARDS", 1)  # three shards for training, one for test
+    sources = [SourceConfig(path=str(folder), split=split)]
+    shards = find_shards(sources, StorageSettings())
+    keys = [
+        [key for pack in sweep(folder, split=split, share=EvalShare(shards, place, 2)) for key in pack.keys]
+        for place in range(2)
+    ]
+    assert sorted(keys[0] + keys[1]) == sorted(key for pack in sweep(folder, split=split) for key in pack.keys)
+    owners = [{key.split("/")[0] for key in own} for own in keys]
+    assert owners[0].isdisjoint(owners[1]) == whole, "many shards are shared as a whole, few by their samples"
+    assert abs(len(keys[0]) - len(keys[1])) <= (20 if whole else 1)
+
+
+def test_a_bad_sample_is_counted_by_one_rank(tmp_path):
+    samples = [(f"k{n}", {"png": b"junk" if n == 2 else image(28, 28, form="PNG"), "txt": b"t"}) for n in range(5)]
+    folder = write_tar(tmp_path / "t" / "a.tar", samples).parent
+    shards = find_shards([SourceConfig(path=str(folder))], StorageSettings())
+    packs = [pack for place in range(3) for pack in sweep(folder, split=None, share=EvalShare(shards, place, 3))]
+    assert sum(len(pack) for pack in packs) == 4
+    assert [pack.bad for pack in packs if pack.bad] == [{"unreadable": 1}]
