@@ -44,7 +44,8 @@ def provide_naflex(bench: Bench, arm: str, seed: int, python: str) -> None:
     budget = cpu_seconds(bench.folder / f"{peer.name}.cpu")
     if arm == "timm-cpu" and budget is None:
         raise SystemExit(f"the CPU seconds of {peer} are not known, since it was interrupted; delete it and repeat")
-    items = [json.loads(line) for line in (bench.work / "scenes/metadata.jsonl").read_text("utf-8").splitlines()]
+    lines = (bench.work / "scenes/metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    items = [json.loads(line) for line in lines]
     images = [item for item in items if item["kind"] == "image"]
     templates = run_file(arm, ARMS["video-0"], bench.data, bench.samples, seed)["evaluation"]["image_templates"]
     sentences = _sentences(images, templates)
