@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.divisors import divisors
 from univitar_ds.errors import ConfigError
 from univitar_ds.regular_files import read_utf8
 
@@ -55,12 +55,6 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed: {path} does not contain a JSON object; start from one of univitar_ds/ds_configs")
     return content
-
-
-def divisors(number: int) -> list[int]:
-    """Returns the numbers that divide `number`, the smallest first."""
-    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
-    return sorted({*small, *(number // one for one in small)})
 
 
 def lanes_per_rank(lanes: int, world_size: int) -> int:

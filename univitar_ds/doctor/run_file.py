@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from univitar_ds.config.deepspeed import AUTO, divisors, packs_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
 from univitar_ds.config.paths import expand
 from univitar_ds.config.run_folder import CONFIG
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.writing.packed_sources import with_packed_sources
+from univitar_ds.divisors import divisors
 from univitar_ds.doctor.findings import OK, SKIPPED, Found, Row, from_error, listed
 from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from univitar_ds.config.deepspeed import divisors
 from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.divisors import divisors
 from univitar_ds.errors import ConfigError
 
 
