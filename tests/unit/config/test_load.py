@@ -190,7 +190,7 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("seed=a", 'seed=a: seed must be a whole number, at least 0, got "a"'),
+        ("seed=a", 'seed=a: seed must be a whole number, at least 0, below 9223372036854775808, got "a"'),
         ("deterministic=maybe", 'deterministic must be true or false, got "maybe"'),
         ("name=a/b", "name must begin with a letter or a digit and have only letters, digits, dots"),
         ("name=3", "name must be text; write it in quotes, got 3"),
@@ -218,7 +218,7 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
         ("wandb.project=x", "unknown key wandb; metrics go to"),
         ("stages.0.token_budget=100", "stages.0.token_budget=100: stages.0: image: an item may have 5832 tokens"),
         ("stages.0.distill.start=1", "stages.0.distill.start=1: stages ['s'] distill without a teacher"),
-        ("seed=2026-11-29", 'seed must be a whole number, at least 0, got "2026-11-29"'),
+        ("seed=2026-11-29", 'seed must be a whole number, at least 0, below 9223372036854775808, got "2026-11-29"'),
     ],
 )
 def test_an_error_in_an_override_names_the_override_in_plain_words(run_file, override, said):

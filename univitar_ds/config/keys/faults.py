@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from univitar_ds.config.keys.foreign import unknown_key
-from univitar_ds.config.keys.tree import is_choice, is_list, section_class, type_text
+from univitar_ds.config.keys.tree import is_choice, is_list, limit_text, section_class, type_text
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import shortened
 
 _LIMITS = {
-    "greater_than": ("gt", "must be above {:g}"),
-    "greater_than_equal": ("ge", "must be at least {:g}"),
-    "less_than": ("lt", "must be below {:g}"),
-    "less_than_equal": ("le", "must be at most {:g}"),
+    "greater_than": ("gt", "must be above {}"),
+    "greater_than_equal": ("ge", "must be at least {}"),
+    "less_than": ("lt", "must be below {}"),
+    "less_than_equal": ("le", "must be at most {}"),
     "too_short": ("min_length", "must have at least {} entry"),
     "too_long": ("max_length", "must have at most {} entries"),
     "string_too_long": ("max_length", "must be at most {} characters long"),
@@ -111,7 +111,7 @@ def _demand(place: tuple[Any, ...], fault: dict[str, Any]) -> str:
         return "must not be empty"
     if kind in _LIMITS:
         limit, words = _LIMITS[kind]
-        return words.format(fault["ctx"][limit])
+        return words.format(limit_text(fault["ctx"][limit]))
     return f"must be {_type_at(place)}"
 
 

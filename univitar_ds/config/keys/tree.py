@@ -18,10 +18,10 @@ from univitar_ds.config.schema import RunConfig
 
 INDEX, ENTRY = "N", "NAME"
 _LIMITS = {
-    "gt": "above {:g}",
-    "ge": "at least {:g}",
-    "lt": "below {:g}",
-    "le": "at most {:g}",
+    "gt": "above {}",
+    "ge": "at least {}",
+    "lt": "below {}",
+    "le": "at most {}",
     "min_length": "not empty",
     "max_length": "at most {} long",
 }
@@ -124,7 +124,7 @@ def type_text(annotation: Any, limits: Sequence[Any] = ()) -> str:
         options = [type_text(option, limits) for option in arguments if option is not type(None)]
         return ", or ".join([*options, *(["null"] if type(None) in arguments else [])])
     words = _words(annotation, origin, arguments)
-    return ", ".join([words, *filter(None, (_limit_text(limit) for limit in limits))])
+    return ", ".join([words, *filter(None, (_worded_limit(limit) for limit in limits))])
 
 
 def _words(annotation: Any, origin: Any, arguments: Sequence[Any]) -> str:
@@ -139,9 +139,14 @@ def _words(annotation: Any, origin: Any, arguments: Sequence[Any]) -> str:
     return "a section" if section_class(annotation) else _PLAIN.get(annotation, "another type")
 
 
-def _limit_text(limit: Any) -> str | None:
+def _worded_limit(limit: Any) -> str | None:
     for name, words in _LIMITS.items():
         value = getattr(limit, name, None)
         if value is not None:
-            return words.format(value)
+            return words.format(limit_text(value))
     return None
+
+
+def limit_text(value: float) -> str:
+    """Returns a limit without needless digits, and a large whole number with all of them."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
