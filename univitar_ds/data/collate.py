@@ -54,8 +54,9 @@ def decoded(
     settings = StorageSettings.of(data)
 
     def job_of(plan: Plan) -> DecodeJob:
-        items = list(map(DecodeItem.from_sample, plan.samples))
-        return DecodeJob(plan.modality, sizes[plan.modality].sampling, limits, items, plan.name, plan.whole_files)
+        rule = sizes[plan.modality]
+        items = [DecodeItem.from_sample(sample, original=rule.original) for sample in plan.samples]
+        return DecodeJob(plan.modality, rule.sampling, limits, items, plan.name, plan.whole_files)
 
     if data.workers == 0:
         return decoded_inline(plans_of, job_of, settings)

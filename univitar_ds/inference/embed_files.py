@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from univitar_ds.data.storage.session import session_folder
 from univitar_ds.formats.recognise import local_folder
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import HEADS, StoredModel
-from univitar_ds.inference.destination import FORMAT, Destination, FinishedPart, add_rows
 from univitar_ds.inference.reading import FRAMES, Kind, Reading, Rows
 from univitar_ds.inference.sources import Place, Position, count_items, find_places, fingerprint_of, units
-from univitar_ds.inference.workers import Setup, compute, device_of, open_as
+from univitar_ds.inference.workers import AnySetup, Setup, compute, device_of, open_as
+from univitar_ds.inference.writing.destination import FORMAT, Destination, FinishedPart, add_rows
 from univitar_ds.model.placement import feature_dtype
 from univitar_ds.screen import progress_bar
 from univitar_ds.training.distributed.process_group import check_gpus, uses_cuda
@@ -35,9 +35,12 @@ TOKEN_BUDGET = 16384
 """Default maximum number of tokens of a pack."""
 PART_ROWS, PART_ROWS_OF_TOKENS = 100_000, 1_000
 """Default number of items of a part. Tokens take about a thousand times the space of a vector."""
-_UNIT_ITEMS = {"embedding": 256, "mean": 256, "tokens": 32}
+_UNIT_ITEMS = {"tokens": 32}
+_UNIT_ITEMS_OF_VECTORS = 256
 """Maximum number of items of a unit of work. A pack has items of one unit."""
 _MOST_WORKERS = 8
+AnyReading = TypeVar("AnyReading")
+"""`Reading`, or another dataclass with `data` and `remote`."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,13 @@ def embed_files(
     opened = open_for_files(model, how, tokens=options.tokens)
     settings = StorageSettings.of(opened.setup.reading.data)
     places = find_places(sources, settings, split=options.split)
-    setup = replace(opened.setup, reading=_for_places(opened.setup.reading, places))
+    setup = replace(opened.setup, reading=for_places(opened.setup.reading, places))
     part_rows = options.part_rows or (PART_ROWS_OF_TOKENS if options.tokens else PART_ROWS)
-    about = _settings(opened.stored, setup, places, part_rows)
+    about = settings_of(opened.stored, setup, places, part_rows)
     if (rows := destination.completed(about)) is not None:
         return rows, f"{out} is complete already; index {destination.index}"
     with destination.opened(about) as done:
-        _write(destination, done, setup, opened.nproc, (places, part_rows, options.progress))
+        write_parts(destination, done, setup, opened.nproc, (places, part_rows, "embed" if options.progress else None))
         return _summary(destination, *destination.complete())
 
 
@@ -106,14 +109,34 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
     Raises: CheckpointError if the model cannot be opened; ConfigError if options do not fit it, or there are too few
         GPUs.
     """
-    nproc = how.nproc or (torch.cuda.device_count() if uses_cuda() else 1)
-    check_gpus(nproc)
-    folder = str(local_folder(model, _storage(how.s3)))
+    nproc = processes_of(how)
+    folder = str(model_folder(model, how))
     stored = open_as(folder, how.weights, how.dtype)
     if stored.format == "run":  # the checkpoint itself, since training may write a later one meanwhile
         folder = str(stored.path)
     recipe: RunConfig | None = stored.origin.get("recipe") if stored.format == "run" else None
-    data = DataConfig(sources=[SourceConfig(path="none")]) if recipe is None else recipe.data
+    data = data_settings(how, nproc, None if recipe is None else recipe.data)
+    frames, sampling = _frames(recipe, how.frames)
+    reading = Reading(stored.encoder, data, how.token_budget, frames, sampling)
+    kind: Kind = "tokens" if tokens else "mean" if stored.joint is None else "embedding"
+    return Opened(stored, Setup(folder, how.weights, how.dtype, kind, reading), nproc)
+
+
+def processes_of(how: ModelOptions) -> int:
+    """Returns the number of processes: as asked for, else one per GPU. Raises: ConfigError if GPUs are too few."""
+    nproc = how.nproc or (torch.cuda.device_count() if uses_cuda() else 1)
+    check_gpus(nproc)
+    return nproc
+
+
+def model_folder(model: str, how: ModelOptions) -> Path:
+    """Returns the local folder of a model, see `local_folder`, which raises the same."""
+    return local_folder(model, StorageSettings.of(_no_data(how.s3)))
+
+
+def data_settings(how: ModelOptions, nproc: int, data: DataConfig | None) -> DataConfig:
+    """Returns limits, workers and storage for reading items. Args: data: of a run; None: the defaults."""
+    data = data or _no_data()
     cores = len(os.sched_getaffinity(0))
     given = {name: value for name, value in how.s3.model_dump().items() if name in how.s3.model_fields_set}
     changes: dict[str, Any] = {
@@ -123,10 +146,7 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
         "s3": data.s3.model_copy(update=given),
         "cache": CacheConfig(),  # reading all data would evict the shards of a run
     }
-    frames, sampling = _frames(recipe, how.frames)
-    reading = Reading(stored.encoder, data.model_copy(update=changes), how.token_budget, frames, sampling)
-    kind: Kind = "tokens" if tokens else "mean" if stored.joint is None else "embedding"
-    return Opened(stored, Setup(folder, how.weights, how.dtype, kind, reading), nproc)
+    return data.model_copy(update=changes)
 
 
 def _frames(recipe: RunConfig | None, frames: int | None) -> tuple[int, Sampling]:
@@ -138,7 +158,7 @@ def _frames(recipe: RunConfig | None, frames: int | None) -> tuple[int, Sampling
     return stages[-1].video_frames, Sampling(sampling.kind, sampling.fps)  # without jitter, which is for training
 
 
-def _for_places(reading: Reading, places: Sequence[Place]) -> Reading:
+def for_places(reading: AnyReading, places: Sequence[Place]) -> AnyReading:
     """Returns `reading` for places on S3: all processes then share the local copies of shards."""
     paths = [place[0] if isinstance(place, tuple) else place.path for place in places]
     files = [path for place in places if isinstance(place, tuple) for path in place]
@@ -148,30 +168,38 @@ def _for_places(reading: Reading, places: Sequence[Place]) -> Reading:
     return replace(reading, data=reading.data.model_copy(update={"cache": cache}), remote=True)
 
 
-def _storage(s3: S3Config) -> StorageSettings:
-    return StorageSettings.of(DataConfig(sources=[SourceConfig(path="none")], s3=s3))
+def _no_data(s3: S3Config | None = None) -> DataConfig:
+    return DataConfig(sources=[SourceConfig(path="none")], s3=s3 or S3Config())
 
 
-def _settings(stored: StoredModel, setup: Setup, places: Sequence[Place], part_rows: int) -> dict[str, Any]:
-    """Returns everything that determines the result, by the names that messages use."""
+def settings_of(
+    stored: StoredModel, setup: Setup, places: Sequence[Place], part_rows: int, digest: str | None = None
+) -> dict[str, Any]:
+    """Returns everything that determines the result, by the names that messages use.
+
+    Args: digest: `digest_of` the model, if it is known.
+    """
     reading = setup.reading
     dtype = feature_dtype(device_of(0)) if setup.dtype is None else setup.dtype
     return {
         "format": FORMAT,
         "features": setup.kind,
         "width": _width(stored, setup.kind),
-        "model": _digest(stored),
+        "model": digest or digest_of(stored),
         "dtype": None if dtype is None else str(dtype),
         "sources": fingerprint_of(places),
-        "token_budget": reading.token_budget,
         "part_rows": part_rows,
+        **reading_settings(reading),
+    }
+
+
+def reading_settings(reading: Any) -> dict[str, Any]:
+    """Returns what of a model's `Reading` determines the result, by names for messages."""
+    data = reading.data
+    return {
+        "token_budget": reading.token_budget,
         "frames": [reading.frames, *asdict(reading.sampling).values()],
-        "limits": [
-            reading.data.max_image_px,
-            reading.data.max_sample_mb,
-            reading.data.max_video_s,
-            reading.data.decode_timeout_s,
-        ],
+        "limits": [data.max_image_px, data.max_sample_mb, data.max_video_s, data.decode_timeout_s],
     }
 
 
@@ -179,7 +207,7 @@ def _width(stored: StoredModel, kind: Kind) -> int:
     return stored.joint.embed_dim if kind == "embedding" and stored.joint else stored.encoder.hidden_size
 
 
-def _digest(stored: StoredModel) -> str:
+def digest_of(stored: StoredModel) -> str:
     """Returns a hash of the model's weights and configuration."""
     state = hashlib.blake2b(repr(stored.encoder).encode(), digest_size=16)
     for name in sorted(stored.tensors):
@@ -193,17 +221,17 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write(
-    destination: Destination, done: int, setup: Setup, nproc: int, what: tuple[Sequence[Place], int, bool]
+def write_parts(
+    destination: Destination, done: int, setup: AnySetup, nproc: int, what: tuple[Sequence[Place], int, str | None]
 ) -> None:
-    """Writes all parts from number `done` on. `what`: places, items of a part, and whether to show progress."""
-    places, part_rows, progress = what
+    """Writes all parts from number `done` on. `what`: places, items of a part, and the title of a bar, None without."""
+    places, part_rows, title = what
     start, seen = Position(), 0
     for number in range(done):
         about = destination.part(number)
         start, seen = about.after, seen + len(about.keys) + len(about.left_out)
-    coming = units(places, part_rows, _UNIT_ITEMS[setup.kind], start, done)
-    with progress_bar(total=count_items(places), initial=seen, desc="embed", unit="item", disable=not progress) as bar:
+    coming = units(places, part_rows, _UNIT_ITEMS.get(setup.kind, _UNIT_ITEMS_OF_VECTORS), start, done)
+    with progress_bar(total=count_items(places), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
         first = next(coming, None)
         if first is None:
             return
@@ -218,7 +246,7 @@ def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _write_part(destination: Destination, number: int, setup: Setup, rows: Iterator[Rows]) -> None:
+def _write_part(destination: Destination, number: int, setup: AnySetup, rows: Iterator[Rows]) -> None:
     part = None
     about = FinishedPart(destination.name_of(number), Position())
     try:

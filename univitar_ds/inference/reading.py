@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.data.collate import decoded
-from univitar_ds.data.decoding.pipeline import DecodedPack
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
 from univitar_ds.data.media.prober import MediaAddress, Prober
 from univitar_ds.data.media.types import MediaSize, check_area, check_duration
@@ -35,8 +35,9 @@ from univitar_ds.inference.sources import Unit
 from univitar_ds.model.classification import ClassificationModel, class_logits
 from univitar_ds.model.contrastive import ContrastiveModel
 
-Kind = Literal["embedding", "mean", "tokens", "logits"]
-"""The features: the joint embedding, the mean of the tokens, all tokens, or the logits of a classifier's head."""
+Kind = Literal["embedding", "mean", "pooled", "tokens", "logits"]
+"""The features: the joint embedding, the mean of the tokens, the pooled tokens (`UniViTARModel.pool`), all tokens, or
+the logits of a classifier's head."""
 FRAMES = 8
 """Default number of frames of a video."""
 _READ_AT_ONCE = 32
@@ -104,6 +105,31 @@ class Reading:
         return _ModelRule(modality, resolution, frames, most, *limits, False, self.encoder.relarge_ratio)
 
 
+class ItemReading(Protocol):
+    """How items are read for any model, see `Reading`."""
+
+    data: DataConfig
+    token_budget: int
+    remote: bool
+
+    def rules(self) -> dict[Modality, SizeRule]:
+        """Returns the size rule of each modality."""
+
+
+Compute = Callable[["Pixels"], Sequence[Tensor]]
+"""Returns the features of each item of a pack, (1, width) or (tokens, width) float32 on the host."""
+
+
+class Pixels(NamedTuple):
+    """The items of a pack: `pixels` (B,) uint8 in order; number of frames, grid, and height and width before resizing
+    of each."""
+
+    pixels: np.ndarray
+    frames: list[int]
+    grids: list[tuple[int, int, int]]
+    sizes: list[tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class _ModelRule(SizeRule):
     """The size rule of `Preprocessor`, whose items are not limited to a pack."""
@@ -147,6 +173,17 @@ def read_units(
     Args: units: consumed ahead, in another thread; finished: called with the number of items of each finished pack.
     Raises: DataError if a shard cannot be read; UserError if the GPU has too little memory for a pack.
     """
+    return rows_of_units(partial(_features, model, kind), width_of(model, kind), units, reading, finished)
+
+
+def rows_of_units(
+    compute: Compute,
+    width: int,
+    units: Iterable[Unit],
+    reading: ItemReading,
+    finished: Callable[[int], None] = lambda count: None,
+) -> Iterator[Rows]:
+    """As `read_units`, for features (., `width`) that `compute` returns."""
     rules = reading.rules()
     settings = StorageSettings.of(reading.data)
 
@@ -165,16 +202,18 @@ def read_units(
             failed = {index: LeftOut(plan.keys[index], why, message) for index, why, message in pack.failures}
             left_out += [*plan.left_out, *((plan.places[index], one) for index, one in failed.items())]
             kept = [index for index in range(len(plan.samples)) if index not in failed]
-            grids = [plan.samples[index].grid for index in kept]
+            samples = [plan.samples[index] for index in kept]
+            grids = [one.grid for one in samples]
             if kept:
-                found = _features(model, kind, pack, [plan.samples[index].frames for index in kept], grids)
+                sizes = [(one.size.height, one.size.width) for one in samples]
+                found = compute(Pixels(pack.pixels, [one.frames for one in samples], grids, sizes))
                 places = [plan.places[index] for index in kept]
                 rows += zip(places, [plan.keys[index] for index in kept], grids, found, strict=True)
             finished(len(plan.samples) + len(plan.left_out))
             if plan.last:
                 rows.sort(key=lambda row: row[0])
                 left_out.sort()
-                yield _rows(plan.unit, rows, [one for _, one in left_out], width_of(model, kind))
+                yield _rows(plan.unit, rows, [one for _, one in left_out], width)
                 rows, left_out = [], []
     finally:
         packs.close()
@@ -188,14 +227,9 @@ def width_of(model: UniViTARModel, kind: Kind) -> int:
 
 
 @torch.no_grad()
-def _features(
-    model: UniViTARModel,
-    kind: Kind,
-    pack: DecodedPack[_UnitPlan],
-    frames: list[int],
-    grids: list[tuple[int, int, int]],
-) -> Sequence[Tensor]:
+def _features(model: UniViTARModel, kind: Kind, pack: Pixels) -> Sequence[Tensor]:
     """Returns the features of each item of a pack: (1, width), or the tokens (t, width)."""
+    frames, grids = pack.frames, pack.grids
     pixels = torch.from_numpy(pack.pixels).to(model.device)
     try:
         if kind == "embedding":
@@ -205,7 +239,11 @@ def _features(
         if kind == "logits":
             assert isinstance(model.module, ClassificationModel)
             return class_logits(model.module, pixels, torch.tensor(frames), torch.tensor(grids)).cpu().split(1)
-        tokens = model.encoder(pixels, grids, frames=frames).split([token_count(grid) for grid in grids])
+        lengths = [token_count(grid) for grid in grids]
+        packed = model.encoder(pixels, grids, frames=frames)
+        if kind == "pooled":
+            return model.pool(packed, lengths).float().cpu().split(1)
+        tokens = packed.split(lengths)
         if kind == "mean":
             tokens = [one.float().mean(dim=0, keepdim=True) for one in tokens]
         return [one.float().cpu() for one in tokens]

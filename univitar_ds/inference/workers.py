@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from univitar_ds.formats.recognise import open_stored
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.inference.model import UniViTARModel
-from univitar_ds.inference.reading import Kind, Reading, Rows, read_units
+from univitar_ds.inference.reading import ItemReading, Kind, Reading, Rows, read_units
 from univitar_ds.inference.sources import Unit
 from univitar_ds.model.placement import feature_dtype, placed
 from univitar_ds.training.distributed.process_group import uses_cuda
@@ -44,6 +44,20 @@ class Setup:
     def stored(self) -> StoredModel:
         """Opens the stored model. Raises: CheckpointError."""
         return open_as(self.folder, self.weights, self.dtype)
+
+    def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
+        """Yields the features of the units, see `read_units`, by a model on the GPU `rank` or on the CPU."""
+        yield from read_units(_model(self, rank), self.kind, units, self.reading, finished)
+
+
+class AnySetup(Protocol):
+    """What a process needs to compute features. It is pickled for other processes."""
+
+    kind: Kind
+    reading: ItemReading
+
+    def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
+        """Yields the features of the units. Args: rank: number of the process; finished: as of `compute`."""
 
 
 def open_as(folder: str, weights: Weights | None, dtype: torch.dtype | None) -> StoredModel:
@@ -73,7 +87,7 @@ class _Worker:
 
 
 def compute(
-    setup: Setup, units: Iterator[Unit], processes: int, finished: Callable[[int], None] = lambda count: None
+    setup: AnySetup, units: Iterator[Unit], processes: int, finished: Callable[[int], None] = lambda count: None
 ) -> Iterator[Rows]:
     """Yields the features of the units in order. The number of processes does not change the features.
 
@@ -83,7 +97,7 @@ def compute(
     Raises: UserError as `read_units`, or if a process ends.
     """
     if processes == 1:
-        yield from read_units(_model(setup, 0), setup.kind, units, setup.reading, finished)
+        yield from setup.read(0, units, finished)
         return
     workers: list[_Worker] = []
     try:
@@ -152,15 +166,14 @@ def _receive(worker: _Worker) -> _Finished | Rows:
     return message
 
 
-def _serve(channel: Connection, setup: Setup, rank: int, processes: int) -> None:
+def _serve(channel: Connection, setup: AnySetup, rank: int, processes: int) -> None:
     """Computes units until the other end of the channel closes."""
     children.begin()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     try:
-        model = _model(setup, rank)
         units = iter(channel.recv, None)
-        for rows in read_units(model, setup.kind, units, setup.reading, lambda n: channel.send(_Finished(n))):
+        for rows in setup.read(rank, units, lambda count: channel.send(_Finished(count))):
             channel.send(rows)
     except (EOFError, ConnectionError):
         return

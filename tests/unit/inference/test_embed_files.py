@@ -23,9 +23,9 @@ from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.inference import embed_files as module
-from univitar_ds.inference.destination import Destination
 from univitar_ds.inference.embed_files import EmbedOptions, ModelOptions, embed_files
-from univitar_ds.inference.parts import SafetensorsPart
+from univitar_ds.inference.writing.destination import Destination
+from univitar_ds.inference.writing.parts import SafetensorsPart
 
 KINDS = {"cut.jpg": "corrupt", "empty.png": "unreadable", "tile.tif": "too_large", "words.jpg": "unreadable"}
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from univitar_ds.inference import parts
 from univitar_ds.inference.reading import Rows
 from univitar_ds.inference.sources import Position, Unit
+from univitar_ds.inference.writing import parts
 
 GRIDS = [(1, 2, 3), (2, 2, 2), (1, 1, 1)]
 

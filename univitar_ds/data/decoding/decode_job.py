@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,10 +45,15 @@ class DecodeItem:
     draw: int = 0
     size: tuple[int, int, float] | None = None
     augmentation: Augmentation | None = None
+    original: tuple[int, int] | None = None
+    """(height, width) of frames that are not resized; None: they are resized to the grid."""
 
     @classmethod
-    def from_sample(cls, sample: Sample) -> DecodeItem:
-        """Returns the item of a sample. Its `size` is None if the sample was probed."""
+    def from_sample(cls, sample: Sample, *, original: bool = False) -> DecodeItem:
+        """Returns the item of a sample. Its `size` is None if the sample was probed.
+
+        Args: original: whether the frames keep their size.
+        """
         return cls(
             sample.shard.path,
             sample.media_offset,
@@ -58,11 +64,14 @@ class DecodeItem:
             sample.draw,
             None if sample.probed else (sample.size.height, sample.size.width, sample.size.duration_s),
             sample.augmentation,
+            (sample.size.height, sample.size.width) if original else None,
         )
 
     @property
     def bytes(self) -> int:
         """Number of bytes of the decoded pixels."""
+        if self.original is not None:
+            return 3 * self.frames * math.prod(self.original)
         return item_bytes(self.grid, self.frames)
 
 
@@ -104,15 +113,19 @@ class DecodeJob:
                 for item in self.items
             ],
             "augmentations": [item.augmentation for item in self.items],
+            "originals": [item.original for item in self.items],
             "whole_files": self.whole_files,
         }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> DecodeJob:
         changes = [None if one is None else Augmentation.from_json(one) for one in document["augmentations"]]
+        originals = [None if one is None else tuple(one) for one in document["originals"]]
         items = [
-            DecodeItem(path, offset, length, tuple(grid), *rest, None if size is None else tuple(size), change)
-            for (path, offset, length, grid, *rest, size), change in zip(document["items"], changes, strict=True)
+            DecodeItem(path, offset, length, tuple(grid), *rest, None if size is None else tuple(size), change, whole)
+            for (path, offset, length, grid, *rest, size), change, whole in zip(
+                document["items"], changes, originals, strict=True
+            )
         ]
         sampling = Sampling(*document["sampling"])
         limits = DecodeLimits(*document["limits"])
@@ -167,6 +180,9 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
     data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
     check_crc32(data, item.crc32)
     limits = job.limits
+    if item.original is not None:
+        room[:] = _unresized(job, item, item.original, data)
+        return
     height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
     out = room.reshape(item.frames, height, width, 3)
     augmentation = item.augmentation or Augmentation()
@@ -193,3 +209,19 @@ def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: S
             fit=lambda frame: fit_image(frame if crop is None else crop.cut(frame)[0], item.grid),
         )
     augmentation.finish(out)
+
+
+def _unresized(job: DecodeJob, item: DecodeItem, size: tuple[int, int], data: bytes) -> np.ndarray:
+    """Returns the pixels of an item as they are stored, flat. Raises: SampleError, also if its size is another."""
+    if job.modality == "image":
+        from univitar_ds.data.media.image_decode import decode_near
+
+        return decode_near(data, max_px=job.limits.max_image_px, target=None, size=size)[0].reshape(-1)
+    from univitar_ds.data.media.types import check_size
+    from univitar_ds.data.media.video_decode import decode_video
+
+    frames = decode_video(
+        data, frames=item.frames, limits=job.limits, sampling=job.sampling, draw=item.draw, size=item.size
+    )
+    check_size(size, frames.shape[1:3])
+    return frames.reshape(-1)

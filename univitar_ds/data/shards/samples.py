@@ -44,6 +44,11 @@ class SizeRule:
     max_sample_mb: int = 1024
     needs_text: bool = True
 
+    @property
+    def original(self) -> bool:
+        """Whether frames keep their size when they are decoded. `grid` then only bounds their bytes."""
+        return False
+
     def frames_of(self, size: MediaSize) -> int:
         """Returns the number of decoded frames: 1 for an image, the number of sampled frames for a video."""
         return frames_of(self.sampling, self.frames, size.duration_s) if size.kind == "video" else 1

@@ -19,9 +19,9 @@ from typing import Any, Self
 
 from univitar_ds.atomic_write import replace_text, replacing
 from univitar_ds.errors import ConfigError, writing
-from univitar_ds.inference.parts import SUFFIXES, Part, check_suffix, open_part
 from univitar_ds.inference.reading import Kind, LeftOut, Rows
 from univitar_ds.inference.sources import Position
+from univitar_ds.inference.writing.parts import SUFFIXES, Part, check_suffix, open_part
 from univitar_ds.owned import remove
 from univitar_ds.regular_files import read_bytes
 
