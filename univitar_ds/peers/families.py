@@ -1,0 +1,70 @@
+"""The families of models of transformers that can be measured, recognised by their config.json. Imports no library."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from univitar_ds.config.encoder import CONFIG_FILE, read_object
+from univitar_ds.errors import CheckpointError
+from univitar_ds.regular_files import open_regular
+
+IMAGES_FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models with the same interface: class name in transformers, and whether they have a text tower.
+
+    `full_length`: whether texts are padded to full length, as in training (SigLIP), not to the longest.
+    """
+
+    loader: str
+    texts: bool = False
+    full_length: bool = False
+
+
+FAMILIES = {
+    "clip": Family("CLIPModel", texts=True),
+    "clip_vision_model": Family("CLIPVisionModel"),
+    "siglip": Family("SiglipModel", texts=True, full_length=True),
+    "siglip_vision_model": Family("SiglipVisionModel"),
+    "siglip2": Family("Siglip2Model", texts=True, full_length=True),
+    "siglip2_vision_model": Family("Siglip2VisionModel"),
+    "dinov2": Family("Dinov2Model"),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
+    "dinov3_vit": Family("DINOv3ViTModel"),
+}
+"""Families by `model_type` of transformers. SigLIP 2 models with a fixed size have the type siglip."""
+_HASHED = (".json", ".safetensors", ".bin", ".txt", ".model")
+_READ = 1 << 22
+
+
+def model_type(folder: Path) -> str | None:
+    """Returns the `model_type` in a folder's config.json, a key of `FAMILIES` for a peer; None without one."""
+    try:
+        kind = read_object(folder / CONFIG_FILE).get("model_type")
+    except CheckpointError:
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def digest(folder: Path) -> str:
+    """Returns a hash of the model's files: weights, configuration, image processor and tokenizer.
+
+    Raises: CheckpointError if one cannot be read.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(_HASHED):
+            continue
+        try:
+            with open_regular(folder / name) as file:
+                state.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode("utf-8", "surrogateescape"))
+                while part := file.read(_READ):
+                    state.update(part)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read ({error}); fetch the model again") from error
+    return state.hexdigest()

@@ -1,0 +1,146 @@
+"""A peer on its device: features of images and texts by transformers' own forward pass.
+
+The class is named by `families.FAMILIES`, so no code of the folder runs, and weights are read as tensors alone
+(safetensors, or a pickle with `weights_only`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from univitar_ds.errors import CheckpointError, UserError, first_line
+from univitar_ds.formats.weight_files import some
+from univitar_ds.model.libraries import working_imports
+from univitar_ds.model.towers import quiet
+from univitar_ds.peers.families import FAMILIES
+from univitar_ds.peers.processing import Texts, image_processor, text_processor
+
+TEXTS_AT_ONCE = 256
+"""Number of texts that are embedded at a time."""
+
+
+class PeerModel:
+    """A model of transformers with its image processor and, if it has a text tower, its tokenizer."""
+
+    def __init__(self, folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device) -> None:
+        """Opens the model. Args: kind: a key of `FAMILIES`; dtype: None: as stored.
+
+        Raises: CheckpointError if weights or image processor cannot be used; InstallationError without transformers.
+        """
+        self.folder, self.family, self.device = folder, FAMILIES[kind], device
+        self._images = image_processor(folder, kind)
+        self.module = _loaded(folder, self.family.loader, dtype).eval().requires_grad_(False).to(device)
+
+    @property
+    def width(self) -> int:
+        """Width of the features: of the joint space if there is a text tower."""
+        config = self.module.config
+        if not self.family.texts:
+            return config.hidden_size
+        joint = getattr(config, "projection_dim", None)
+        return config.vision_config.hidden_size if joint is None else joint
+
+    @cached_property
+    def _texts(self) -> Texts:
+        return text_processor(self.folder, self.module.config.text_config, full_length=self.family.full_length)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[np.ndarray], tokens_at_once: int, threads: int = 1) -> Tensor:
+        """Returns features (N, D) float32 on the host: `get_image_features`, or the pooled output without a text tower.
+
+        Args: images: (H, W, 3) uint8 each; tokens_at_once: maximum number of tokens of a batch; threads: that prepare
+            images.
+        Raises: CheckpointError if the image processor does not fit the model; UserError if the GPU has too little
+            memory.
+        """
+        with self._running(tokens_at_once), ThreadPoolExecutor(threads) as pool:
+            ready = list(pool.map(self._images, map(Image.fromarray, images)))
+            by_shape: dict[tuple[torch.Size, ...], list[int]] = defaultdict(list)
+            for index, one in enumerate(ready):
+                by_shape[tuple(values.shape for values in one.values())].append(index)
+            rows: dict[int, Tensor] = {}
+            for members in by_shape.values():
+                count = max(1, tokens_at_once // self._tokens(ready[members[0]]["pixel_values"]))
+                for start in range(0, len(members), count):
+                    part = members[start : start + count]
+                    rows |= zip(part, self._features(_batch([ready[index] for index in part])), strict=True)
+            return torch.stack([rows[index] for index in range(len(ready))])
+
+    @torch.no_grad()
+    def texts(self, sentences: Sequence[str]) -> Tensor:
+        """Returns `get_text_features` of sentences, (N, E) float32 on the host. Raises: as `images`."""
+        rows = [torch.empty(0, self.width)]
+        for start in range(0, len(sentences), TEXTS_AT_ONCE):
+            inputs = self._texts(sentences[start : start + TEXTS_AT_ONCE])
+            with self._running(TEXTS_AT_ONCE):
+                out = self.module.get_text_features(**self._placed(inputs), return_dict=True)
+                rows.append(out.pooler_output.float().cpu())
+        return torch.cat(rows)
+
+    def _features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        run = self.module.get_image_features if self.family.texts else self.module
+        return run(**self._placed(inputs), return_dict=True).pooler_output.float().cpu()
+
+    def _placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the inputs on the device, with floating-point values in the model's precision."""
+        dtype = self.module.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
+
+    def _tokens(self, pixel_values: Tensor) -> int:
+        """Returns the tokens of an image: of patches (1, L, C), or of pixels (1, 3, H, W)."""
+        if pixel_values.ndim == 3:
+            return pixel_values.shape[1]
+        config = getattr(self.module.config, "vision_config", self.module.config)
+        return max(1, pixel_values.shape[2] * pixel_values.shape[3] // config.patch_size**2)
+
+    @contextmanager
+    def _running(self, at_once: int) -> Iterator[None]:
+        """Turns the errors of the model's forward pass in the body into errors of the user."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the GPU has too little memory for {at_once} tokens; lower --token-budget") from error
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"the model in {self.folder} cannot run on what its preprocessor_config.json and tokenizer make: "
+                f"{first_line(error)}; fetch these files of the same model"
+            ) from error
+
+
+def _batch(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+
+
+def _loaded(folder: Path, loader: str, dtype: torch.dtype | None) -> nn.Module:
+    with working_imports("transformers"):
+        import transformers
+    kind: Any = getattr(transformers, loader)
+    try:
+        with quiet():
+            model, info = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                attn_implementation="sdpa",  # a configuration may name a kernel, whose code would run
+                dtype="auto" if dtype is None else dtype,  # not .to(), which would round rotary frequencies too
+                output_loading_info=True,
+            )
+    except Exception as error:  # hostile files make the library raise anything
+        raise CheckpointError(f"the model in {folder} cannot be loaded: {first_line(error)}; fetch it again") from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"the model in {folder} lacks weights: {some(sorted(info['missing_keys']))}; fetch it again"
+        )
+    return model

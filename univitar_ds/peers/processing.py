@@ -1,0 +1,113 @@
+"""The image processor and the tokenizer of a peer, as transformers has them, without torchvision.
+
+Image processors run on Pillow (transformers' backend "pil"), so that features do not depend on whether torchvision is
+installed. DINOv3's exists for torchvision alone: `Dinov3Images` has its arithmetic in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from univitar_ds.config.encoder import read_object
+from univitar_ds.errors import CheckpointError, first_line
+from univitar_ds.model.libraries import working_imports
+from univitar_ds.model.towers import quiet
+from univitar_ds.peers.families import IMAGES_FILE
+from univitar_ds.regular_files import is_regular
+
+Images = Callable[[Image.Image], Mapping[str, Tensor]]
+"""Returns the model's inputs for an image, each (1, ...)."""
+Texts = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Returns the model's inputs for n texts, each (n, length)."""
+_INPUTS = ("input_ids", "attention_mask")
+
+
+def image_processor(folder: Path, kind: str) -> Images:
+    """Returns the image processor of a folder. Args: kind: `model_type` of the model.
+
+    Raises: CheckpointError if there is none, or it cannot be used.
+    """
+    if not is_regular(folder / IMAGES_FILE):
+        raise CheckpointError(
+            f"{folder} has no {IMAGES_FILE}, which says how images are prepared; copy it from the model's page"
+        )
+    if kind == "dinov3_vit":
+        return Dinov3Images(read_object(folder / IMAGES_FILE), str(folder / IMAGES_FILE))
+    with working_imports("transformers"):
+        from transformers import AutoImageProcessor
+    try:
+        with quiet():
+            processor = AutoImageProcessor.from_pretrained(
+                folder, backend="pil", local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # impossible values make the library raise anything
+        raise CheckpointError(f"{folder / IMAGES_FILE} cannot be used: {first_line(error)}; fetch it again") from error
+    return lambda image: processor(images=image, return_tensors="pt")
+
+
+class Dinov3Images:
+    """DINOv3's image processor: values of 0 to 1 are resized (bilinear, antialiased), and then normalised."""
+
+    _MEANT = ("do_resize", "do_rescale", "do_normalize")
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        """Raises: CheckpointError for settings that it does not have. Args: values: of preprocessor_config.json."""
+        size = values.get("size", {"height": 224, "width": 224})
+        try:
+            self._size = int(size["height"]), int(size["width"])
+            self._mean, self._std = (
+                torch.tensor(values.get(name, default), dtype=torch.float32).view(3, 1, 1)
+                for name, default in (("image_mean", (0.485, 0.456, 0.406)), ("image_std", (0.229, 0.224, 0.225)))
+            )
+            self._factor = float(values.get("rescale_factor", 1 / 255))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{where} has no usable size, mean or std ({error}); fetch it again") from error
+        other = [name for name in self._MEANT if values.get(name, True) is not True]
+        other += ["do_center_crop"] * bool(values.get("do_center_crop"))
+        other += ["resample"] * (values.get("resample", 2) != Image.Resampling.BILINEAR)
+        if other or not all(0 < side <= 4096 for side in self._size):
+            raise CheckpointError(
+                f"{where} has another {' and '.join(other) or 'size'} than DINOv3's releases, which is not supported; "
+                "take the release's file"
+            )
+
+    def __call__(self, image: Image.Image) -> Mapping[str, Tensor]:
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+        values = (pixels.permute(2, 0, 1).float() * self._factor)[None]
+        values = F.interpolate(values, self._size, mode="bilinear", align_corners=False, antialias=True)
+        return {"pixel_values": (values - self._mean) / self._std}
+
+
+def text_processor(folder: Path, config: Any, *, full_length: bool) -> Texts:
+    """Returns the tokenizer of a folder. Args: config: of the text model; full_length: see `Family`.
+
+    Raises: CheckpointError if there is none, or it cannot be used.
+    """
+    with working_imports("transformers"):
+        from transformers import AutoTokenizer
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        length = min(config.max_position_embeddings, tokenizer.model_max_length)
+    except Exception as error:  # as for the image processor
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be used: {first_line(error)}; put the tokenizer.json of the model there"
+        ) from error
+
+    def texts(sentences: Sequence[str]) -> Mapping[str, Tensor]:
+        padding = "max_length" if full_length else True
+        out = tokenizer(list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt")
+        if int(out["input_ids"].max()) >= config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has more tokens than the model, {config.vocab_size}; it is of another model"
+            )
+        return {name: out[name] for name in _INPUTS if name in out}
+
+    return texts

@@ -1,0 +1,118 @@
+"""Computes a peer's features of units of files or samples, as `inference.workers` does for our own models.
+
+Items are decoded at their own size, in confined processes; the peer's image processor resizes them. A peer reads images
+only: the features of a video are the mean over its frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from univitar_ds.config.data import DataConfig
+from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
+from univitar_ds.data.shards.samples import SizeRule
+from univitar_ds.errors import SampleError
+from univitar_ds.geometry import PATCH, Modality, Resolution, token_count
+from univitar_ds.inference.reading import FRAMES, Kind, Pixels, Rows, rows_of_units
+from univitar_ds.inference.sources import Unit
+from univitar_ds.inference.workers import device_of
+from univitar_ds.model.placement import feature_dtype
+from univitar_ds.peers.model import PeerModel
+
+_PACK_CELLS = (16 << 20) // PATCH**2
+"""Maximum number of cells of PATCH x PATCH pixels that are decoded at a time, unless one item has more."""
+_MOST_RATIO = 100
+"""Maximum ratio of the sides of an item: some image processors make the shorter side a given number of pixels."""
+_MODALITIES: tuple[Modality, ...] = ("image", "video")
+
+
+@dataclass(frozen=True)
+class PeerReading:
+    """How items are read for a peer: limits, workers and storage in `data`, and the frames of a video."""
+
+    data: DataConfig
+    frames: int = FRAMES
+    sampling: Sampling = UNIFORM
+    token_budget: int = _PACK_CELLS
+    """In cells of PATCH x PATCH pixels: the model's tokens are known when the images are resized."""
+    remote: bool = False
+
+    def rules(self) -> dict[Modality, SizeRule]:
+        """Returns the rule of each modality, which keeps the size of the items."""
+        data, most = self.data, 2 * self.data.max_image_px // PATCH**2
+        limits = data.max_image_px, self.sampling, data.max_video_s, data.max_sample_mb, False
+        return {
+            modality: _OriginalSize(
+                modality, Resolution(1, most), self.frames if modality == "video" else 1, most, *limits
+            )
+            for modality in _MODALITIES
+        }
+
+
+@dataclass(frozen=True)
+class _OriginalSize(SizeRule):
+    """Keeps the size. A grid has the frames, and the cells of PATCH x PATCH pixels that cover one."""
+
+    @property
+    def original(self) -> bool:
+        return True
+
+    def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        grid = frames, -(-height // PATCH), -(-width // PATCH)
+        if max(height, width) > _MOST_RATIO * min(height, width):
+            raise SampleError("too_large", f"{width} x {height} px have a ratio of sides above {_MOST_RATIO}")
+        if token_count(grid) > self.most_tokens:
+            raise SampleError(
+                "too_large",
+                f"{frames} frames of {width} x {height} px exceed the memory for an item; give fewer --frames",
+            )
+        return grid
+
+    def shrinks(self, height: int, width: int, grid: tuple[int, int, int]) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class PeerSetup:
+    """What a process needs to compute a peer's features: the model's local folder, `model_type` and type, and how items
+    are read. `tokens_at_once`: maximum number of tokens of a batch."""
+
+    folder: str
+    peer: str
+    dtype: torch.dtype | None
+    tokens_at_once: int
+    reading: PeerReading
+    kind: Kind = "pooled"
+
+    def open(self, rank: int) -> PeerModel:
+        """Opens the model on the GPU `rank`, or on the CPU. Raises: CheckpointError as `PeerModel`."""
+        device = device_of(rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return PeerModel(Path(self.folder), self.peer, self.dtype or feature_dtype(device), device)
+
+    def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
+        """Yields the features of the units, as `inference.workers.AnySetup`."""
+        model = self.open(rank)
+
+        def features(pack: Pixels) -> Sequence[Tensor]:
+            images = list(_frames_of(pack))
+            found = model.images(images, self.tokens_at_once, self.reading.data.workers)
+            return [part.mean(dim=0, keepdim=True) for part in found.split(pack.frames)]
+
+        yield from rows_of_units(features, model.width, units, self.reading, finished)
+
+
+def _frames_of(pack: Pixels) -> Iterator[np.ndarray]:
+    """Yields all frames of a pack, each (H, W, 3) uint8."""
+    start = 0
+    for frames, (height, width) in zip(pack.frames, pack.sizes, strict=True):
+        end = start + 3 * frames * height * width
+        yield from pack.pixels[start:end].reshape(frames, height, width, 3)
+        start = end
