@@ -12,8 +12,14 @@ from univitar_ds.screen import show
 TASKS = ("zero-shot", "retrieval", "knn", "linear")
 _COMMON = """
 MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
+Or a CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3 model of transformers, as a folder or hub name: its own image processor
+and forward pass are used, and a video is the mean of its frames.
 SOURCE: what `data pack` reads: a packed folder, tars, class folders, a table, an imagefolder, COCO's captions ...;
 folders and tables are packed once into --cache. Or a folder of CLIP_benchmark (classnames.txt, test/*.tar).
+
+Features are computed by --nproc processes, with the same result for any number, and are kept in --cache: after an
+interruption the same command continues, and another task on the same model, data and split computes none again. At
+most 20 GB are kept; remove the folder `features` in --cache to free them.
 
 Images and videos are measured apart. Each result has its 95 % bootstrap interval over the items, and the chance level.
 """
@@ -27,7 +33,8 @@ CLIP_benchmark's templates say otherwise; videos take "a video of a {}.".
 """,
         """
   univitar-ds eval zero-shot runs/photos --data imagenet/val --class-names imagenet_names.txt
-  univitar-ds eval zero-shot runs/photos --data wds_cifar10 --json > cifar10.json""",
+  univitar-ds eval zero-shot runs/photos --data wds_cifar10 --json > cifar10.json
+  univitar-ds eval zero-shot openai/clip-vit-base-patch16 --data wds_cifar10 --nproc 2""",
     ),
     "retrieval": (
         "image-text and video-text retrieval",
@@ -86,8 +93,9 @@ def add_tasks(commands) -> None:
         if task == "knn":
             parser.add_argument("--neighbours", type=_counts, metavar="K,K", help="numbers of neighbours (10,20)")
         parser.add_argument(
-            "--cache", type=expand, metavar="DIR", help="for what is packed (~/.cache/univitar_ds/data)"
+            "--cache", type=expand, metavar="DIR", help="for packed data and features (~/.cache/univitar_ds/data)"
         )
+        parser.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
         parser.add_argument("--json", action="store_true", help="print the results as JSON")
         add_reading(parser)
         add_storage(parser)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
+from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.errors import SampleError
 from univitar_ds.geometry import PATCH, Modality, Resolution, token_count
@@ -62,6 +63,9 @@ class _OriginalSize(SizeRule):
     @property
     def original(self) -> bool:
         return True
+
+    def frames_of(self, size: MediaSize) -> int:
+        return self.frames if size.kind == "video" else 1  # also an odd number: there are no tubelets
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
         grid = frames, -(-height // PATCH), -(-width // PATCH)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -17,15 +17,28 @@ from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.paths import user_cache
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs
+from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.writing.packed_sources import packed_source
-from univitar_ds.errors import ConfigError
-from univitar_ds.geometry import Modality, token_count
-from univitar_ds.inference.embed_files import ModelOptions, open_for_files
+from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.evaluation.embed import embed_texts
+from univitar_ds.formats.recognise import FORMATS, recognised
+from univitar_ds.geometry import Modality
+from univitar_ds.inference.embed_files import (
+    ModelOptions,
+    Opened,
+    digest_of,
+    model_folder,
+    open_for_files,
+    settings_of,
+)
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.reading import Reading
-from univitar_ds.inference.workers import open_placed
+from univitar_ds.inference.workers import Setup, open_placed
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.screen import progress_bar
+from univitar_ds.peers.families import FAMILIES, model_type
+from univitar_ds.tasks.feature_cache import PART_ROWS, Vectors
+from univitar_ds.tasks.items import Items
+from univitar_ds.tasks.peers import OpenedPeer, open_peer
 from univitar_ds.tokenization import tokenizer_of
 
 
@@ -48,20 +61,53 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model on its device, and how items are read for it."""
+    """A model of this project, and how items are read for it. It is built on its device when it is first needed."""
 
     name: str
-    model: UniViTARModel
-    reading: Reading
+    found: Opened
+    video_note = None
+
+    @cached_property
+    def model(self) -> UniViTARModel:
+        return open_placed(self.found.stored, 0, self.found.setup.dtype)
 
     @property
-    def whole(self) -> ContrastiveModel:
-        """The two towers. Raises: ConfigError if the model has no text tower."""
-        if not isinstance(self.model.module, ContrastiveModel):
+    def reading(self) -> Reading:
+        return self.found.setup.reading
+
+    @property
+    def nproc(self) -> int:
+        return self.found.nproc
+
+    def check_texts(self) -> None:
+        """Raises: ConfigError if the model has no text tower."""
+        if self.found.stored.joint is None:
             raise ConfigError(
                 f"{self.name} has no text tower, which this task needs; name a run, its export/model or another whole "
                 "model, or choose knn or linear"
             )
+
+    def setup(self, *, texts: bool) -> Setup:
+        """Returns how features are computed. `texts`: those of the joint space, else the pooled ones."""
+        return replace(self.found.setup, kind="embedding" if texts else "pooled")
+
+    def settings(self, setup: Setup, places: Sequence[SourceShard]) -> dict[str, Any]:
+        """Returns what determines the features, see `feature_cache.FeatureModel`."""
+        return settings_of(self.found.stored, setup, places, PART_ROWS, self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest_of(self.found.stored)
+
+    def texts(self, sentences: Sequence[str]) -> Tensor:
+        """Returns the embeddings of sentences, (n, E) unit vectors float32 on the host."""
+        return embed_texts(self.whole, self.tokenizer, sentences, self.model.joint.context_length)
+
+    @property
+    def whole(self) -> ContrastiveModel:
+        """The two towers. Raises: ConfigError if the model has no text tower."""
+        self.check_texts()
+        assert isinstance(self.model.module, ContrastiveModel)
         return self.model.module
 
     @cached_property
@@ -86,10 +132,22 @@ class OpenedModel:
             yield from packs
 
 
-def open_model(name: str, how: ModelOptions) -> OpenedModel:
-    """Opens a model on the GPU, if there is one. Raises: CheckpointError if it cannot be opened."""
-    opened = open_for_files(name, how)
-    return OpenedModel(name, open_placed(opened.stored, 0, how.dtype), opened.setup.reading)
+def open_model(name: str, how: ModelOptions) -> OpenedModel | OpenedPeer:
+    """Finds a model: one of this project in any format, or a peer. Raises: CheckpointError if it cannot be opened."""
+    folder = model_folder(name, how)
+    try:
+        recognised(folder)
+    except CheckpointError as error:
+        kind = model_type(folder)
+        if kind in FAMILIES:
+            return open_peer(name, folder, kind, how)
+        if kind is None:
+            raise
+        raise CheckpointError(
+            f"{name} holds a {kind} model; supported are all formats of convert ({', '.join(FORMATS)}), and of "
+            f"transformers {', '.join(FAMILIES)}"
+        ) from error
+    return OpenedModel(name, open_for_files(str(folder), how))
 
 
 def test_source(options: DataOptions) -> SourceConfig:
@@ -128,6 +186,11 @@ def default_cache() -> Path:
     return user_cache() / "data"
 
 
+def features_cache(options: DataOptions) -> Path:
+    """Returns the folder of the features that are kept."""
+    return (options.cache or default_cache()) / "features"
+
+
 @dataclass(frozen=True)
 class Features:
     """Features of the n items of one modality that have a label: (n, D) float32 on the host."""
@@ -136,25 +199,8 @@ class Features:
     labels: list[str]
 
 
-def features_of(opened: OpenedModel, source: SourceConfig, modality: Modality, *, progress: bool) -> Features:
-    """Returns the pooled features of the encoder: by the attention pooling, or the mean of the tokens without one."""
-    rows, labels = [torch.empty(0, opened.model.encoder.config.hidden_size)], []
-    packs = opened.packs(source, modality, texts=False)
-    with (
-        torch.no_grad(),
-        progress_bar(desc=f"{modality}s of {source.split}", unit=modality, disable=not progress) as bar,
-    ):
-        for pack in packs:
-            some = [row for row, label in enumerate(pack.labels) if label is not None]
-            if some:
-                rows.append(_pooled(opened.model, pack)[some])
-                labels += [pack.labels[row] for row in some]
-            bar.update(len(pack))
-    return Features(torch.cat(rows), labels)
-
-
-def _pooled(model: UniViTARModel, pack: PackedBatch) -> Tensor:
-    grids = [tuple(grid) for grid in pack.grid_thw.tolist()]
-    lengths = [token_count(grid) for grid in grids]
-    tokens = model.encoder(pack.pixels.to(model.device), grids, frames=pack.frames.tolist())
-    return model.pool(tokens, lengths).float().cpu()
+def labelled_features(items: Items, found: Vectors) -> Features:
+    """Returns the features of the items that have a label."""
+    samples, values, _ = items.with_features(found)
+    some = [row for row, sample in enumerate(samples) if sample.label is not None]
+    return Features(values[some], [samples[row].label for row in some])

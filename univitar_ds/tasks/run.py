@@ -8,25 +8,35 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
-from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
+from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.measure import left_out
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
-from univitar_ds.geometry import Modality
 from univitar_ds.inference.embed_files import ModelOptions
+from univitar_ds.tasks.feature_cache import Vectors, features
+from univitar_ds.tasks.items import Items, read_items
 from univitar_ds.tasks.knn import NEIGHBOURS, knn
 from univitar_ds.tasks.labelled import labelled
 from univitar_ds.tasks.linear import linear
-from univitar_ds.tasks.reading import DataOptions, OpenedModel, features_of, open_model, probe_sources, test_source
+from univitar_ds.tasks.peers import OpenedPeer
+from univitar_ds.tasks.reading import (
+    DataOptions,
+    OpenedModel,
+    features_cache,
+    labelled_features,
+    open_model,
+    probe_sources,
+    test_source,
+)
 from univitar_ds.tasks.templates import IMAGENET, read_templates
 
 FORMAT = 1
 VIDEO_TEMPLATES = ("a video of a {}.",)
-MODALITIES: tuple[Modality, ...] = ("image", "video")
+AnyModel = OpenedModel | OpenedPeer
 _Measured = tuple[list[Figure], list[str]]
 
 
@@ -65,7 +75,7 @@ def run_task(
     }
 
 
-def _zero_shot(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     given = None if options.templates is None else read_templates(options.templates)
     of_images = read_templates(IMAGENET) if given is None else given
     templates = {"image": of_images, "video": list(VIDEO_TEMPLATES) if given is None else given}
@@ -76,7 +86,7 @@ def _zero_shot(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> 
     return _with_texts(opened, data, options, measured)
 
 
-def _retrieval(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+def _retrieval(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     def measured(found: Embeddings, texts: Texts) -> _Measured:
         ranked = retrieval(found, texts)
         if ranked:
@@ -88,36 +98,33 @@ def _retrieval(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> 
 
 
 def _with_texts(
-    opened: OpenedModel, data: DataOptions, options: TaskOptions, measured: Callable[[Embeddings, Texts], _Measured]
+    opened: AnyModel, data: DataOptions, options: TaskOptions, measured: Callable[[Embeddings, Texts], _Measured]
 ) -> _Measured:
     """Measures each modality that the data has by the embeddings of both towers."""
-    model = opened.whole
+    opened.check_texts()
     source = test_source(data)
-
-    def texts(sentences: Sequence[str]) -> Tensor:
-        return embed_texts(model, opened.tokenizer, sentences, opened.model.joint.context_length)
-
+    both, found = _items_of(opened, [source], data, options, texts=True)[0]
     figures: list[Figure] = []
     notes: list[str] = []
-    for modality in MODALITIES:
-        packs = opened.packs(source, modality, texts=True)
-        found = embed(model, packs, modality, progress=options.progress)
-        if len(found):
-            more, said = measured(found, texts)
+    for items in both:
+        embedded = items.embeddings(found, opened.texts)
+        if len(embedded):
+            more, said = measured(embedded, opened.texts)
             figures += more
             notes += said
-        if found.bad:
-            notes.append(f"Some {modality}s were {left_out(found)}.")
-    return figures, notes
+        if embedded.bad:
+            notes.append(f"Some {items.modality}s were {left_out(embedded)}.")
+    return figures, [*notes, *_video_notes(opened, figures)]
 
 
-def _probe(task: str, opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     """Measures each modality that has labels in both splits by features of the encoder."""
     figures: list[Figure] = []
     notes: list[str] = []
-    sources = probe_sources(data)
-    for modality in MODALITIES:
-        train, test = (features_of(opened, source, modality, progress=options.progress) for source in sources)
+    learned, scored = _items_of(opened, probe_sources(data), data, options, texts=False)
+    for of_train, of_test in zip(learned[0], scored[0], strict=True):
+        modality = of_train.modality
+        train, test = labelled_features(of_train, learned[1]), labelled_features(of_test, scored[1])
         if not train.labels and not test.labels:
             continue
         both = labelled(train, test, modality)
@@ -129,4 +136,24 @@ def _probe(task: str, opened: OpenedModel, data: DataOptions, options: TaskOptio
             more, said = linear(both, modality, progress=options.progress)
             figures += more
             notes += said
+    notes += _video_notes(opened, figures)
     return figures, notes or ([] if figures else ["no item has a label."])
+
+
+def _items_of(
+    opened: AnyModel, sources: Sequence[SourceConfig], data: DataOptions, options: TaskOptions, *, texts: bool
+) -> list[tuple[list[Items], Vectors]]:
+    """Returns the items of each source by modality, and their features. All sources are read before any feature is
+    computed, so that one that does not exist costs no time. Args: texts: whether the features are of the joint space.
+    """
+    setup = opened.setup(texts=texts)
+    settings = StorageSettings.of(setup.reading.data)
+    listed = [read_items(source, settings) for source in sources]
+    cache = features_cache(data)
+    found = [features(opened, setup, source, cache, progress=options.progress) for source in sources]
+    return list(zip(listed, found, strict=True))
+
+
+def _video_notes(opened: AnyModel, figures: Sequence[Figure]) -> list[str]:
+    shown = opened.video_note is not None and any(figure.modality == "video" for figure in figures)
+    return [opened.video_note] if shown else []

@@ -1,0 +1,195 @@
+"""Features are computed once: for several tasks, after an interruption, and by any number of processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import datasets
+from tests.support.finished import run_config, write_run
+from tests.support.media import encoded, noise
+from univitar_ds.cli.main import main
+from univitar_ds.inference import embed_files
+from univitar_ds.inference.embed_files import ModelOptions
+from univitar_ds.tasks import feature_cache, reading
+from univitar_ds.tasks.feature_cache import Vectors, features
+from univitar_ds.tasks.reading import DataOptions, open_model
+
+pytest.importorskip("sklearn")
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tried"
+    write_run(folder, run_config())
+    return folder
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    folder = tmp_path / "wds_pets"
+    for split in ("train", "test"):
+        members = []
+        for index in range(COUNT):
+            seed = index + 50 * (split == "test")
+            members += [(f"{index}.png", encoded(noise(28, 42, seed=seed), "PNG")), (f"{index}.cls", str(index % 3))]
+        datasets.write_tar(folder / split / "0.tar", members)
+    datasets.write(folder, {"classnames.txt": "cat\ndog\nhorse\n"})
+    return folder
+
+
+@pytest.fixture
+def packs(monkeypatch) -> list[int]:
+    """The number of items of each pack whose features were computed."""
+    computed: list[int] = []
+    compute = embed_files.compute
+
+    def counted(setup, units, processes, finished):
+        yield from compute(setup, units, processes, lambda count: (computed.append(count), finished(count)))
+
+    monkeypatch.setattr(embed_files, "compute", counted)
+    return computed
+
+
+def measured(capsys, task: str, *arguments: str | Path) -> dict:
+    assert main(["eval", task, *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def of_test(run: Path, pets: Path, cache: Path) -> Vectors:
+    opened = open_model(str(run), ModelOptions(nproc=1, workers=1))
+    source = reading.test_source(DataOptions(str(pets)))
+    return features(opened, opened.setup(texts=False), source, cache, progress=False)
+
+
+def test_a_second_task_computes_nothing_and_gives_what_the_first_would(run, pets, tmp_path, capsys, packs):
+    given = [run, "--data", pets, "--cache", tmp_path / "cache"]
+    first = measured(capsys, "knn", *given)
+    assert sum(packs) == 2 * COUNT
+    assert measured(capsys, "knn", *given)["figures"] == first["figures"]
+    linear = measured(capsys, "linear", *given)
+    assert sum(packs) == 2 * COUNT
+    shutil.rmtree(tmp_path / "cache" / "features")
+    assert measured(capsys, "linear", *given)["figures"] == linear["figures"]
+    assert sum(packs) == 4 * COUNT
+
+
+def test_names_of_classes_are_read_anew(run, pets, tmp_path, capsys, packs):
+    given = [run, "--data", pets, "--cache", tmp_path / "cache"]
+    assert measured(capsys, "zero-shot", *given)["figures"][0]["candidates"] == 3
+    datasets.write(pets, {"classnames.txt": "cat\ndog\ndog\n"})
+    assert measured(capsys, "zero-shot", *given)["figures"][0]["candidates"] == 2
+    assert sum(packs) == COUNT
+
+
+def test_other_data_weights_and_types_are_computed(run, pets, tmp_path, packs):
+    cache = tmp_path / "cache"
+    before = of_test(run, pets, cache)
+    shard = pets / "test" / "0.tar"
+    members = [(f"{index}.png", encoded(noise(28, 42, seed=index), "PNG")) for index in range(COUNT)]
+    members = [part for index, one in enumerate(members) for part in (one, (f"{index}.cls", str(index % 3)))]
+    datasets.write_tar(shard, members)  # as long, and equal at its beginning but for the pixels
+    assert not torch.equal(of_test(run, pets, cache).values, before.values)
+    assert sum(packs) == 2 * COUNT
+    opened = open_model(str(run), ModelOptions(nproc=1, workers=1, dtype=torch.bfloat16))
+    features(opened, opened.setup(texts=False), reading.test_source(DataOptions(str(pets))), cache, progress=False)
+    assert sum(packs) == 3 * COUNT
+    assert len([one for one in cache.iterdir() if one.is_dir()]) == 3
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_call_continues_with_the_first_unfinished_part(run, pets, tmp_path, monkeypatch, packs, caplog):
+    monkeypatch.setattr(feature_cache, "PART_ROWS", 5)
+    cache = tmp_path / "cache"
+    wanted = of_test(run, pets, cache / "whole")
+    del packs[:]
+    finish = embed_files.Destination.finish
+
+    def killed(self, number, part, about):
+        if number == 1:
+            raise Killed
+        finish(self, number, part, about)
+
+    monkeypatch.setattr(embed_files.Destination, "finish", killed)
+    with pytest.raises(Killed):
+        of_test(run, pets, cache / "killed")
+    monkeypatch.setattr(embed_files.Destination, "finish", finish)
+    del packs[:]
+    found = of_test(run, pets, cache / "killed")
+    assert sum(packs) == COUNT - 5
+    assert found.keys == wanted.keys
+    assert torch.equal(found.values, wanted.values)
+
+
+@pytest.mark.parametrize("name", ["features-00000.safetensors", "features.safetensors.index.json", "complete.json"])
+def test_a_damaged_entry_is_computed_again_and_said(run, pets, tmp_path, packs, caplog, name):
+    cache = tmp_path / "cache"
+    wanted = of_test(run, pets, cache)
+    (file,) = cache.glob(f"*/{name}")
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    found = of_test(run, pets, cache)
+    assert torch.equal(found.values, wanted.values)
+    assert sum(packs) == 2 * COUNT
+    assert "are damaged and computed again" in caplog.text
+
+
+def test_files_of_others_are_not_removed(run, pets, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    of_test(run, pets, cache)
+    (part,) = cache.glob("*/features-00000.safetensors")
+    part.write_bytes(b"damaged")
+    (part.parent / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(feature_cache.StorageError, match="other files than this program's"):
+        of_test(run, pets, cache)
+    assert (part.parent / "notes.txt").exists()
+
+
+def test_the_least_recently_used_entries_are_removed(run, pets, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    of_test(run, pets, cache)
+    (first,) = (one for one in cache.iterdir() if one.is_dir())
+    (cache / "mine").mkdir()
+    monkeypatch.setattr(feature_cache, "KEPT_BYTES", 1)
+    opened = open_model(str(run), ModelOptions(nproc=1, workers=1))
+    features(opened, opened.setup(texts=True), reading.test_source(DataOptions(str(pets))), cache, progress=False)
+    assert not first.exists()
+    assert len([one for one in cache.iterdir() if one.is_dir()]) == 2
+
+
+def test_a_split_that_does_not_exist_is_reported_before_features_are_computed(run, pets, tmp_path, capsys, packs):
+    """Also one of a packed folder, whose splits are in its manifest."""
+    packed = tmp_path / "packed"
+    assert main(["data", "pack", str(pets / "test" / "0.tar"), str(packed)]) == 0
+    capsys.readouterr()
+    for data, said in ((pets, "no folder val"), (packed, "has no split 'val'")):
+        given = ["--data", data, "--cache", tmp_path / "c", "--train-data", pets]
+        assert main(["eval", "knn", str(run), *map(str, given), "--split", "val"]) == 2
+        assert said in capsys.readouterr().err
+    assert packs == []
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(run, pets, tmp_path, capsys, monkeypatch):
+    """And the same bits: packs follow from the units of work. One thread each, since its number changes sums."""
+    monkeypatch.setattr(embed_files, "_UNIT_ITEMS_OF_VECTORS", 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results, files = [], []
+    for nproc in ("1", "2"):
+        given = ["--data", pets, "--cache", tmp_path / nproc, "--nproc", nproc, "--workers", "1"]
+        results.append(measured(capsys, "knn", run, *given)["figures"])
+        files.append(sorted(part.read_bytes() for part in (tmp_path / nproc).glob("features/*/*.safetensors")))
+    torch.set_num_threads(threads)
+    assert results[0] == results[1]
+    assert len(files[0]) == 2
+    assert files[0] == files[1]

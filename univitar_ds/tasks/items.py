@@ -1,0 +1,108 @@
+"""The items of a source with their texts and labels, without pixels, and their features beside them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.media.prober import MediaAddress
+from univitar_ds.data.media.types import MediaSize
+from univitar_ds.data.sampler.reader import numbered, read_entries
+from univitar_ds.data.shards.index_cache import shard_samples
+from univitar_ds.data.shards.samples import Sample, SizeRule
+from univitar_ds.data.shards.sources import SourceShard, find_shards, of_modality
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.errors import SampleError
+from univitar_ds.evaluation.embed import Embeddings
+from univitar_ds.evaluation.zero_shot import Texts
+from univitar_ds.geometry import TUBELET, Modality, Resolution
+from univitar_ds.tasks.feature_cache import Vectors
+from univitar_ds.tokenization import caption_id
+
+MODALITIES: tuple[Modality, ...] = ("image", "video")
+
+
+@dataclass(frozen=True)
+class Items:
+    """The samples of one modality that have a caption or a label; `bad` counts others by the kind of their fault."""
+
+    modality: Modality
+    samples: list[Sample]
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def with_features(self, found: Vectors) -> tuple[list[Sample], torch.Tensor, Counter[str]]:
+        """Returns the samples with features, these (n, D), and the numbers of the samples that were left out."""
+        rows: dict[str, deque[int]] = defaultdict(deque)
+        for row, key in enumerate(found.keys):
+            rows[key].append(row)
+        kept = [(sample, rows[sample.name].popleft()) for sample in self.samples if rows[sample.name]]
+        described = {sample.name for sample in self.samples}
+        bad = self.bad + Counter(one.kind for one in found.left_out if one.key in described)
+        return [sample for sample, _ in kept], found.values[[row for _, row in kept]], bad
+
+    def embeddings(self, found: Vectors, texts: Texts | None) -> Embeddings:
+        """Returns the joint embeddings. `texts` embeds the captions; None: those of the items are not needed."""
+        samples, values, bad = self.with_features(found)
+        captions = [sample.caption for sample in samples]
+        vision = F.normalize(values, dim=-1)
+        text = torch.zeros_like(vision)
+        given = dict.fromkeys(caption for caption in captions if caption)
+        if texts is not None and given:
+            vectors = dict(zip(given, texts(list(given)), strict=True))
+            for row, caption in enumerate(captions):
+                if caption:
+                    text[row] = vectors[caption]
+        return Embeddings(
+            vision,
+            text,
+            captions,
+            [caption_id(caption) for caption in captions],
+            [sample.label for sample in samples],
+            [sample.set for sample in samples],
+            [sample.name for sample in samples],
+            self.modality,
+            [sample.other_captions for sample in samples],
+            bad,
+        )
+
+
+@dataclass(frozen=True)
+class _AnySize(SizeRule):
+    """Allows every size, which is not known."""
+
+    def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    def shrinks(self, height: int, width: int, grid: tuple[int, int, int]) -> bool:
+        return False
+
+
+def read_items(source: SourceConfig, settings: StorageSettings) -> list[Items]:
+    """Returns the items of each modality, in the order of the shards, with names of classes and all captions.
+
+    Their sizes are not read. Raises: DataError as `find_shards`, or if a shard cannot be read.
+    """
+    shards = find_shards([source], settings)
+    return [_items(shards, modality) for modality in MODALITIES]
+
+
+def _items(shards: Sequence[SourceShard], modality: Modality) -> Items:
+    rule = _AnySize(modality, Resolution(1, 1), TUBELET, 1, 1 << 62, max_video_s=float("inf"))
+
+    def unknown(media: Sequence[MediaAddress]) -> list[MediaSize | SampleError]:
+        return [MediaSize(modality, 1, 1, 1) for _ in media]
+
+    items = Items(modality, [])
+    for index in of_modality(shards, modality):
+        entries = numbered(shard_samples(shards[index], modality))
+        for _, _, found in read_entries(shards[index], entries, rule, unknown, label_is_enough=True):
+            if isinstance(found, SampleError):
+                items.bad[found.kind] += 1
+            else:
+                items.samples.append(found)
+    return items
