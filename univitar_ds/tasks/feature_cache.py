@@ -38,7 +38,7 @@ from univitar_ds.owned import is_marked, mark, remove
 from univitar_ds.regular_files import read_bytes
 
 FORMAT = 1
-PART_ROWS = 4096
+PART_ROWS = 512
 """Items of a part: a call that was killed computes at most so many again."""
 KEPT_BYTES = 20 << 30
 KIND = "features"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.storage.base import StorageSettings
@@ -38,6 +38,7 @@ FORMAT = 1
 VIDEO_TEMPLATES = ("a video of a {}.",)
 AnyModel = OpenedModel | OpenedPeer
 _Measured = tuple[list[Figure], list[str]]
+_Needs = Literal["label", "caption"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Me
     def measured(found: Embeddings, texts: Texts) -> _Measured:
         return zero_shot(found, templates[found.modality], texts)
 
-    return _with_texts(opened, data, options, measured)
+    return _with_texts(opened, data, options, "label", measured)
 
 
 def _retrieval(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
@@ -94,16 +95,20 @@ def _retrieval(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Me
         lacking = "all captions are the same" if found.captioned else "no item has a caption"
         return [], [f"Retrieval of {found.modality}s: {lacking}."]
 
-    return _with_texts(opened, data, options, measured)
+    return _with_texts(opened, data, options, "caption", measured)
 
 
 def _with_texts(
-    opened: AnyModel, data: DataOptions, options: TaskOptions, measured: Callable[[Embeddings, Texts], _Measured]
+    opened: AnyModel,
+    data: DataOptions,
+    options: TaskOptions,
+    needs: _Needs,
+    measured: Callable[[Embeddings, Texts], _Measured],
 ) -> _Measured:
     """Measures each modality that the data has by the embeddings of both towers."""
     opened.check_texts()
     source = test_source(data)
-    both, found = _items_of(opened, [source], data, options, texts=True)[0]
+    both, found = _items_of(opened, [source], data, options, needs)[0]
     figures: list[Figure] = []
     notes: list[str] = []
     for items in both:
@@ -121,13 +126,17 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
     """Measures each modality that has labels in both splits by features of the encoder."""
     figures: list[Figure] = []
     notes: list[str] = []
-    learned, scored = _items_of(opened, probe_sources(data), data, options, texts=False)
+    learned, scored = _items_of(opened, probe_sources(data), data, options, "label", texts=False)
     for of_train, of_test in zip(learned[0], scored[0], strict=True):
         modality = of_train.modality
         train, test = labelled_features(of_train, learned[1]), labelled_features(of_test, scored[1])
         if not train.labels and not test.labels:
             continue
-        both = labelled(train, test, modality)
+        try:
+            both = labelled(train, test, modality)
+        except DataError as error:  # the other modality may be measured
+            notes.append(f"{error}.")
+            continue
         if both.unknown:
             notes.append(f"{both.unknown} {modality}s have a label that the training split lacks, and are left out.")
         if task == "knn":
@@ -141,14 +150,27 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
 
 
 def _items_of(
-    opened: AnyModel, sources: Sequence[SourceConfig], data: DataOptions, options: TaskOptions, *, texts: bool
+    opened: AnyModel,
+    sources: Sequence[SourceConfig],
+    data: DataOptions,
+    options: TaskOptions,
+    needs: _Needs,
+    *,
+    texts: bool = True,
 ) -> list[tuple[list[Items], Vectors]]:
-    """Returns the items of each source by modality, and their features. All sources are read before any feature is
-    computed, so that one that does not exist costs no time. Args: texts: whether the features are of the joint space.
+    """Returns the items of each source by modality, and their features.
+
+    All sources are read before any feature is computed, so that one that cannot be used costs no time.
+    Args: needs: what an item must have to be measured; texts: whether the features are of the joint space.
+    Raises: DataError if no item of a source has it.
     """
     setup = opened.setup(texts=texts)
     settings = StorageSettings.of(setup.reading.data)
     listed = [read_items(source, settings) for source in sources]
+    for source, some in zip(sources, listed, strict=True):
+        if not any(getattr(sample, needs) for items in some for sample in items.samples):
+            split = f", split {source.split}" if source.split else ""
+            raise DataError(f"no item has a {needs} in {source.path}{split}; name other data or another split")
     cache = features_cache(data)
     found = [features(opened, setup, source, cache, progress=options.progress) for source in sources]
     return list(zip(listed, found, strict=True))

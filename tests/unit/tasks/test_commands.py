@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support import datasets
 from tests.support.finished import run_config, write_run
-from tests.support.media import encoded, noise
+from tests.support.media import encoded, noise, video
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
 
@@ -118,6 +119,17 @@ def test_data_without_labels_or_captions_is_an_error(run, tmp_path, capsys):
     datasets.write_tar(tmp_path / "0.tar", members)
     assert main(["eval", "zero-shot", str(run), "--data", str(tmp_path / "0.tar")]) == 2
     assert "no item has a label" in capsys.readouterr().err
+
+
+def test_a_modality_that_a_split_lacks_is_a_note_beside_the_other_ones_results(run, pets, tmp_path, capsys):
+    members = [("clip.mp4", video([np.asarray(noise(28, 42, seed=seed)) for seed in range(4)])), ("clip.cls", "cat")]
+    for number, name in enumerate(CLASSES):
+        members += [(f"{number}.png", encoded(noise(28, 42, seed=number), "PNG")), (f"{number}.cls", name)]
+    datasets.write_tar(tmp_path / "0.tar", members)
+    given = ["--data", pets, "--train-data", tmp_path / "0.tar", "--cache", tmp_path]
+    result = measured(capsys, "knn", run, *given)
+    assert {figure["modality"] for figure in result["figures"]} == {"image"}
+    assert "only the label 'cat'" in result["notes"][0]
 
 
 def _captioned(index: int) -> list[tuple[str, bytes | str]]:
