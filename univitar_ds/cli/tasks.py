@@ -34,7 +34,7 @@ CLIP_benchmark's templates say otherwise; videos take "a video of a {}.".
         """
   univitar-ds eval zero-shot runs/photos --data imagenet/val --class-names imagenet_names.txt
   univitar-ds eval zero-shot runs/photos --data wds_cifar10 --json > cifar10.json
-  univitar-ds eval zero-shot openai/clip-vit-base-patch16 --data wds_cifar10 --nproc 2""",
+  univitar-ds eval zero-shot google/siglip-base-patch16-224 --data wds_cifar10 --nproc 2""",
     ),
     "retrieval": (
         "image-text and video-text retrieval",

@@ -127,7 +127,8 @@ def _batch(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _loaded(folder: Path, loader: str, dtype: torch.dtype | None) -> nn.Module:
     with working_imports("transformers"):
         import transformers
-    kind: Any = getattr(transformers, loader)
+
+        kind: Any = getattr(transformers, loader)  # imported now
     try:
         with quiet():
             model, info = kind.from_pretrained(

@@ -94,7 +94,7 @@ class PeerSetup:
     reading: PeerReading
     kind: Kind = "pooled"
 
-    def open(self, rank: int) -> PeerModel:
+    def load(self, rank: int) -> PeerModel:
         """Opens the model on the GPU `rank`, or on the CPU. Raises: CheckpointError as `PeerModel`."""
         device = device_of(rank)
         if device.type == "cuda":
@@ -103,7 +103,7 @@ class PeerSetup:
 
     def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
         """Yields the features of the units, as `inference.workers.AnySetup`."""
-        model = self.open(rank)
+        model = self.load(rank)
 
         def features(pack: Pixels) -> Sequence[Tensor]:
             images = list(_frames_of(pack))

@@ -78,7 +78,7 @@ def features(
     Args: setup: how they are computed; cache: folder of the entries.
     Raises: DataError or CheckpointError as `inference.workers.compute`; StorageError if the cache cannot be written.
     """
-    # Texts and labels are read anew, so that all tasks share an entry.
+    # Texts and labels are read each time, so that all tasks share an entry.
     plain = source.model_copy(update={"class_names": None, "captions": "one"})
     places = find_shards([plain], StorageSettings.of(setup.reading.data))
     setup = replace(setup, reading=for_places(setup.reading, places))

@@ -77,7 +77,7 @@ class OpenedPeer:
 
     @cached_property
     def _built(self) -> PeerModel:
-        return self.found.open(0)
+        return self.found.load(0)
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """Returns the embeddings of sentences, (n, E) unit vectors float32 on the host."""

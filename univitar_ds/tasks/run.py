@@ -132,6 +132,9 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
         train, test = labelled_features(of_train, learned[1]), labelled_features(of_test, scored[1])
         if not train.labels and not test.labels:
             continue
+        if not test.labels:
+            notes.append(f"No {modality} of the test split has a label, so that {modality}s are not measured.")
+            continue
         try:
             both = labelled(train, test, modality)
         except DataError as error:  # the other modality may be measured
