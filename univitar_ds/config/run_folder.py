@@ -32,7 +32,7 @@ CHECKPOINT_FILES: Names = {
     r"\.tmp[0-9A-Za-z]{6}": None,  # partial files of safetensors
 }
 CHECKPOINT_ROOT: Names = {
-    r"latest|\.tmp-latest": None,
+    r"(latest|best)|\.tmp-(latest|best)": None,
     r"step-\d{8,}": CHECKPOINT_FILES,
     r"\.tmp-(gone-)?step-\d{8,}": CHECKPOINT_FILES,
 }

@@ -15,6 +15,10 @@ from univitar_ds.regular_files import read_utf8
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
+"""Text: the name of the evaluated checkpoint with the best result, if the run evaluates while it trains."""
+_POINTER = 256
+"""Characters of a pointer that are read."""
 _READ_BYTES = 4 << 20
 """Bytes that are read and hashed at once. Hashing releases Python's lock, so other threads run meanwhile."""
 
@@ -32,12 +36,20 @@ def complete(root: Path) -> list[Path]:
 
 def latest(root: Path) -> Path | None:
     """Returns the folder that `latest` names, or the newest complete one if it is missing; None if there is none."""
-    if (root / LATEST).is_file():
-        name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if re.fullmatch(r"step-\d{8,}", name) and (root / name).is_dir():
-            return root / name
+    name = named_in(root / LATEST)
+    if name is not None and (root / name).is_dir():
+        return root / name
     folders = complete(root)
     return folders[-1] if folders else None
+
+
+def named_in(pointer: Path) -> str | None:
+    """Returns the name of a checkpoint in the file `latest` or `best`; None without the file, or for any other text."""
+    if not pointer.is_file():
+        return None
+    with pointer.open(encoding="utf-8", errors="replace") as file:
+        name = file.read(_POINTER).strip()
+    return name if re.fullmatch(r"step-\d{8,}", name) else None
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:

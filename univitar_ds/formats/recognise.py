@@ -102,7 +102,7 @@ def local_folder(source: str | Path, settings: StorageSettings = LOCAL) -> Path:
     Raises: CheckpointError if the source cannot be found or copied.
     """
     text = str(source)
-    if Path(source).is_dir():
+    if Path(source).is_dir() or run_format.recognises(Path(source)):
         return Path(source)
     if Path(source).exists():
         raise CheckpointError(f"{source} is a file; name the folder of a model")

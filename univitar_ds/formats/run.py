@@ -32,15 +32,20 @@ Weights = Literal["trained", "averaged"]
 
 
 def recognises(folder: Path) -> bool:
-    """Returns whether the folder is that of a run, or a checkpoint in one."""
+    """Returns whether the folder is that of a run, or a checkpoint in one, or `checkpoints/best` in one."""
+    if _is_best(folder):
+        return True
     own = (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
     return own or ((folder / checkpoint_dir.MANIFEST).is_file() and (_run_of(folder) / CONFIG).is_file())
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Returns the folders of the run and of the checkpoint. Args: path: folder of a run or of a checkpoint.
+    """Returns the folders of the run and of the checkpoint.
 
-    Raises: CheckpointError if `path` is neither, or the run has no complete checkpoint."""
+    Args: path: folder of a run or of a checkpoint, or the file `checkpoints/best` of a run.
+    Raises: CheckpointError if `path` is none of them, or the run has no complete checkpoint."""
+    if _is_best(path):
+        return _run_of(path), _best_checkpoint(path)
     if (path / CONFIG).is_file():
         checkpoint = last_checkpoint(path)
         if checkpoint is None:
@@ -52,6 +57,23 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     raise CheckpointError(
         f"{path} is neither a run's folder (with {CONFIG}) nor a checkpoint in one ({CHECKPOINTS}/step-*); name one"
     )
+
+
+def _is_best(path: Path) -> bool:
+    own = path.name == checkpoint_dir.BEST and path.absolute().parent.name == CHECKPOINTS
+    return own and is_regular(path) and (_run_of(path) / CONFIG).is_file()
+
+
+def _best_checkpoint(pointer: Path) -> Path:
+    """Returns the folder of the checkpoint that `checkpoints/best` names, copied from S3 if it is there."""
+    name = checkpoint_dir.named_in(pointer)
+    store = store_of(load_config(_run_of(pointer) / CONFIG))
+    if name is not None and store is not None:
+        return store.copied(name)
+    if name is None or not (pointer.parent / name / checkpoint_dir.MANIFEST).is_file():
+        found = "no checkpoint" if name is None else f"{name}, which is not there"
+        raise CheckpointError(f"{pointer} names {found}; name another checkpoint of {pointer.parent}")
+    return pointer.parent / name
 
 
 def last_checkpoint(run: Path) -> Path | None:

@@ -149,6 +149,35 @@ def test_the_name_of_the_newest_checkpoint_does_not_leave_its_folder(trained, tm
     assert open_stored(run).path == run / "checkpoints" / "step-00000007"
 
 
+def test_the_best_checkpoint_is_opened_by_the_file_that_names_it(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    best = run / "checkpoints" / "best"
+    shutil.copytree(run / "checkpoints" / "step-00000007", run / "checkpoints" / "step-00000003")
+    best.write_text("step-00000003\n")
+    assert open_stored(run).path.name == "step-00000007"
+    assert open_stored(best).path == run / "checkpoints" / "step-00000003"
+    assert recognised(best) == "run"
+    assert run_format.find_checkpoint(best) == (run, run / "checkpoints" / "step-00000003")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("step-00000005", "step-00000005, which is not there"),
+        ("../../other/checkpoints/step-00000007", "no checkpoint"),
+        ("", "no checkpoint"),
+        ("\xff" * 100_000, "no checkpoint"),
+    ],
+    ids=["gone", "elsewhere", "empty", "long"],
+)
+def test_a_file_of_the_best_checkpoint_that_names_none_is_a_sentence(trained, tmp_path, name, said):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.copytree(trained[0], tmp_path / "other")
+    (run / "checkpoints" / "best").write_bytes(name.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=rf"best names {said}; name another checkpoint of .*checkpoints"):
+        open_stored(run / "checkpoints" / "best")
+
+
 def test_files_are_closed_when_much_of_them_was_read(trained, monkeypatch):
     opened = []
     monkeypatch.setattr(elastic, "safe_open", lambda *arguments: opened.append(arguments) or safe_open(*arguments))

@@ -1,7 +1,7 @@
 """Reads the checkpoints of a run that are on S3, which `training.checkpoint.s3_folder` writes.
 
     s3://bucket/prefix/<run>/step-00000200/{files of the ranks, manifest.json}     complete: has a manifest
-    s3://bucket/prefix/<run>/latest                                                text: the name of a complete one
+    s3://bucket/prefix/<run>/latest, .../best                                      text: the name of a complete one
 
 Files are copied to this machine before they are read, and compared with the manifest.
 """

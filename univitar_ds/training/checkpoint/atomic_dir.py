@@ -1,7 +1,7 @@
 """A folder of files from many ranks that appears atomically.
 
     checkpoints/step-00000200/{files of the ranks, manifest.json}      complete: created only by a rename
-    checkpoints/latest                                                 text: the name of a complete folder
+    checkpoints/latest, checkpoints/best                               text: the name of a complete folder
     checkpoints/.tmp-*                                                 being written, or left by a crash
 
 `manifest.json` has the size and sha256 of every other file. If a process is killed at any time, the complete folders
@@ -24,13 +24,22 @@ from typing import Any
 from univitar_ds.atomic_write import move_into_place, sync
 from univitar_ds.config.run_folder import CHECKPOINT_FILES
 from univitar_ds.errors import CheckpointError, StorageError, writing
-from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, complete, part_faults, read_manifest, step_of
+from univitar_ds.formats.checkpoint_dir import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    complete,
+    named_in,
+    part_faults,
+    read_manifest,
+    step_of,
+)
 from univitar_ds.owned import clear, foreign, remove
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
 
 TEMPORARY = ".tmp-"
-_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|(gone-)?step-\d{{8,}})")
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|{BEST}|(gone-)?step-\d{{8,}})")
 
 
 class LocalFolder(Target):
@@ -88,6 +97,9 @@ class LocalFolder(Target):
             still_ours(self._root.parent)
             _publish(self._root, self._temporary, self.folder, manifest_of(entries))
             folders = {step_of(folder.name): folder for folder in complete(self._root)}
+            best = folders.get(self._retention.best)
+            if best is not None and named_in(self._root / BEST) != best.name:  # before the earlier one is removed
+                _point(self._root, BEST, best)
             for step in self._retention.outdated(folders):
                 if step != self._step:
                     _remove(folders[step])
@@ -105,10 +117,15 @@ def _publish(root: Path, temporary: Path, target: Path, files: dict[str, Any]) -
     if target.exists() and not _remove(target):  # complete, but not in `latest`
         raise CheckpointError(f"{target} contains files that are not part of a checkpoint; move them and resume")
     move_into_place(temporary, target, durable=True)
-    pointer = root / f"{TEMPORARY}{LATEST}"
+    _point(root, LATEST, target)
+
+
+def _point(root: Path, name: str, target: Path) -> None:
+    """Writes the name of a complete folder into the file `name`."""
+    pointer = root / f"{TEMPORARY}{name}"
     pointer.unlink(missing_ok=True)
     pointer.write_text(target.name + "\n", encoding="utf-8")
-    move_into_place(pointer, root / LATEST, durable=True)
+    move_into_place(pointer, root / name, durable=True)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:

@@ -55,15 +55,17 @@ class Content(NamedTuple):
 
 
 class Retention(NamedTuple):
-    """Which checkpoints are kept: the newest `last`, and all whose step is a multiple of `every_steps`."""
+    """Which checkpoints are kept: the newest `last`, all whose step is a multiple of `every_steps`, and that of step
+    `best`."""
 
     last: int
     every_steps: int | None = None
+    best: int | None = None
 
     def outdated(self, steps: Iterable[int]) -> list[int]:
         """Returns the steps of the checkpoints that are not kept. Args: steps: of all checkpoints."""
         older = sorted(steps)[: -self.last]
-        return [step for step in older if self.every_steps is None or step % self.every_steps]
+        return [step for step in older if step != self.best and (self.every_steps is None or step % self.every_steps)]
 
 
 class AbandonedError(Exception):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.run_folder import CHECKPOINT_FILES, CHECKPOINTS
-from univitar_ds.data.storage.s3_upload import holds, put_content, put_if, remove
+from univitar_ds.data.storage.s3_upload import holds, put_bytes, put_content, put_if, remove
 from univitar_ds.errors import CheckpointError, DataError, StorageError, writing
 from univitar_ds.formats.checkpoint.store import CheckpointStore
-from univitar_ds.formats.checkpoint_dir import LATEST, MANIFEST, step_of
+from univitar_ds.formats.checkpoint_dir import BEST, LATEST, MANIFEST, named_in, step_of
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
 
@@ -79,6 +79,10 @@ class S3Folder(Target):
             put_if(self._storage, self._url(LATEST), f"{self._name}\n".encode(), self._latest)
             replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # job scripts resume if it exists
             names = {step_of(name): name for name in self._store.complete()}
+            best = names.get(self._retention.best)
+            if best is not None and named_in(self._run / CHECKPOINTS / BEST) != best:
+                put_bytes(self._storage, self._url(BEST), f"{best}\n".encode())
+                replace_text(self._run / CHECKPOINTS / BEST, f"{best}\n")
             for step in self._retention.outdated(names):
                 if step != self._step:
                     self._remove(names[step])

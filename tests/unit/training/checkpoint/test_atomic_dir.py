@@ -37,6 +37,21 @@ def save(root: Path, step: int, keep: int = 2, target: type[LocalFolder] = Local
     return place.folder
 
 
+def test_the_best_one_stays_and_is_named_whatever_comes_after_it(tmp_path):
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
+        save_now(saving(LocalFolder(tmp_path, step, Retention(1, best=best)), two(str(step)), ALONE), ALONE)
+        names = {folder.name for folder in checkpoint_dir.complete(tmp_path)}
+        assert names == {f"step-{kept:08d}" for kept in {step, best or step}}
+        assert checkpoint_dir.named_in(tmp_path / "best") == (None if best is None else f"step-{best:08d}")
+        assert checkpoint_dir.latest(tmp_path).name == f"step-{step:08d}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", "step-00000005", "step-00000006"]
+
+
+def test_a_best_one_that_is_not_there_any_more_is_not_named(tmp_path):
+    save_now(saving(LocalFolder(tmp_path, 3, Retention(1, best=2)), two("3"), ALONE), ALONE)
+    assert not (tmp_path / "best").exists()
+
+
 def assert_whole(folder: Path, step: int) -> None:
     manifest = checkpoint_dir.read_manifest(folder)
     assert sorted(manifest) == ["rank00000.json", "rank00000.safetensors"]

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.finished import run_config
 from tests.support.s3 import BUCKET, faulty, first_of, s3_server, some_of
+from univitar_ds.config.load import dump_config
 from univitar_ds.data.storage import retry
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import CheckpointError, StorageError
-from univitar_ds.formats.checkpoint.store import CheckpointStore
+from univitar_ds.formats.checkpoint.store import CheckpointStore, store_of
 from univitar_ds.formats.checkpoint_dir import read_manifest, verify
+from univitar_ds.formats.run import find_checkpoint
 from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving
 from univitar_ds.training.checkpoint.s3_folder import S3Folder
 from univitar_ds.training.distributed.process_group import World
@@ -106,6 +109,21 @@ def test_only_those_of_the_retention_stay_and_a_manifest_goes_first(server, run)
     assert key(store, "step-00000002/notes.txt") in kept
     assert key(store, "step-00000002-copy/manifest.json") in kept
     assert not [name for name in kept if "step-00000001/" in name]
+
+
+def test_the_best_one_stays_and_is_found_by_its_name_in_the_folder_of_the_run(server, run):
+    place = f"s3://{BUCKET}/best{next(numbers)}"
+    data = {"sources": [{"path": "nowhere"}], "s3": {"endpoint_url": server.url}}
+    config = run_config(data=data, checkpoint={"folder": place})
+    dump_config(config, run / "config.yaml")
+    store = store_of(config)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2)):
+        save(run, store, step, Retention(1, best=best))
+    assert store.complete() == ["step-00000002", "step-00000004"]
+    assert server.get(key(store, "best")) == b"step-00000002\n"
+    found, checkpoint = find_checkpoint(run / "checkpoints" / "best")
+    assert (found, checkpoint.name) == (run, "step-00000002")
+    verify(checkpoint, read_manifest(checkpoint))
 
 
 def test_faults_of_the_store_change_nothing(server, run):
