@@ -1,6 +1,7 @@
 """`slurm/train.sbatch` on a real Slurm of two nodes: which ends of a job lead to another start, what a run loses."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.distributed import run_distributed
+from tests.support.finished import run_config, write_run
+from tests.support.processes import marked
+from tests.support.progress import wait_until
 from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from tests.support.slurm import ROOT, Cluster, cluster, missing
@@ -23,6 +27,7 @@ pytestmark = [
 ]
 TRAIN = ROOT / "slurm" / "train.sbatch"
 PREFLIGHT = ROOT / "slurm" / "preflight.sbatch"
+EVALUATIONS = ROOT / "slurm" / "eval_array.sbatch"
 THIRTY_STEPS = ["data.lanes=2", "stages.0.samples=270", "stages.1.samples=30"]
 """The stage transition, which saves too, comes after all that the tests do to a run."""
 STEPS_OF_A_START = 2
@@ -303,3 +308,37 @@ def test_the_preflight_names_the_slow_node_and_what_the_run_would_refuse(slurm, 
     assert "2 ranks on 2 nodes (1 on each), all connected" in said
     assert "all-reduce" in said
     assert set(tmp_path.iterdir()) == before
+
+
+def test_an_array_of_two_jobs_measures_two_checkpoints_and_collects_a_table(slurm, tmp_path):
+    shards = write_demo_shards(tmp_path / "shards", images=16, videos=8, shards=1)
+    models = [tmp_path / name for name in ("one", "two")]
+    for model in models:
+        write_run(model, run_config(shards))
+    (tmp_path / "models.txt").write_text("".join(f"{model}\n" for model in models))
+    (tmp_path / "tasks.txt").write_text(f"zero-shot --data '{shards}' --split test\n")
+    options = ("--array=0-1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", f"--output={tmp_path}/%a.log")
+    files = {name: str(tmp_path / f"{name.lower()}.txt") for name in ("MODELS", "TASKS")}
+    number = slurm.submit(EVALUATIONS, *options, OUT=str(tmp_path / "out"), PYTHON=sys.executable, **files)
+
+    def states() -> list[str]:
+        return re.findall(r"JobState=(\S+)", slurm.run("scontrol", "show", "job", "-o", number))
+
+    def heartbeat() -> tuple:
+        return *states(), *(path.stat().st_size for path in tmp_path.glob("*.log"))
+
+    wait_until(
+        lambda: all(ended({"JobState": state}) for state in states()),
+        f"array {number}",
+        of=lambda: marked(f"SLURM_ARRAY_JOB_ID={number}"),
+        heartbeat=heartbeat,
+    )
+    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+    assert states() == ["COMPLETED"] * 2, logs
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+    table = (tmp_path / "out" / "table.md").read_text()
+    heads = next(line for line in table.splitlines() if line.startswith("| data"))
+    assert [cell.strip() for cell in heads.strip("|").split("|")][-2:] == ["one", "two"]
+    rows = [line for line in table.splitlines() if "zero-shot of images" in line]
+    assert len(rows) == 2
+    assert not any("| - |" in " ".join(row.split()) for row in rows)

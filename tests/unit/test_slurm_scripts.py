@@ -5,6 +5,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,64 @@ def test_a_conversion_passes_its_arguments_on_and_its_code_back(job):
     code, said, _ = job("convert.sbatch", "--to", "hf", SRC="", DST="out")
     assert code != 0
     assert "SRC: a run, an export" in said
+
+
+SRUN_OF_EVALUATIONS = """
+while [ "$1" != univitar_ds ]; do shift; done
+shift
+if [ "$2" = table ]; then exec "$REAL" -m univitar_ds "$@"; fi
+for word in "$@"; do printf '<%s>' "$word"; done >> "$FOLDER/calls"; echo >> "$FOLDER/calls"
+echo "{\\"model\\": \\"$3\\", \\"data\\": \\"$5\\", \\"figures\\": [{\\"task\\": \\"$2\\", \\"measure\\": \\"top-1\\","
+echo "\\"modality\\": \\"image\\", \\"value\\": 0.5, \\"chance\\": 0.1, \\"n\\": 8, \\"candidates\\": 10}]}"
+[ "$3" != "$BROKEN" ]
+"""
+
+
+def test_an_array_measures_each_pair_once_whatever_its_number_of_jobs_and_collects_a_table(job, tmp_path):
+    (tmp_path / "models.txt").write_text("# two models\nruns/a\nruns/b c  \n\n")
+    (tmp_path / "tasks.txt").write_text("zero-shot --data pets\nknn --data 'my cars' --split test\n")
+    for name, body in (("srun", SRUN_OF_EVALUATIONS), ("sleep", SLEEP)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "out"
+    names = {"MODELS": str(tmp_path / "models.txt"), "TASKS": str(tmp_path / "tasks.txt"), "OUT": str(out)}
+    array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0", "REAL": sys.executable}
+
+    def of_array(number: int, **more: str):
+        return job("eval_array.sbatch", **names, **array, SLURM_ARRAY_TASK_ID=str(number), **more)
+
+    code, said, _ = of_array(1, BROKEN="runs/b c")
+    assert code != 0
+    assert "of: eval zero-shot runs/b c --data pets" in said
+    assert not list(out.iterdir()), "nothing is left of a pair that failed"
+    for number in (0, 1, 2):
+        code, said, _ = of_array(number)
+        assert code == 0, said
+    code, said, _ = of_array(0)
+    assert "is there" in said
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(calls[1:]) == sorted(
+        f"<eval><{task}><{model}><--data>{data}<--json>"
+        for model in ("runs/a", "runs/b c")
+        for task, data in (("zero-shot", "<pets>"), ("knn", "<my cars><--split><test>"))
+    )
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in said.splitlines() if row.startswith("|")]
+    assert rows[0][-2:] == ["a", "b c"]
+    assert {(row[0], row[1], *row[-2:]) for row in rows[2:]} == {
+        ("pets", "zero-shot of images", "50.0 %", "50.0 %"),
+        ("my cars", "knn of images", "50.0 %", "50.0 %"),
+    }
+    assert (out / "table.md").read_text().strip() in said
+    assert len((out / "table.csv").read_text().splitlines()) == 5
+
+
+def test_an_array_without_models_is_a_sentence(job, tmp_path):
+    (tmp_path / "models.txt").write_text("# none\n")
+    (tmp_path / "tasks.txt").write_text("zero-shot --data pets\n")
+    names = {name: str(tmp_path / f"{name.lower()}.txt") for name in ("MODELS", "TASKS")}
+    code, said, _ = job("eval_array.sbatch", OUT=str(tmp_path / "out"), **names)
+    assert code == 2
+    assert "has 0 models and" in said
 
 
 def test_the_scripts_have_no_faults_of_syntax():

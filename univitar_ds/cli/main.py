@@ -14,6 +14,7 @@ from univitar_ds.cli.config import add_config
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
 from univitar_ds.cli.doctor import add_doctor
+from univitar_ds.cli.eval_table import TABLE, add_table
 from univitar_ds.cli.inference import add_inference
 from univitar_ds.cli.init import add_init
 from univitar_ds.cli.plan import add_plan
@@ -85,7 +86,7 @@ def _failed(error: UserError) -> int:
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses arguments with overrides both before and after options, which argparse alone rejects."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["eval"] and words[1:2] and words[1] in TASKS:  # a folder of this name is ./NAME
+    if words[:1] == ["eval"] and words[1:2] and words[1] in (*TASKS, TABLE):  # a folder of this name is ./NAME
         words[:2] = [" ".join(words[:2])]
     parsed, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
@@ -134,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_after_training(commands)
     add_convert(commands)
     add_tasks(commands)
+    add_table(commands)
     add_inference(commands)
     _add_demo(commands)
     return parser
@@ -193,7 +195,9 @@ def _add_after_training(commands) -> None:
         "--data SOURCE; a run whose folder has the name of a task is ./NAME.\n"
         "An evaluation that cannot measure anything is an error.",
     )
-    evaluate.add_argument("folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument(
+        "folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints, or RUN/checkpoints/best"
+    )
     evaluate.add_argument("--out", type=expand, metavar="FILE", help="file for the results (JSON), instead of RUN")
     add_weights(evaluate)
     add_overrides(evaluate, "dotted keys of the run file, such as evaluation.sources.0.path=data/other")

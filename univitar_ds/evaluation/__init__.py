@@ -1,3 +1,13 @@
 """Evaluation of an encoder: zero-shot classification and retrieval, or the accuracy of a head, on held-out sources."""
 
-__all__ = ["embed", "measure", "report", "results", "retrieval", "run", "scores", "zero_shot"]
+__all__ = [
+    "collected",
+    "embed",
+    "measure",
+    "report",
+    "results",
+    "retrieval",
+    "run",
+    "scores",
+    "zero_shot",
+]

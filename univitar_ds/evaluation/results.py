@@ -41,6 +41,12 @@ class _Evaluation(_Shape):
     notes: list[_Text]
 
 
+class _Result(_Shape):
+    model: _Text | None = None
+    checkpoint: _Text | None = None
+    figures: list[_Figure]
+
+
 class _Summary(_Shape):
     seconds: dict[str, _Number] | None = None
     last: dict[str, Any] | None = None
@@ -58,6 +64,18 @@ def read_evaluation(run: Path) -> dict[str, Any]:
 def read_summary(run: Path) -> dict[str, Any]:
     """Returns the content of summary.json; empty if there is none yet. Raises: as `read_evaluation`."""
     return _read(run / SUMMARY, _Summary, "remove it, or resume the run, which writes it")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Returns the content of a file of results: of `eval TASK --json` or `eval RUN --out`.
+
+    Raises: UserError if there is no such file or it is damaged; CheckpointError if it is a pipe or a device.
+    """
+    if not is_regular(path):
+        raise UserError(
+            f"there is no file {path}; name a file that `univitar-ds eval` has written, or a folder of them"
+        )
+    return _read(path, _Result, "measure it again, or remove it")
 
 
 def whole(text: str) -> int:
