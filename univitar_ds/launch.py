@@ -159,7 +159,12 @@ def _train_and_finish(run: Path, stop: Stop, lock: RunLock) -> int:
             logger.info("%s", line)
     from univitar_ds.training.loop import train as train_rank  # imports DeepSpeed
 
-    completed = train_rank(config, run, world, stop)
+    evaluate = None
+    if config.evaluation.every_samples:
+        from univitar_ds.evaluation.during_training import DuringTraining
+
+        evaluate = DuringTraining(config, run, world)
+    completed = train_rank(config, run, world, stop, evaluate)
     stop_world()
     if world.is_main:
         if completed:

@@ -52,7 +52,7 @@ def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
     return check_config({**content, **changes}, "the test")
 
 
-class _Untrained:
+class Untrained:
     """The attributes of an engine that `save_checkpoint` uses, for an untrained model."""
 
     def __init__(self, model: ContrastiveModel | ClassificationModel) -> None:
@@ -85,5 +85,5 @@ def write_run(folder: Path, config: RunConfig) -> ContrastiveModel | Classificat
         special = special_ids(tokenizer)
         model = build_contrastive(config.model, **special.of_text_model, seed=5)
     state = {"fingerprint": config_fingerprint(config), "config": config.model_dump(mode="json")}
-    save_checkpoint(_Untrained(model), folder / "checkpoints", 7, state, {}, keep=1)
+    save_checkpoint(Untrained(model), folder / "checkpoints", 7, state, {}, keep=1)
     return model.eval()

@@ -146,9 +146,19 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Settings of the evaluation on held-out data after training."""
+    """Settings of the evaluation on held-out data, after training and while it runs."""
 
     sources: list[SourceConfig] = Field(default_factory=list, description="empty: no evaluation")
+    every_samples: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="training samples between two evaluations during training, on all ranks; null or 0: only after "
+        "training",
+    )
+    best: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description="figure by which checkpoints/best is chosen among the evaluated ones, as it is called in "
+        "metrics.jsonl, such as eval/zero-shot_top-1_image; null: the mean top-1 accuracy, without one the mean R@1",
+    )
     token_budget: Positive = Field(
         8192, description="maximum number of tokens in a pack of the evaluation; limits memory, changes no result"
     )
@@ -173,15 +183,12 @@ class TrackerConfig(Section):
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = Field(
         "univitar", description="project that the run belongs to; it is created if it does not exist"
     )
-    """Project that the run belongs to; it is created if it does not exist."""
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="name of the run in the tracker; absent: the run's name"
     )
-    """Name of the run in the tracker."""
     group: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="group of runs that are compared, such as the seeds of an experiment"
     )
-    """Group of runs that the tracker shows together."""
 
 
 class WandbConfig(TrackerConfig):
@@ -190,17 +197,13 @@ class WandbConfig(TrackerConfig):
     entity: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="user or team that owns the project; absent: the default of the account"
     )
-    """User or team that owns the project."""
     mode: Literal["online", "offline"] = Field(
         "online", description="offline: files only, which `wandb sync` uploads later"
     )
-    """Whether metrics are uploaded during the run, or only written to files."""
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
         default_factory=list, description="labels of the run"
     )
-    """Labels of the run to filter by."""
     notes: str | None = Field(None, description="description of the run")
-    """Description of the run."""
 
 
 class LoggingConfig(Section):
@@ -218,7 +221,6 @@ class LoggingConfig(Section):
     profile: ProfileConfig | None = Field(
         None, description="trace steps with PyTorch's profiler, for Perfetto, into profile/; absent: none"
     )
-    """Steps that are traced."""
     memory_history: bool = Field(
         False,
         description="record the Python stack of every allocation on a GPU, for the snapshot of a GPU that runs out of "
@@ -227,11 +229,9 @@ class LoggingConfig(Section):
     wandb: WandbConfig | None = Field(
         None, description="log to Weights & Biases too (extra `wandb`); {}: with all defaults; absent: no"
     )
-    """Weights & Biases; absent: not used."""
     trackio: TrackerConfig | None = Field(
         None, description="log to Trackio on this machine too (extra `trackio`); {}: with all defaults; absent: no"
     )
-    """Trackio; absent: not used."""
 
 
 class RunConfig(Section):
@@ -266,7 +266,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW or Muon; the learning rate is stages.N.lr")
     guard: GuardConfig = Field(GuardConfig(), description="handling of steps with a bad loss or gradient")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="interval and number of checkpoints")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out data, evaluated after training")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out data, and when it is evaluated")
     logging: LoggingConfig = Field(LoggingConfig(), description="metrics, TensorBoard, MFU")
     watchdog: WatchdogConfig = Field(WatchdogConfig(), description="limits after which a run counts as hung")
 

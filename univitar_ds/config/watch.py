@@ -25,7 +25,7 @@ class WatchdogConfig(Section):
         "3 steps, which compile",
     )
     checkpoint_s: Seconds = Field(3600.0, description="limit of saving a checkpoint, in seconds")
-    evaluation_s: Seconds = Field(86400.0, description="limit of the evaluation after training, in seconds")
+    evaluation_s: Seconds = Field(86400.0, description="limit of an evaluation during or after training, in seconds")
     max_stalls: Annotated[int, Field(ge=1)] = Field(
         3,
         description="times that a run may hang without a new checkpoint in between; one more ends it with exit "

@@ -2,6 +2,7 @@
 
 __all__ = [
     "collected",
+    "during_training",
     "embed",
     "measure",
     "report",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ from univitar_ds.model.classification import ClassificationModel, class_logits
 from univitar_ds.screen import progress_bar
 
 
+@dataclass(frozen=True)
+class Hits:
+    """How a model has classified items: by data set, `truth` (n,) is the class of each item within its set, and `among`
+    (len(KS), n) the probability that it is among the first k. `left` counts the items that were left out."""
+
+    truth: dict[str | None, Tensor]
+    among: dict[str | None, Tensor]
+    left: Counter[str]
+
+
 def measure_classes(
     model: ClassificationModel, classes: ClassList, packs: Iterable[PackedBatch], modality: Modality, *, progress: bool
 ) -> tuple[list[Figure], list[str]]:
@@ -26,8 +37,20 @@ def measure_classes(
     An item competes with the classes of its set, as in training; `chance` is that of a random order of them. A k of at
     least the number of classes is left out. Items without a label that the run has learned are counted in a note.
     """
-    device = next(model.parameters()).device
-    hits: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
+    return class_figures(class_hits([model], classes, packs, modality, progress=progress)[0], classes, modality)
+
+
+def class_hits(
+    models: Sequence[ClassificationModel],
+    classes: ClassList,
+    packs: Iterable[PackedBatch],
+    modality: Modality,
+    *,
+    progress: bool,
+) -> list[Hits]:
+    """Classifies all packs by each of several models of one shape on one device. Returns the hits of each model."""
+    device = next(models[0].parameters()).device
+    hits: list[dict[str | None, list[tuple[Tensor, Tensor]]]] = [{} for _ in models]
     left: Counter[str] = Counter()
     with progress_bar(desc=f"classifying {modality}s", unit=modality, disable=not progress) as bar:
         for pack in packs:
@@ -36,15 +59,30 @@ def measure_classes(
             rows = [classes.row(name, label) for name, label in zip(pack.sets, pack.labels, strict=True)]
             left["without a label that the run has learned"] += rows.count(None)
             if any(row is not None for row in rows):
-                logits = class_logits(model, pack.pixels.to(device), pack.frames, pack.grid_thw).cpu()
-                for name in dict.fromkeys(pack.sets):
-                    some = [at for at, row in enumerate(rows) if row is not None and pack.sets[at] == name]
-                    if some:
-                        hits.setdefault(name, []).append(_hits(logits[some], [rows[at] for at in some], classes, name))
+                pixels = pack.pixels.to(device)
+                for model, found in zip(models, hits, strict=True):
+                    logits = class_logits(model, pixels, pack.frames, pack.grid_thw).cpu()
+                    for name in dict.fromkeys(pack.sets):
+                        some = [at for at, row in enumerate(rows) if row is not None and pack.sets[at] == name]
+                        if some:
+                            own = _hits(logits[some], [rows[at] for at in some], classes, name)
+                            found.setdefault(name, []).append(own)
             bar.update(len(pack))
-    found = [name for name in classes.names if name in hits]
-    figures = [one for name in found for one in _figures(hits[name], len(classes.names[name]), name, modality)]
-    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()) if count)
+    return [
+        Hits(
+            {name: torch.cat([one for one, _ in parts]) for name, parts in found.items()},
+            {name: torch.cat([one for _, one in parts], dim=1) for name, parts in found.items()},
+            left,
+        )
+        for found in hits
+    ]
+
+
+def class_figures(hits: Hits, classes: ClassList, modality: Modality) -> tuple[list[Figure], list[str]]:
+    """Returns the figures of `hits`, and notes, as `measure_classes`."""
+    found = [name for name in classes.names if name in hits.truth]
+    figures = [one for name in found for one in _figures(hits, len(classes.names[name]), name, modality)]
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(hits.left.items()) if count)
     return figures, [f"Some {modality}s were left out: {counted}; {VERIFY_HINT}."] if counted else []
 
 
@@ -56,7 +94,6 @@ def _hits(logits: Tensor, rows: list[int], classes: ClassList, name: str | None)
     return truth, torch.stack([hit_at(k, *counts) for k in KS])
 
 
-def _figures(parts: list[tuple[Tensor, Tensor]], among: int, name: str | None, modality: Modality) -> list[Figure]:
-    truth, table = torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts], dim=1)
-    hits = dict(zip(KS, table, strict=True))
-    return accuracies(truth, hits, "classification", modality, among, name)
+def _figures(hits: Hits, among: int, name: str | None, modality: Modality) -> list[Figure]:
+    by_k = dict(zip(KS, hits.among[name], strict=True))
+    return accuracies(hits.truth[name], by_k, "classification", modality, among, name)

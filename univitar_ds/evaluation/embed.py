@@ -55,9 +55,19 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
 
     Returns: Embeddings, with n = 0 if there are no items.
     """
-    device = next(model.parameters()).device
-    width = model.vision_proj.out_features
-    vision, text = [torch.empty(0, width)], [torch.empty(0, width)]
+    return embed_by_each([model], packs, modality, progress=progress)[0]
+
+
+def embed_by_each(
+    models: Sequence[ContrastiveModel], packs: Iterable[PackedBatch], modality: Modality, *, progress: bool
+) -> list[Embeddings]:
+    """Embeds all packs by each of several models of one shape on one device, so that the packs are decoded once.
+
+    Returns: the Embeddings of each model, as `embed`.
+    """
+    device = next(models[0].parameters()).device
+    width = models[0].vision_proj.out_features
+    vision, text = ([[torch.empty(0, width)] for _ in models] for _ in range(2))
     captions, caption_ids, labels, sets, keys, others = [], [], [], [], [], []
     bad: Counter[str] = Counter()
     with torch.no_grad(), progress_bar(desc=f"embedding {modality}s", unit=modality, disable=not progress) as bar:
@@ -67,8 +77,10 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
             bad.update(pack.filtered)
             if not len(pack):  # bad samples at the end of the data
                 continue
-            vision.append(model.encode_vision(pack.pixels.to(device), pack.frames, pack.grid_thw).float().cpu())
-            text.append(_texts(model, pack, width, device))
+            pixels = pack.pixels.to(device)
+            for model, of_items, of_texts in zip(models, vision, text, strict=True):
+                of_items.append(model.encode_vision(pixels, pack.frames, pack.grid_thw).float().cpu())
+                of_texts.append(_texts(model, pack, width, device))
             captions += pack.captions
             caption_ids += pack.caption_ids.tolist()
             labels += pack.labels
@@ -76,8 +88,11 @@ def embed(model: ContrastiveModel, packs: Iterable[PackedBatch], modality: Modal
             keys += pack.keys
             others += pack.other_captions or [()] * len(pack)
             bar.update(len(pack))
-    both = torch.cat(vision), torch.cat(text)
-    return Embeddings(*both, captions, caption_ids, labels, sets, keys, modality, others, bad)
+    about = captions, caption_ids, labels, sets, keys, modality, others, bad
+    return [
+        Embeddings(torch.cat(of_items), torch.cat(of_texts), *about)
+        for of_items, of_texts in zip(vision, text, strict=True)
+    ]
 
 
 def _texts(model: ContrastiveModel, pack: PackedBatch, width: int, device: torch.device) -> Tensor:

@@ -156,7 +156,7 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
     sheets: list[_Sheet] = []
     evaluated: list[Embeddings] = []
     for modality in MODALITIES:
-        stage = _last_stage(trained.config, modality)
+        stage = last_stage(trained.config, modality)
         if stage is None:
             continue
         if trained.classes is not None:
@@ -208,7 +208,7 @@ def _unmet(shards: Sequence[SourceShard], evaluated: Sequence[Embeddings]) -> li
     return [(modality, counts[modality]) for modality in others if counts[modality]]
 
 
-def _last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
+def last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
     """Returns the last stage that trains on this modality; None if no stage does."""
     return next((stage for stage in reversed(config.stages) if modality in stage_modalities(stage)), None)
 

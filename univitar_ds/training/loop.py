@@ -50,6 +50,7 @@ from univitar_ds.training.engine.optim import trained_parts
 from univitar_ds.training.logging.metrics import exchange_with_times, local_metrics, memory_gb, part_norms
 from univitar_ds.training.logging.run_logs import RunLogs
 from univitar_ds.training.logging.writers import SKIPPED
+from univitar_ds.training.mid_evaluation import Evaluate, MidEvaluation
 from univitar_ds.training.step.classification import classification_step
 from univitar_ds.training.step.counts import StepCounts, numbers_of, over_ranks, own_counts
 from univitar_ds.training.step.curriculum import Progress, advance, distills_later, lr_at, modality_at, weight_at
@@ -76,23 +77,30 @@ from univitar_ds.training.watch.watching import watching
 logger = logging.getLogger(__name__)
 
 
-def train(cfg: RunConfig, run: Path, world: World, stop: Stop = NEVER) -> bool:
+def train(
+    cfg: RunConfig,
+    run: Path,
+    world: World,
+    stop: Stop = NEVER,
+    evaluate: Evaluate | None = None,
+) -> bool:
     """Trains a run to its end, from the last checkpoint if the run has one. Every rank of `world` calls it.
 
     Args: run: the run's folder, which contains deepspeed.json and tokenizer.json and gets all output. stop: if a rank
-    is asked to stop, all ranks save and end after the same step.
+    is asked to stop, all ranks save and end after the same step. evaluate: evaluates the weights while the run trains;
+    None: no evaluation, whatever `evaluation.every_samples` says.
     Returns: whether all stages are done and no rank was asked to stop; the same on all ranks.
     Raises: UserError on all ranks if an error ends the run early. After an error of one rank the others may end within
     seconds without raising, see `alarm`.
     """
     with ending_together(world), watching(cfg, run, world) as clock:
-        return _train(cfg, run, world, stop, clock)
+        return _train(cfg, run, world, stop, clock, evaluate)
 
 
-def _train(cfg: RunConfig, run: Path, world: World, stop: Stop, clock: StepClock) -> bool:
+def _train(cfg: RunConfig, run: Path, world: World, stop: Stop, clock: StepClock, evaluate: Evaluate | None) -> bool:
     set_deterministic(cfg.deterministic)
     load_on_all_ranks(cfg.plugins, world)
-    trainer = _Trainer(cfg, run, world, stop, clock)
+    trainer = _Trainer(cfg, run, world, stop, clock, evaluate)
     with closed_after(trainer.close):
         trainer.start()
         with stop.deferred(), enough_memory(trainer.memory_remedy), trainer.saves.settled():
@@ -152,7 +160,9 @@ def closed_after(close: Callable[[], None]) -> Iterator[None]:
 class _Trainer:
     """One process of a run: trains the stages, logs, saves, and rolls back after a bad step."""
 
-    def __init__(self, cfg: RunConfig, run: Path, world: World, stop: Stop, clock: StepClock) -> None:
+    def __init__(
+        self, cfg: RunConfig, run: Path, world: World, stop: Stop, clock: StepClock, evaluate: Evaluate | None
+    ) -> None:
         self.cfg, self.run, self.world, self.clock = cfg, run, world, clock
         self.slow_ranks = SlowRanks()
         self.times: dict[str, float] = {}
@@ -166,6 +176,7 @@ class _Trainer:
         self.classes = ClassList.read(run / CLASSES) if cfg.objective.classifies else None
         self.logs = RunLogs(cfg, run, world)
         self.callbacks = Callbacks(world)
+        self.evaluation = MidEvaluation(cfg, world, evaluate, self.logs, clock, stop)
         self.engine, self.state = build_training(cfg, run, world)
         startup.phase("measuring the processor's peak FLOP/s")
         self.cost = cost_coefficients(self.engine.module.vision.config)
@@ -256,6 +267,7 @@ class _Trainer:
         self.engine.module.vision.checkpoint_every = recomputation_of(self.cfg, stage, self.engine)
         wanted = self.cfg.objective.grad_cache_keep if self.classes is None else 1
         self.kept = KeptPacks(wanted, len(self.lanes), self.world)
+        self._evaluate()  # an evaluation that a stop request has interrupted
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
@@ -291,10 +303,15 @@ class _Trainer:
                 release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
                 del batches  # frees the shared slots for the batches of the next step
                 self.clock.end_step()
-                if self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
+                best = self._evaluate()  # before the step is saved, so that a resumed run does not repeat it
+                if best or self.state.progress.step % self.cfg.checkpoint.every_steps == 0:
                     self._save()
         if not self.state.progress.finished(self.cfg.stages):
             self._stage_transition()
+
+    def _evaluate(self) -> bool:
+        """Evaluates the weights if that is due. Returns whether the result is the best so far."""
+        return self.evaluation.due(self.state) and self.evaluation.run(self.engine, self.state, self._note)
 
     def _stage_transition(self) -> None:
         """Saves a checkpoint and continues with the next stage. If the next stage trains other parts, the engine is
@@ -587,7 +604,8 @@ class _Trainer:
             content["plugins"] = [plugin.described() for plugin in plugins.active()]
         self.engine.agree()
         cursors = {lane: state.cursors[lane].to_json() for lane in self.lanes}
-        retention = Retention(self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_every_steps)
+        best = state.best_evaluation.get("step")
+        retention = Retention(self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_every_steps, best)
         target: Target = (
             LocalFolder(self.run / CHECKPOINTS, state.progress.step, retention)
             if self.store is None

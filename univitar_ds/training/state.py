@@ -28,9 +28,14 @@ class State:
     began: dict[str, int] = field(default_factory=dict)
     """The parts that the stage trains, with the number of updates before each part was first trained."""
     history: History = field(default_factory=History)
+    evaluated: int = 0
+    """Training samples at the last evaluation."""
+    best_evaluation: dict[str, Any] = field(default_factory=dict)
+    """The evaluation with the best result: `step`, `figure` and `value`; empty without one."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Begins of stages, skipped updates, rollbacks and slow ranks. `step` is the step after which a stage began, whose
-    update was skipped, to which a rollback returned, or after which a rank was found to be slow."""
+    """Begins of stages, skipped updates, rollbacks, slow ranks and failed evaluations. `step` is the step after which a
+    stage began, whose update was skipped, to which a rollback returned, or after which a rank was found to be slow or
+    an evaluation failed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields except the cursors, which each rank saves separately."""
@@ -43,6 +48,8 @@ class State:
             "began": self.began,
             "history": self.history.to_dict(),
             "events": self.events,
+            "evaluated": self.evaluated,
+            "best_evaluation": self.best_evaluation,
         }
 
     @classmethod
@@ -58,6 +65,8 @@ class State:
             content["seconds"],
             content["began"],
             History.from_dict(content["history"]),
+            content.get("evaluated", 0),  # absent in checkpoints of earlier versions
+            content.get("best_evaluation", {}),
             content["events"],
         )
 

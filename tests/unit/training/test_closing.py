@@ -10,7 +10,7 @@ import torch
 from tests.support.runs import small_config
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig
 from univitar_ds.config.run_folder import METRICS
-from univitar_ds.config.schema import CheckpointConfig, LoggingConfig
+from univitar_ds.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig
 from univitar_ds.config.watch import WatchdogConfig
 from univitar_ds.errors import CheckpointError, DataError, StorageError
 from univitar_ds.training import loop
@@ -113,6 +113,7 @@ def parts(monkeypatch):
         data=SimpleNamespace(lanes=1, log_samples=True),
         objective=ObjectiveConfig(),
         checkpoint=CheckpointConfig(),
+        evaluation=EvaluationConfig(),
         logging=LoggingConfig(tensorboard=False),
         model=ModelConfig(),
         watchdog=WatchdogConfig(enabled=False),

@@ -193,9 +193,12 @@ def _optimizer(config: RunConfig) -> UnusedKeys:
 def _evaluation(config: RunConfig) -> UnusedKeys:
     evaluation = config.evaluation
     if not evaluation.sources:
-        names = ("token_budget", "image_templates", "video_templates")
+        names = ("token_budget", "every_samples", "best", "image_templates", "video_templates")
         yield from _because(_given("evaluation", evaluation, *names), "evaluation.sources is empty")
         return
+    if not evaluation.every_samples:
+        why = "without evaluation.every_samples, only the last checkpoint is evaluated"
+        yield from _because(_given("evaluation", evaluation, "best"), why)
     if config.objective.classifies:
         names = ("image_templates", "video_templates")
         yield from _because(_given("evaluation", evaluation, *names), "a classifier is not evaluated zero-shot")

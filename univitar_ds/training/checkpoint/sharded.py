@@ -90,13 +90,13 @@ def copied_state(
     own = {
         f"{piece.name}/{kind}": tensor
         for piece in pieces
-        if _writes(piece, world)
+        if writes(piece, world)
         for kind, tensor in piece.tensors.items()
     }
     tensors = staging.copy(own) if own else memoryview(b"")
     parts = []
     if world.is_main:
-        parts.append(Part(BUFFERS, save(_buffers(engine.module))))
+        parts.append(Part(BUFFERS, save(persistent_buffers(engine.module))))
         sliced = any(piece.slice is not None for piece in pieces)
         content = {
             "format": SLICED if sliced else FORMAT,
@@ -134,8 +134,8 @@ def _node() -> int:
     return zlib.crc32(json.dumps(this_machine(), sort_keys=True).encode())
 
 
-def _writes(piece: ParamShard, world: World) -> bool:
-    """Whether this rank writes a piece. Only rank 0 writes a frozen parameter that every rank has in full."""
+def writes(piece: ParamShard, world: World) -> bool:
+    """Whether a checkpoint has a piece from this rank. Only rank 0 writes a frozen parameter that all ranks have."""
     shared = FROZEN in piece.tensors and piece.length == math.prod(piece.shape)
     return piece.written and piece.length > 0 and not (shared and world.rank)
 
@@ -147,7 +147,7 @@ def _share(pieces: Sequence[ParamShard], world: World, cursors: dict[int, dict[s
     kinds: list[dict[str, str]] = []
     written = []
     for number, piece in enumerate(pieces):
-        if _writes(piece, world):
+        if writes(piece, world):
             own = {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in piece.tensors.items()}
             if own not in kinds:
                 kinds.append(own)
@@ -179,7 +179,7 @@ def _merged(
     return {"pieces": dict(zip(shapes, entries, strict=True)), "cursors": cursors}
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Returns copies of the persistent buffers on the CPU, by name."""
     state = module.state_dict(keep_vars=True)
     return {
@@ -255,7 +255,7 @@ def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) 
 
     Raises: CheckpointError that lists missing, unexpected, misshapen and differently frozen parameters."""
     pieces = {piece.name: piece for piece in engine.pieces()}
-    buffers = {name: tuple(b.shape) for name, b in _buffers(engine.module).items()}
+    buffers = {name: tuple(b.shape) for name, b in persistent_buffers(engine.module).items()}
     saved_buffers = {name: tuple(b.shape) for name, b in reader.buffers().items()}
     ours = {name: piece.shape for name, piece in pieces.items()} | buffers
     theirs = reader.shapes | saved_buffers

@@ -33,6 +33,8 @@ SLICE = timedelta(seconds=10)
 DEVICES = Path("/dev")
 _calls = itertools.count()
 """Number of calls of `rank_zero_first`, the same on all ranks: each call has its own keys in the store."""
+_waits = itertools.count()
+"""Number of calls of `wait_for_all`, as `_calls`."""
 
 
 class PeerFailure(UserError):
@@ -268,6 +270,25 @@ def all_ranks_or_none(
             raise failure
         rank = next(r for r, message in enumerate(messages) if message is not None)
         raise PeerFailure(f"rank {rank} ended the run: {messages[rank]}")
+
+
+def wait_for_all(world: World) -> None:
+    """Waits until all ranks of the run have called it, for as long as that takes.
+
+    The ranks wait at the store of the process group, since a collective must begin within the group's timeout.
+    Raises: UserError if rank 0 has ended."""
+    if world.size == 1:
+        return
+    store = dist.PrefixStore(f"wait_for_all/{next(_waits)}", dist.distributed_c10d._get_default_store())
+    if store.add("here", 1) == world.size:
+        store.set("all", "")
+    while True:
+        try:
+            return store.wait(["all"], SLICE)
+        except dist.DistNetworkError as error:
+            raise UserError("rank 0 has ended while others waited for it; see its output") from error
+        except dist.DistStoreError:
+            continue  # not yet
 
 
 def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta = FIRST_TIMEOUT) -> None:

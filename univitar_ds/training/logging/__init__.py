@@ -1,3 +1,3 @@
 """Logs of a run during training: metrics, events, keys of samples, images."""
 
-__all__ = ["metrics", "run_logs", "trackers", "writers"]
+__all__ = ["board", "metrics", "run_logs", "trackers", "writers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -24,6 +25,8 @@ GROUPS = (
     ("schedule", r"lr|.+_weight|logit_(scale|bias)|stage_index|rollbacks|skipped_updates"),
 )
 """Groups of metrics with a pattern of their names."""
+EVALUATED, OF_TRAINED = "eval", "eval/trained"
+"""Groups of figures: of the weights that are exported, and of the trained ones where those are an average."""
 RESTING = (0.0, 1.0)
 """A curve that has only one of these values, such as a number of bad samples of 0, is not drawn."""
 
@@ -43,15 +46,15 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def results(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def results(figures: Sequence[Mapping[str, Any]], group: str = EVALUATED) -> dict[str, float]:
     """Returns the figures of evaluation.json by their names in the group `eval`, such as `eval/zero-shot_top-1_image`.
 
-    Args: figures: as `Figure.to_dict` returns them."""
+    Args: figures: as `Figure.to_dict` returns them; group: beginning of the names."""
     named = {}
     for figure in figures:
         words = [figure["task"], figure["measure"], figure["modality"], figure.get("set") or ""]
         name = "_".join(re.sub(r"[^\w@.-]+", "-", word).strip("-") for word in words if word)
-        named[f"eval/{name}"] = float(figure["value"])
+        named[f"{group}/{name}"] = float(figure["value"])
     return named
 
 
@@ -122,14 +125,14 @@ def _moving(metrics: Path, step: int) -> set[str]:
 
 
 def _ends(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the first and the last line of a file of JSON lines; only those that are whole."""
+    """Yields the first and the last line of steps in a file of JSON lines; only those that are whole."""
     if not path.is_file():
         return
     with path.open("rb") as file:
-        ends = [file.readline()]
+        ends = list(itertools.islice(filter(_is_of_step, file), 1))
         size = file.seek(0, 2)
         file.seek(max(0, size - (1 << 16)))
-        ends.append((file.read().rstrip(b"\n").rpartition(b"\n")[2]) + b"\n")
+        ends += list(filter(_is_of_step, file.read().splitlines(keepends=True)))[-1:]
     for end in ends:
         try:
             line = json.loads(end)
@@ -137,6 +140,11 @@ def _ends(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict):
             yield line
+
+
+def _is_of_step(line: bytes) -> bool:
+    """Whether a line is one of a step, and not one of an evaluation."""
+    return f'"{EVALUATED}/'.encode() not in line
 
 
 def _quiet() -> None:

@@ -60,6 +60,10 @@ class Pace:
         self._marks.append((self._clock(), progress.step, progress.samples))
         self._progress = progress
 
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a time without steps, such as an evaluation, out of speed and estimates."""
+        self._marks = deque(((at + seconds, *rest) for at, *rest in self._marks), self._marks.maxlen)
+
     def outlook(self) -> Outlook:
         stage = self._progress.stage
         done, total = sum(self._lengths[:stage]) + self._progress.samples_in_stage, sum(self._lengths)

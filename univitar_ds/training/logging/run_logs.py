@@ -104,6 +104,16 @@ class RunLogs:
         if self._metrics is not None:
             self._write(lambda: self._metrics.write(line))
 
+    def write_evaluation(self, line: dict[str, Any], text: str) -> None:
+        """Writes the figures of an evaluation. Args: text: what the log says of it."""
+        if self._metrics is not None:
+            self._write(lambda: self._metrics.write_evaluation(line, text))
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a time that was no training out of the shown speed and of the estimated end."""
+        if self._metrics is not None:
+            self._metrics.leave_out(seconds)
+
     def draws(self, step: int, modality: Modality) -> bool:
         """Returns whether a pack of this step should be drawn."""
         return self._schedule is not None and self._schedule.due(step, modality)

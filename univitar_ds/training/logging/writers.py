@@ -19,7 +19,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.errors import writing
 from univitar_ds.screen import has_terminal
-from univitar_ds.training.logging.board import Board, code_block, numbers, results
+from univitar_ds.training.logging.board import EVALUATED, Board, code_block, numbers, results
 from univitar_ds.training.logging.progress import Pace, ProgressLine, steps_text
 from univitar_ds.training.logging.trackers import open_trackers, without_credentials
 from univitar_ds.training.step.curriculum import Progress
@@ -45,6 +45,7 @@ class MetricLog:
         """Whether no step was done since the files were opened."""
         with ExitStack() as opened:
             self._file = _open_after(run / METRICS, progress.step)
+            self._evaluated = _last_evaluated(run / METRICS)
             opened.callback(self._file.close)
             self._board = None
             if cfg.logging.tensorboard:
@@ -87,6 +88,24 @@ class MetricLog:
             mfu_text(line),
             *(line[name] for name in ("fill_pct", "data_wait_pct")),
         )
+
+    def write_evaluation(self, line: dict[str, Any], text: str) -> None:
+        """Writes the figures of an evaluation to metrics.jsonl, TensorBoard and trackers, and `text` to the log.
+
+        An evaluation that was repeated after a resume is in metrics.jsonl already."""
+        if line["step"] != self._evaluated:
+            append_line(self._file, line)
+            self._evaluated = line["step"]
+        values = {name: value for name, value in line.items() if name.startswith(f"{EVALUATED}/")}
+        if self._board is not None:
+            self._board.points(values, line["step"])
+        for tracker in self._trackers:
+            tracker.log(values, line["step"])
+        logger.info("%s", text)
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a time that was no training out of the estimates."""
+        self._pace.leave_out(seconds)
 
     def mark(self, event: dict[str, Any]) -> None:
         """Writes an event as text to TensorBoard, and to the log."""
@@ -171,6 +190,9 @@ def event_text(event: dict[str, Any]) -> str:
     if event["event"] == "skipped":
         named = [f"not finite: {', '.join(event['not_finite'])}"] if "not_finite" in event else []
         return "; ".join([f"step {event['step']}: {event['reason']}", "this update is skipped", *named])
+    if event["event"] == "evaluation_failed":
+        rank, reason = event["rank"], event["reason"].removesuffix(".")
+        return f"step {event['step']}: rank {rank} could not evaluate: {reason}; the training continues"
     if event["event"] == "slow_rank":
         return (
             f"step {event['step']}: rank {event['rank']} on {event['host']} slows the others down, mostly by "
@@ -181,7 +203,7 @@ def event_text(event: dict[str, Any]) -> str:
 
 
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
-    """Writes events.jsonl: stages that began, skipped updates, rollbacks and slow ranks, one per line."""
+    """Writes events.jsonl: stages that began, skipped updates, rollbacks, slow ranks and failed evaluations."""
     replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
 
 
@@ -190,6 +212,15 @@ def _open_after(path: Path, step: int) -> TextIO:
     if path.exists():
         os.truncate(path, _end_of(path, step))
     return path.open("a", encoding="utf-8")
+
+
+def _last_evaluated(path: Path) -> int | None:
+    """Returns the step of the last line if that is one of an evaluation, which comes after the line of its step."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - BLOCK))
+        last = file.read().rstrip(b"\n").rpartition(b"\n")[2] + b"\n"
+    return int(_step_of(last)) if f'"{EVALUATED}/'.encode() in last and _step_of(last) < float("inf") else None
 
 
 def _end_of(path: Path, step: int) -> int:

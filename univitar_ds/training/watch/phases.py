@@ -28,7 +28,8 @@ OTHER = "other"
 PHASES = (DATA, FORWARD, BACKWARD, OPTIMIZER, COLLECTIVES, OTHER)
 
 START, FIRST_STEPS, STEP, CHECKPOINT, EVALUATION = "start", "first steps", "step", "checkpoint", "evaluation"
-"""Sections of a run, which the watchdog gives different limits."""
+MID_EVALUATION = "evaluation during training"
+"""Sections of a run, which the watchdog gives different limits. EVALUATION is the one after training."""
 SETTLING = 3
 """Steps after a start that count as first steps: kernels are compiled, memory is reserved, caches are cold."""
 REMEMBERED = 64
@@ -247,7 +248,7 @@ def phase(name: str, call: str = "") -> Iterator[None]:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Marks the body as a section of a run that is no step: CHECKPOINT or EVALUATION."""
+    """Marks the body as a section of a run that is no step: CHECKPOINT, EVALUATION or MID_EVALUATION."""
     if not _active:
         yield
         return

@@ -36,13 +36,14 @@ from univitar_ds.run_lock import release_all, still_ours
 from univitar_ds.training.distributed.preemption import say
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch.flight_recorder import write_collectives
-from univitar_ds.training.watch.phases import CHECKPOINT, EVALUATION, SETTLING, STEP, StepClock
+from univitar_ds.training.watch.phases import CHECKPOINT, EVALUATION, MID_EVALUATION, SETTLING, STEP, StepClock
 from univitar_ds.training.watch.whereabouts import Whereabouts, described
 
 STALLED = 86
 """Exit code of a run that its watchdog has ended. A new start continues the run from its last checkpoint."""
 GIVEN_UP = 1
-"""Exit code if the run has hung too often without a new checkpoint in between, or in its evaluation."""
+"""Exit code if the run has hung too often without a new checkpoint in between, or in its evaluation after
+training."""
 LOOK_S = 5.0
 """Seconds between two looks of a rank at its own section and at the store."""
 ANSWER_S = 20.0
@@ -78,7 +79,7 @@ def limit_s(cfg: WatchdogConfig, section: str, durations: list[float]) -> float:
     """Returns the limit of a section in seconds. Args: durations: of the last steps since a start."""
     if section == CHECKPOINT:
         return cfg.checkpoint_s
-    if section == EVALUATION:
+    if section in (EVALUATION, MID_EVALUATION):
         return cfg.evaluation_s
     if section != STEP or len(durations) < SETTLING:
         return cfg.first_step_s

@@ -79,6 +79,15 @@ def test_a_curve_that_has_moved_before_a_resume_continues_though_it_rests_since(
     assert "data/bad_samples" not in board.Tags()["scalars"]
 
 
+def test_a_line_of_an_evaluation_is_none_of_a_step(tmp_path):
+    evaluated = {"step": 2, "samples_seen": 9, "eval/zero-shot_top-1_image": 0.5}
+    written(tmp_path, [line(1, rollbacks=0), line(2, rollbacks=1)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(evaluated) + "\n")
+    written(tmp_path, [line(3, rollbacks=1)], step=2)
+    assert curve(board_of(tmp_path), "schedule/rollbacks") == [(1, 0), (2, 1), (3, 1)]
+
+
 def test_a_value_that_is_not_a_number_is_drawn(tmp_path):
     written(tmp_path, [line(1, loss_image=float("nan")), line(2, loss_image=float("nan"))])
     assert len(curve(board_of(tmp_path), "loss/loss_image")) == 2

@@ -75,3 +75,16 @@ def test_the_line_names_stage_step_percent_time_loss_speed_and_mfu():
     line.note({"mfu_pct": 41.7})
     assert line.text(1, 57, 3.0, outlook).endswith("9.9 samples/s | mfu 42 %")
     assert ProgressLine(stages(10)).text(0, 1, 3.0, outlook).startswith("s0 | step 1 of")
+
+
+def test_a_time_without_steps_is_left_out():
+    now = [0.0]
+    plan, progress = stages(100), Progress()
+    pace = Pace(plan, progress, clock=lambda: now[0])
+    for seconds in (50.0, 2.0, 2.0):
+        now[0] += seconds
+        progress = advance(progress, plan, samples=10, tokens=10, bad_samples=0)
+        pace.add(progress)
+        now[0] += 1000.0
+        pace.leave_out(1000.0)
+    assert (pace.outlook().samples_per_s, pace.outlook().remaining_s) == (5.0, 14.0)

@@ -9,7 +9,16 @@ from univitar_ds.config.run_folder import STACKS
 from univitar_ds.config.watch import WatchdogConfig
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch import flight_recorder, watchdog
-from univitar_ds.training.watch.phases import CHECKPOINT, EVALUATION, FIRST_STEPS, SETTLING, START, STEP, StepClock
+from univitar_ds.training.watch.phases import (
+    CHECKPOINT,
+    EVALUATION,
+    FIRST_STEPS,
+    MID_EVALUATION,
+    SETTLING,
+    START,
+    STEP,
+    StepClock,
+)
 from univitar_ds.training.watch.watchdog import AGAIN, GIVEN_UP, MAX_FACTOR_S, STALLED, STALLS, limit_s
 
 CFG = WatchdogConfig()
@@ -23,6 +32,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
         (FIRST_STEPS, CFG.first_step_s),
         (CHECKPOINT, CFG.checkpoint_s),
         (EVALUATION, CFG.evaluation_s),
+        (MID_EVALUATION, CFG.evaluation_s),
     ],
 )
 def test_a_section_that_is_no_step_has_a_limit_of_its_own(section, limit):
@@ -77,6 +87,11 @@ def test_an_evaluation_that_hangs_is_not_started_again(tmp_path, monkeypatch, ca
     assert not (tmp_path / STACKS / AGAIN).exists()
     assert f"univitar-ds eval {tmp_path}" in capfd.readouterr().err
     assert "in stalled" in (tmp_path / STACKS / "rank00000.txt").read_text()
+
+
+def test_a_run_whose_evaluation_hangs_during_training_continues_from_its_checkpoint(tmp_path, monkeypatch, capfd):
+    assert stalled(tmp_path, monkeypatch, section=MID_EVALUATION) == STALLED
+    assert "the evaluation during training has taken more than" in capfd.readouterr().err
 
 
 def test_a_run_that_does_not_hang_leaves_nothing_in_its_folder(tmp_path):
