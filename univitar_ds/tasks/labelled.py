@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from univitar_ds.tasks.reading import Features
 
 KS = (1, 5)
 """Values of k for which top-k accuracy is computed."""
+HELD_OUT = 0.2
+"""Share of the training items on which the strength or the rate of a probe is chosen."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,8 @@ class Labelled:
 
 
 def labelled(train: Features, test: Features, kind: str) -> Labelled:
-    """Raises: DataError if there are fewer than two classes, or no test item of one. Args: kind: of the items."""
-    classes = sorted(set(train.labels))
-    if len(classes) < 2:
-        found = f"only the label {classes[0]!r}" if classes else "no label"
-        raise DataError(
-            f"the {kind}s of the training split have {found}; a probe needs at least two: name other items by "
-            "--train-split or --train-data"
-        )
+    """Raises: DataError as `class_names`, or if no test item is of a class. Args: kind: of the items."""
+    classes = class_names(train.labels, kind)
     index_of = {label: index for index, label in enumerate(classes)}
     known = [row for row, label in enumerate(test.labels) if label in index_of]
     if not known:
@@ -62,3 +59,31 @@ def labelled(train: Features, test: Features, kind: str) -> Labelled:
         classes,
         len(test.labels) - len(known),
     )
+
+
+def class_names(labels: Sequence[str], kind: str) -> list[str]:
+    """Returns the classes of the training items, sorted. Raises: DataError for fewer than two. Args: as `labelled`."""
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        found = f"only the label {classes[0]!r}" if classes else "no label"
+        raise DataError(
+            f"the {kind}s of the training split have {found}; a probe needs at least two: name other items by "
+            "--train-split or --train-data"
+        )
+    return classes
+
+
+def divided(classes: Tensor, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Returns the rows to learn from and those held out: a share of each class, at least one of classes with two.
+
+    Args: classes: (n,) of the training items.
+    """
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    held: list[Tensor] = []
+    for one in classes.unique():
+        rows = order[classes[order] == one]
+        held.append(rows[: max(round(share * len(rows)), 1)] if len(rows) > 1 else rows[:0])
+    checks = torch.cat(held)
+    learns = torch.ones(len(classes), dtype=torch.bool)
+    learns[checks] = False
+    return learns.nonzero().flatten(), checks

@@ -16,12 +16,10 @@ from torch import Tensor
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.extras import extra
 from univitar_ds.screen import progress_bar
-from univitar_ds.tasks.labelled import Labelled
+from univitar_ds.tasks.labelled import Labelled, divided
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 5))
 """Values of scikit-learn's C that are tried, on features of mean 0 and variance 1. Chosen."""
-HELD_OUT = 0.2
-"""Share of the training items on which the strength is chosen."""
 MOST_ITERATIONS = 1000
 
 logger = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ def linear(data: Labelled, modality: str, *, progress: bool) -> tuple[list[Figur
     Raises: InstallationError if scikit-learn is not installed.
     """
     train, test = _standardised(data.train, data.test)
-    learns, checks = _divided(data.train_classes)
+    learns, checks = divided(data.train_classes)
     best, held_out = _chosen(train, data.train_classes, learns, checks, progress)
     probe = _fitted(train, data.train_classes, best)
     scores = _scores(probe, test, len(data.classes))
@@ -46,19 +44,6 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Returns both with mean 0 and variance 1 in each dimension of the training items."""
     mean, deviation = train.double().mean(0), train.double().std(0, correction=0).clamp(min=1e-6)
     return (train.double() - mean) / deviation, (test.double() - mean) / deviation
-
-
-def _divided(classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the rows to learn from and those held out: a fifth of each class, at least one of classes with two."""
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
-    held: list[Tensor] = []
-    for one in classes.unique():
-        rows = order[classes[order] == one]
-        held.append(rows[: max(round(HELD_OUT * len(rows)), 1)] if len(rows) > 1 else rows[:0])
-    checks = torch.cat(held)
-    learns = torch.ones(len(classes), dtype=torch.bool)
-    learns[checks] = False
-    return learns.nonzero().flatten(), checks
 
 
 def _chosen(train: Tensor, classes: Tensor, learns: Tensor, checks: Tensor, progress: bool) -> tuple[float, float]:

@@ -1,0 +1,201 @@
+"""Attentive probe: one learned query attends to all tokens of an item, and a linear head classifies the result.
+
+As in AIM (arXiv:2401.08541) with the optimizer and the rates of V-JEPA 2 (arXiv:2506.09985): cross-attention pooling
+without a feed-forward part, on frozen tokens that are standardised as by a batch norm, AdamW, a cosine schedule and a
+sweep of rates. The rate is chosen on a tenth of the training items, and the head of this rate is scored as it is.
+
+Items keep their own number of tokens: those of a pack follow each other without padding, and the softmax is over the
+tokens of an item.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from univitar_ds.evaluation.scores import Figure
+from univitar_ds.geometry import cumulative
+from univitar_ds.tasks.labelled import class_names, divided, labelled
+from univitar_ds.tasks.probes.sweep import Recipe, chosen, row_batches, train
+from univitar_ds.tasks.probes.token_store import TokenStore
+from univitar_ds.tasks.reading import Features
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
+"""Published (V-JEPA 2)."""
+RECIPE = Recipe("adamw", RATES, batch=256, epochs=20, least_steps=200, decay=0.01)
+"""Epochs and the smallest weight decay of V-JEPA 2. Batch and least number of steps are chosen."""
+HELD_OUT = 0.1
+HEAD_WIDTH = 64
+
+Packs = Iterable[tuple[Tensor, Sequence[int], Sequence[str]]]
+"""Tokens (T, D) of the items of a pack, the number of tokens of each, and their labels."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where and how a probe computes: folder for the tokens, device, and maximum number of tokens of a pack."""
+
+    folder: Path
+    device: torch.device
+    token_budget: int
+
+
+class AttentiveHead(nn.Module):
+    """Cross-attention pooling with a learned query, and a linear head.
+
+    All items share the query, so both projections move out of the sum over tokens, exactly: the score of a token x is
+    q . (W_k x) = (W_k^T q) . x, and the result is W_v (sum of a_t x_t). So the work for a token is D numbers for each
+    head of attention, not D^2, and all rates read the tokens together (`attend`).
+    """
+
+    def __init__(self, width: int, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        self.heads = heads_of(width)
+        draws = torch.Generator().manual_seed(seed)
+        self.query = nn.Parameter(torch.randn(width, generator=draws) * 0.02)
+        self.key, self.value = (nn.Parameter(torch.empty(width, width)) for _ in range(2))
+        for weight in (self.key, self.value):
+            nn.init.xavier_uniform_(weight, generator=draws)
+        self.weight = nn.Parameter(torch.randn(classes, width, generator=draws) * 0.01)
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def directions(self) -> Tensor:
+        """Returns what each head of attention multiplies tokens by to score them, (H, D)."""
+        key = self.key.unflatten(0, (self.heads, -1))
+        query = self.query.view(self.heads, -1)
+        return torch.einsum("hkd,hk->hd", key, query) * query.shape[1] ** -0.5
+
+    def logits(self, attended: Tensor) -> Tensor:
+        """Returns (N, C). Args: attended: (N, H, D), of `attend`."""
+        value = self.value.unflatten(0, (self.heads, -1))
+        return F.linear(torch.einsum("hkd,nhd->nhk", value, attended).flatten(1), self.weight, self.bias)
+
+
+def heads_of(width: int) -> int:
+    """Returns the largest number of equal heads of attention of at least `HEAD_WIDTH` numbers."""
+    return next(heads for heads in range(max(width // HEAD_WIDTH, 1), 0, -1) if width % heads == 0)
+
+
+def attend(tokens: Tensor, lengths: Sequence[int], directions: Tensor) -> Tensor:
+    """Returns the mean of an item's tokens by the softmax of their scores over the item, for each direction.
+
+    Args: tokens: (T, D); lengths: of the N items; directions: (J, D). Returns: (N, J, D).
+    """
+    scores = F.linear(tokens, directions)
+    begins = cumulative(lengths)
+    alike: dict[int, list[int]] = {}
+    for item, length in enumerate(lengths):
+        alike.setdefault(length, []).append(item)
+    found = []
+    for length, items in alike.items():  # items of one length are one product
+        rows = (torch.tensor([begins[item] for item in items])[:, None] + torch.arange(length)).to(tokens.device)
+        found.append(scores[rows].softmax(1).transpose(1, 2) @ tokens[rows])
+    order = torch.tensor([item for items in alike.values() for item in items]).argsort()
+    return torch.cat(found)[order.to(tokens.device)]
+
+
+def sweep_logits(heads: Sequence[AttentiveHead], tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Returns the logits of several heads, which read the tokens together: (heads, N, C)."""
+    directions = [head.directions() for head in heads]
+    attended = attend(tokens, lengths, torch.cat(directions)).split([len(one) for one in directions], dim=1)
+    return torch.stack([head.logits(one) for head, one in zip(heads, attended, strict=True)])
+
+
+def attentive(
+    train_packs: Packs, test_packs: Packs, modality: str, room: Room, *, epochs: int | None = None, progress: bool
+) -> tuple[list[Figure], list[str]]:
+    """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and what was left out.
+
+    Without an item in any split it returns nothing. The tokens of the training items lie in a file in `room.folder`,
+    2 bytes a number; those of the test items are scored pack by pack.
+    Raises: StorageError if the disk is full; DataError as `labelled`.
+    """
+    recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
+    with TokenStore(room.folder) as store:
+        labels: list[str] = []
+        for tokens, lengths, some in train_packs:
+            store.append(tokens, lengths)
+            labels += some
+        tests = iter(test_packs)
+        ahead = next(tests, None)
+        if not labels and ahead is None:
+            return [], []
+        names = class_names(labels, modality)
+        store.finish(room.device)
+        index_of = {name: index for index, name in enumerate(names)}
+        classes = torch.tensor([index_of[label] for label in labels])
+        head, said = _chosen(store, classes, len(names), recipe, room, f"{modality}s" if progress else None)
+        scores, found = _scored(head, store, len(names), [] if ahead is None else itertools.chain([ahead], tests))
+    both = labelled(_without(labels), _without(found), modality)
+    known = [row for row, label in enumerate(found) if label in index_of]
+    notes = [f"Attentive probe of {modality}s: {said}"]
+    if both.unknown:
+        notes.append(f"{both.unknown} {modality}s have a label that the training split lacks, and are left out.")
+    return both.accuracies(scores[known], "attentive probe", modality), notes
+
+
+def _without(labels: list[str]) -> Features:
+    """Returns labels without features, which have been scored already."""
+    return Features(torch.empty(len(labels), 0), labels)
+
+
+def _chosen(
+    store: TokenStore, classes: Tensor, count: int, recipe: Recipe, room: Room, of: str | None
+) -> tuple[AttentiveHead, str]:
+    """Returns the head of the rate that is best on the items held out, and a sentence about the choice."""
+    learns, checks = divided(classes, HELD_OUT)
+    heads = [AttentiveHead(store.width, count).to(room.device) for _ in recipe.rates]
+    steps, batch = recipe.plan(len(learns))
+
+    def loss(pack: _Pack) -> Tensor:
+        logits = sweep_logits(heads, store.read(pack.items), [store.lengths[item] for item in pack.items])
+        right = classes[pack.items].to(room.device)
+        losses = [F.cross_entropy(one, right, reduction="sum") for one in logits]
+        return torch.stack(losses) / pack.of_step
+
+    def batches() -> Iterator[list[_Pack]]:
+        for rows in row_batches(learns, batch):
+            yield [_Pack(items, len(rows)) for items in store.packs(rows.tolist(), room.token_budget)]
+
+    desc = None if of is None else f"attentive probe of {of}"
+    train(heads, recipe.rates, recipe, batches(), loss, steps=steps, progress=desc)
+    held_out = _accuracies(heads, store, classes, checks, room)
+    place, said = chosen(recipe.rates, held_out, "top-1", f"{len(checks)} training items held out")
+    return heads[place], said
+
+
+class _Pack(NamedTuple):
+    """Items of a pack, and the number of items of its step, over which losses are averaged."""
+
+    items: list[int]
+    of_step: int
+
+
+@torch.no_grad()
+def _accuracies(
+    heads: Sequence[AttentiveHead], store: TokenStore, classes: Tensor, checks: Tensor, room: Room
+) -> list[float]:
+    """Returns the top-1 accuracy of each head on items held out; not a number without any."""
+    hits = torch.zeros(len(heads), dtype=torch.float64)
+    for items in store.packs(checks.tolist(), room.token_budget):
+        logits = sweep_logits(heads, store.read(items), [store.lengths[item] for item in items]).cpu()
+        right = (logits.argmax(-1) == classes[items]) & logits.isfinite().all(-1)
+        hits += right.double().sum(1)
+    return (hits / len(checks)).tolist()
+
+
+@torch.no_grad()
+def _scored(head: AttentiveHead, store: TokenStore, classes: int, packs: Packs) -> tuple[Tensor, list[str]]:
+    """Returns the logits of the items of packs, (n, classes) float64 on the host, and their labels."""
+    rows, labels = [torch.empty(0, classes, dtype=torch.float64)], []
+    for tokens, lengths, some in packs:
+        rows.append(sweep_logits([head], store.standardised(tokens), lengths)[0].double().cpu())
+        labels += some
+    return torch.cat(rows), labels
