@@ -1,0 +1,171 @@
+"""Images with label maps: finds the pairs of a split and reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from univitar_ds.data.media.image_decode import decode_image
+from univitar_ds.data.media.memory_limits import check_memory
+from univitar_ds.data.media.probe import open_image
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, check_area, reason
+from univitar_ds.errors import ConfigError, DataError, SampleError
+from univitar_ds.regular_files import read_bytes
+
+ANNOTATIONS = "annotations"
+MASK_MODES = ("L", "P", "1", "I", "I;16")
+"""Modes of Pillow whose values are labels."""
+MOST_LABELS = 1 << 15
+"""Labels are below it: they are stored as int16."""
+_AHEAD = 2
+"""Images that each thread decodes ahead."""
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Where the label maps of a split are, as the options of `eval dense` name them.
+
+    `masks`: folder in which each has the path of its image, with `suffix` in place of `image_suffix`; None: ADE20K's
+    layout. `image_suffix`: end of the names of images; None: their extension. `ignore`: values that are no label.
+    """
+
+    masks: str | None = None
+    train_masks: str | None = None
+    suffix: str = ".png"
+    image_suffix: str | None = None
+    ignore: Sequence[int] = (255,)
+
+
+class Pair(NamedTuple):
+    """Paths of an image and of its label map."""
+
+    image: Path
+    mask: Path
+
+
+class Labelled(NamedTuple):
+    """An upright image (H, W, 3) uint8, and the label of each pixel, (H, W) int16; -1 for pixels without one."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def split_pairs(data: str, split: str, masks: str | None, names: MaskOptions) -> tuple[list[Pair], int]:
+    """Returns the images of a split with their label maps, sorted, and the number of images that have none.
+
+    Args: data: a folder in ADE20K's layout (images/SPLIT, annotations/SPLIT), or with `masks` a folder of images, or
+        of a folder SPLIT with images; names: how label maps are named.
+    Raises: ConfigError if there are no such folders or no pairs.
+    """
+    if masks is None:
+        images, labels = Path(data, "images", split), Path(data, ANNOTATIONS, split)
+        if not images.is_dir() or not labels.is_dir():
+            splits = sorted(path.name for path in Path(data, "images").glob("*/"))
+            known = f"its images are of {', '.join(splits)}" if splits else "it has no folder images"
+            raise ConfigError(
+                f"{data} has no images/{split} and {ANNOTATIONS}/{split} ({known}); choose another split, or name the "
+                "folder of the label maps by --masks"
+            )
+    else:
+        images = Path(data, split) if Path(data, split).is_dir() else Path(data)
+        labels = Path(masks, split) if Path(masks, split).is_dir() else Path(masks)
+        for folder in (images, labels):
+            if not folder.is_dir():
+                raise ConfigError(f"{folder} is not a folder; name a folder of images by --data, of labels by --masks")
+    found = sorted(path for path in _files(images) if _is_image(path, names.image_suffix))
+    pairs = [Pair(path, labels / _mask_name(path.relative_to(images), names)) for path in found]
+    there = [pair for pair in pairs if pair.mask.is_file() and pair.mask != pair.image]
+    if not there:
+        example = f", for example {pairs[0].mask} for {pairs[0].image}" if pairs else ""
+        raise ConfigError(
+            f"none of the {len(pairs)} images in {images} has a label map in {labels}{example}; give --masks and "
+            "--mask-suffix"
+        )
+    return there, len(pairs) - len(there)
+
+
+def _is_image(path: Path, suffix: str | None) -> bool:
+    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.name.endswith(suffix or "")
+
+
+def _mask_name(path: Path, names: MaskOptions) -> Path:
+    return path.with_name(path.name.removesuffix(names.image_suffix or path.suffix) + names.suffix)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for base, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(base, name) for name in names)
+
+
+def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> Labelled:
+    """Returns an image and its labels. Args: max_px: maximum number of pixels; ignore: values that are no label.
+
+    Raises: SampleError for a damaged or too large file, a label map of colours, or of another size than its image.
+    """
+    pixels = decode_image(_content(pair.image), max_px=max_px)
+    labels = _labels(_content(pair.mask), max_px, ignore)
+    if labels.shape != pixels.shape[:2]:
+        (height, width), (h, w) = labels.shape, pixels.shape[:2]
+        raise SampleError("wrong_size", f"its label map has {width} x {height} px, the image {w} x {h}")
+    return Labelled(pixels, labels)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise SampleError("unreadable", f"{path} cannot be read: {error.strerror}") from error
+
+
+def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
+    """Returns the values of a label map, (H, W) int16, with -1 for values that are no label."""
+    with open_image(data) as image:
+        check_area(image.height, image.width, max_px)
+        if image.mode not in MASK_MODES:
+            raise SampleError(
+                "unreadable",
+                f"its label map is an image of colours (mode {image.mode}); store the number of the class of each "
+                "pixel, as a grey or palette PNG",
+            )
+        check_memory(image, data, max_px)
+        try:
+            image.load()
+        except Exception as error:  # Pillow's plugins raise many types for damaged data
+            raise SampleError("corrupt", f"its label map cannot be decoded: {reason(error)}") from error
+        values = np.array(image if image.mode != "1" else image.convert("L").point(lambda value: value > 0))
+    values = values.astype(np.int32)  # before -1, which is 255 among bytes
+    ignored = np.isin(values, ignore)
+    values[ignored] = 0
+    if values.min(initial=0) < 0 or values.max(initial=0) >= MOST_LABELS:
+        raise SampleError(
+            "unreadable",
+            f"its label map has values of {values.min()} to {values.max()}; numbers of classes are 0 to "
+            f"{MOST_LABELS - 1}",
+        )
+    values[ignored] = -1
+    return values.astype(np.int16)
+
+
+def read_pairs(
+    pairs: Sequence[Pair], read: Callable[[Pair], Labelled], threads: int, bad: list[str]
+) -> Iterator[Labelled]:
+    """Yields pairs in order, read ahead by threads. One that cannot be read is left out, and `bad` gets the reason."""
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        coming = iter(pairs)
+        waiting = [(pair, pool.submit(read, pair)) for pair in islice(coming, _AHEAD * threads)]
+        while waiting:
+            pair, future = waiting.pop(0)
+            if (following := next(coming, None)) is not None:
+                waiting.append((following, pool.submit(read, following)))
+            try:
+                yield future.result()
+            except DataError as error:
+                bad.append(f"{pair.image}: {error}")
