@@ -52,6 +52,7 @@ def test_windows_that_the_encoder_cannot_take_are_refused(window, stride, said):
         Views.of(config(merge=2), window, stride)
 
 
+@pytest.mark.numeric
 def test_features_are_those_of_each_image_alone_row_by_row():
     """Also with merged patches, whose tokens are in another order."""
     encoder = UniViTAR(config(merge=2)).eval()
