@@ -191,8 +191,9 @@ def _add_after_training(commands) -> None:
         "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
         "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
         "Results on other data or with other templates are printed and written to --out FILE; results in RUN stay.\n"
-        "Other tasks, also for models that are no run: univitar-ds eval zero-shot|retrieval|knn|linear MODEL\n"
-        "--data SOURCE; a run whose folder has the name of a task is ./NAME.\n"
+        "Other tasks, also for models that are no run:\n"
+        "  univitar-ds eval zero-shot|retrieval|knn|linear|attentive|dense|tokens MODEL --data SOURCE\n"
+        "A run whose folder has the name of a task is ./NAME.\n"
         "An evaluation that cannot measure anything is an error.",
     )
     evaluate.add_argument(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from univitar_ds.cli.common import add_command, add_storage, expand, expand_place, positive, shown
 from univitar_ds.cli.inference import add_reading, model_options
 from univitar_ds.screen import show
 
-TASKS = ("zero-shot", "retrieval", "knn", "linear")
+if TYPE_CHECKING:
+    from univitar_ds.tasks.dense.probe import DenseOptions
+
+TASKS = ("zero-shot", "retrieval", "knn", "linear", "attentive", "dense", "tokens")
+PROBES = ("knn", "linear", "attentive", "tokens")
+"""Tasks that learn from items of another split."""
 _COMMON = """
 MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
 Or a CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3 model of transformers, as a folder or hub name: its own image processor
@@ -55,12 +62,68 @@ exp(cosine / 0.07).
     ),
     "linear": (
         "linear probe on the encoder's features",
-        """Train a logistic regression on the features of the training split, and score it on the test split.
+        """Train a linear classifier on the pooled features of the training split, and score it on the test split.
 
-The strength of its penalty is chosen on a fifth of the training items (pip install 'univitar_ds[eval]').
+--solver lbfgs: scikit-learn's logistic regression (pip install 'univitar_ds[eval]'). The strength of its penalty is
+chosen on a fifth of the training items. It holds all features in float64.
+--solver sgd: as DINOv2, 13 learning rates at once, each with a head in float32: SGD with momentum 0.9, no weight decay,
+a cosine schedule, batches of 1,024, 10 epochs (at least 1,000 steps). The best rate is chosen on a fifth of the
+training items; a head then learns with it from all of them. It holds all features in float32: 5 GB for ImageNet at
+width 1024.
 """,
         """
-  univitar-ds eval linear runs/photos --data data/pets --train-split train --split test""",
+  univitar-ds eval linear runs/photos --data data/pets --train-split train --split test
+  univitar-ds eval linear runs/photos --data data/imagenet --solver sgd --json > linear.json""",
+    ),
+    "attentive": (
+        "attentive probe on the encoder's tokens",
+        """Train a learned query that attends to all tokens of an item, and a linear head on the result: AIM's probe.
+
+The encoder is frozen and sees each training item once, at its native size: the tokens are kept in a file without a name
+in --cache, 2 bytes a number, that vanishes with the command. ImageNet at 256 tokens and width 1024 takes 670 GB: name a
+large local disk by --cache, and bound the tokens by --max-tokens. Memory holds the tokens of a step only. 5 learning
+rates are trained at once by AdamW, 20 epochs in batches of 256 (at least 200 steps); the best one is chosen on a tenth
+of the training items, and its head is scored as it is.
+""",
+        """
+  univitar-ds eval attentive runs/photos --data data/pets
+  univitar-ds eval attentive runs/photos --data data/imagenet --split val --max-tokens 256 --cache /scratch/me""",
+    ),
+    "dense": (
+        "dense probe: segmentation by a linear head on the patches",
+        """Train a linear head on the features of patches to name the class of each pixel: mean intersection over union.
+
+The encoder is frozen and sees each image whole at its native size, or with --window as square windows that overlap,
+whose logits are averaged. In training a pixel has the logits of its patch; for the score, logits are enlarged
+bilinearly to the size of the label map. 5 learning rates are trained at once by AdamW, in batches of 16, 20 epochs (at
+least 500 steps); the best is chosen on a tenth of the training images. Their features are kept in a file without a name
+in --cache while the command runs: 2 bytes a number and 2 for each pixel, 80 GB for ADE20K at width 1024.
+
+MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
+SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation.
+Or a folder of images, or of a folder of images for each split, with --masks MASKS: the label map of SOURCE/a/b.jpg is
+MASKS/a/b.png; --image-suffix and --mask-suffix give other ends of both names. Images without one are left out. A label
+map is a grey or palette image (PNG) with the number of the class of each pixel; --ignore names the values that are no
+class, in ADE20K 0.
+
+Each result has its 95 % bootstrap interval over the images; chance is to predict the most frequent class everywhere.
+""",
+        """
+  univitar-ds eval dense runs/photos --data ade20k --ignore 0,255
+  univitar-ds eval dense runs/photos --data ade20k --ignore 0,255 --window 448
+  univitar-ds eval dense runs/photos --data city/leftImg8bit --masks city/gtFine --train-split train --split val \\
+      --image-suffix _leftImg8bit.png --mask-suffix _gtFine_labelTrainIds.png""",
+    ),
+    "tokens": (
+        "accuracy against resolution: a sweep over tokens per item",
+        """Measure kNN or zero-shot top-1 with several numbers of tokens per item: native aspect ratio against squares.
+
+A native item has the most tokens up to the number; for a square it is stretched or squeezed. Small items are enlarged.
+A note gives the difference of both on the same items, with its interval, and their mean numbers of tokens. --by knn
+takes the votes of the 20 nearest training items at the same resolution; --by zero-shot class names as texts.
+""",
+        """
+  univitar-ds eval tokens runs/photos --data data/pets --by knn --counts 64,144,256,576 --png tokens.png""",
     ),
 }
 
@@ -69,29 +132,19 @@ def add_tasks(commands) -> None:
     """Adds a command for each task to `commands`; `main.parse` takes its two words together."""
     for task in TASKS:
         help_text, about, examples = _ABOUT[task]
+        common = "" if task == "dense" else _COMMON
         parser = add_command(
-            commands, f"eval {task}", _run, help_text, f"{about}{_COMMON}{examples}", leaves_files=False
+            commands, f"eval {task}", _run, help_text, f"{about}{common}{examples}", leaves_files=False
         )
         parser.set_defaults(task=task)
         parser.add_argument("model", type=expand_place, metavar="MODEL", help="see above")
         parser.add_argument("--data", type=expand_place, required=True, metavar="SOURCE", help="see above")
-        parser.add_argument("--split", default="test", help="split that is scored (default test)")
-        if task in ("knn", "linear"):
-            parser.add_argument("--train-split", default="train", help="split to learn from (default train)")
-            parser.add_argument("--train-data", type=expand_place, metavar="SOURCE", help="its source (default SOURCE)")
-        if task == "zero-shot":
-            parser.add_argument(
-                "--templates",
-                type=expand_place,
-                metavar="TEXTFILE",
-                help="a sentence per line, with {} for the class; imagenet: CLIP's 80 (default for images)",
-            )
-        if task == "retrieval":
-            parser.add_argument("--captions", choices=("one", "lines"), default="one", help="captions of a text")
+        if task == "dense":
+            _add_dense(parser)
         else:
-            parser.add_argument("--class-names", type=expand_place, metavar="TEXTFILE", help="names of numbered labels")
-        if task == "knn":
-            parser.add_argument("--neighbours", type=_counts, metavar="K,K", help="numbers of neighbours (10,20)")
+            _add_labelled(parser, task)
+        if task in ("linear", "attentive", "dense"):
+            parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training items")
         parser.add_argument(
             "--cache", type=expand, metavar="DIR", help="for packed data and features (~/.cache/univitar_ds/data)"
         )
@@ -101,8 +154,61 @@ def add_tasks(commands) -> None:
         add_storage(parser)
 
 
+def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
+    """Adds the options of tasks on images and videos with labels or captions."""
+    parser.add_argument("--split", default="test", help="split that is scored (default test)")
+    if task in PROBES:
+        parser.add_argument("--train-split", default="train", help="split to learn from (default train)")
+        parser.add_argument("--train-data", type=expand_place, metavar="SOURCE", help="its source (default SOURCE)")
+    if task in ("zero-shot", "tokens"):
+        parser.add_argument(
+            "--templates",
+            type=expand_place,
+            metavar="TEXTFILE",
+            help="a sentence per line, with {} for the class; imagenet: CLIP's 80 (default for images)",
+        )
+    if task == "retrieval":
+        parser.add_argument("--captions", choices=("one", "lines"), default="one", help="captions of a text")
+    else:
+        parser.add_argument("--class-names", type=expand_place, metavar="TEXTFILE", help="names of numbered labels")
+    if task == "knn":
+        parser.add_argument("--neighbours", type=_counts, metavar="K,K", help="numbers of neighbours (10,20)")
+    if task == "linear":
+        parser.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="default lbfgs")
+    if task == "attentive":
+        parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an item (default: of the model)")
+    if task == "tokens":
+        parser.add_argument(
+            "--counts", type=_counts, metavar="N,N", help="tokens per item (default 64,144,256,576,1024)"
+        )
+        parser.add_argument("--by", choices=("knn", "zero-shot"), help="default: zero-shot with a text tower, else knn")
+        parser.add_argument("--png", type=expand, metavar="FILE", help="also draw the curves")
+
+
+def _add_dense(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", default="validation", help="split that is scored (default validation)")
+    parser.add_argument("--train-split", default="training", help="split to learn from (default training)")
+    parser.add_argument("--train-data", type=expand_place, metavar="SOURCE", help="its source (default SOURCE)")
+    parser.add_argument("--masks", type=expand_place, metavar="FOLDER", help="of label maps (default: ADE20K's layout)")
+    parser.add_argument("--train-masks", type=expand_place, metavar="FOLDER", help="of --train-data (default --masks)")
+    parser.add_argument("--mask-suffix", default=".png", metavar="TEXT", help="end of their names (default .png)")
+    parser.add_argument("--image-suffix", metavar="TEXT", help="end of the names of images (default: the extension)")
+    parser.add_argument(
+        "--ignore", type=_labels, default=(255,), metavar="N,N", help="values that are no class (default 255)"
+    )
+    parser.add_argument("--window", type=positive, metavar="PX", help="side of sliding windows (default: whole images)")
+    parser.add_argument("--stride", type=positive, metavar="PX", help="of windows (default: two thirds of a window)")
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
+
+
+def _labels(text: str) -> tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(",") if part.strip())
+    if strange := [value for value in values if not 0 <= value < 1 << 16]:
+        raise argparse.ArgumentTypeError(f"{strange[0]} is no value of a label map, which are 0 to 65535")
+    return values
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -113,12 +219,24 @@ def _run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     names = ("data", "split", "train_data", "train_split", "class_names", "captions", "cache")
     data = DataOptions(**{name: given[name] for name in names if name in given})
-    options = TaskOptions(**{name: given[name] for name in ("templates", "neighbours") if name in given})
+    names = ("templates", "neighbours", "solver", "epochs", "max_tokens", "counts", "by", "png")
+    dense = {"dense": _dense_options(given)} if arguments.task == "dense" else {}
+    options = TaskOptions(**{name: given[name] for name in names if name in given}, **dense)
     result = run_task(arguments.task, arguments.model, data, options, model_options(arguments))
     if arguments.json:
         show(json.dumps(result))
         return
     show(shown_lines(render_figures(f"{arguments.task} of {arguments.model} on {arguments.data}", result)))
+
+
+def _dense_options(given: dict[str, Any]) -> DenseOptions:
+    from univitar_ds.tasks.dense.files import MaskOptions
+    from univitar_ds.tasks.dense.probe import DenseOptions
+
+    names = ("data", "split", "train_data", "train_split", "window", "stride")
+    masks = MaskOptions(given.get("masks"), given.get("train_masks"), given["mask_suffix"])
+    masks = replace(masks, image_suffix=given.get("image_suffix"), ignore=given["ignore"])
+    return DenseOptions(**{name: given[name] for name in names if name in given}, masks=masks)
 
 
 def shown_lines(text: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +14,11 @@ from torch import Tensor
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.paths import user_cache
-from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import eval_packs
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.writing.packed_sources import packed_source
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.evaluation.embed import embed_texts
 from univitar_ds.formats.recognise import FORMATS, recognised
-from univitar_ds.geometry import Modality
 from univitar_ds.inference.embed_files import (
     ModelOptions,
     Opened,
@@ -114,22 +110,6 @@ class OpenedModel:
     def tokenizer(self) -> Tokenizer | None:
         joint = self.model.joint
         return None if joint is None else tokenizer_of(joint.tokenizer)
-
-    def packs(self, source: SourceConfig, modality: Modality, *, texts: bool) -> Iterator[PackedBatch]:
-        """Yields all items of a modality. `texts`: whether captions are encoded for the text tower."""
-        with closing(
-            eval_packs(
-                [source],
-                modality=modality,
-                resolution=self.reading.encoder.resolution,
-                video_frames=self.reading.frames,
-                token_budget=self.reading.token_budget,
-                tokenizer=self.tokenizer if texts else None,
-                context_length=self.model.joint.context_length if texts else 1,
-                data=self.reading.data,
-            )
-        ) as packs:
-            yield from packs
 
 
 def open_model(name: str, how: ModelOptions) -> OpenedModel | OpenedPeer:

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.errors import DataError
+from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.measure import left_out
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
+from univitar_ds.geometry import Modality
 from univitar_ds.inference.embed_files import ModelOptions
+from univitar_ds.inference.workers import device_of
+from univitar_ds.owned import check_result
+from univitar_ds.tasks.curve import drawing, is_drawing
+from univitar_ds.tasks.dense.probe import DenseOptions, dense
 from univitar_ds.tasks.feature_cache import Vectors, features
-from univitar_ds.tasks.items import Items, read_items
+from univitar_ds.tasks.items import MODALITIES, Items, read_items
 from univitar_ds.tasks.knn import NEIGHBOURS, knn
-from univitar_ds.tasks.labelled import labelled
+from univitar_ds.tasks.labelled import Labelled, labelled
 from univitar_ds.tasks.linear import linear
+from univitar_ds.tasks.packs import at_most, encoded
 from univitar_ds.tasks.peers import OpenedPeer
+from univitar_ds.tasks.probes.attentive import Room, attentive
+from univitar_ds.tasks.probes.sgd import linear_sgd
 from univitar_ds.tasks.reading import (
     DataOptions,
     OpenedModel,
+    default_cache,
     features_cache,
     labelled_features,
     open_model,
@@ -33,6 +44,7 @@ from univitar_ds.tasks.reading import (
     test_source,
 )
 from univitar_ds.tasks.templates import IMAGENET, read_templates
+from univitar_ds.tasks.tokens import COUNTS, Point, Sweep
 
 FORMAT = 1
 VIDEO_TEMPLATES = ("a video of a {}.",)
@@ -44,11 +56,24 @@ _Needs = Literal["label", "caption"]
 @dataclass(frozen=True)
 class TaskOptions:
     """`templates`: see `templates.read_templates`, None for the defaults; `neighbours`: of kNN; `progress`: whether to
-    show bars on stderr."""
+    show bars on stderr.
+
+    `solver`: of the linear probe, lbfgs or sgd; `epochs`: of probes that are trained by gradient descent, None for the
+    default; `max_tokens`: of an item of the attentive probe, None for that of the model; `dense`: data and recipe of
+    the dense probe. `counts`, `by`, `png`: of the sweep over tokens; `by` None: zero-shot if the model has a text
+    tower, else knn.
+    """
 
     templates: str | None = None
     neighbours: Sequence[int] = NEIGHBOURS
     progress: bool = True
+    solver: str = "lbfgs"
+    epochs: int | None = None
+    max_tokens: int | None = None
+    dense: DenseOptions | None = None
+    counts: Sequence[int] = COUNTS
+    by: str | None = None
+    png: Path | None = None
 
 
 def run_task(
@@ -60,8 +85,12 @@ def run_task(
     Raises: CheckpointError, ConfigError, DataError or StorageError, also if nothing could be measured.
     """
     start = time.monotonic()
+    if options.png is not None:
+        check_result(options.png, is_drawing)
+    if task == "linear" and options.solver != "sgd" and options.epochs is not None:
+        raise ConfigError(f"--epochs {options.epochs} is for --solver sgd; L-BFGS runs until it has converged")
     opened = open_model(model, how or ModelOptions())
-    run = {"zero-shot": _zero_shot, "retrieval": _retrieval}.get(task)
+    run = _TASKS.get(task)
     figures, notes = (run or partial(_probe, task))(opened, data, options)
     if not figures:
         raise DataError(f"{task} has measured nothing: {' '.join(notes) or 'the data has no image and no video'}")
@@ -77,14 +106,19 @@ def run_task(
 
 
 def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
-    given = None if options.templates is None else read_templates(options.templates)
-    of_images = read_templates(IMAGENET) if given is None else given
-    templates = {"image": of_images, "video": list(VIDEO_TEMPLATES) if given is None else given}
+    templates = _templates(options)
 
     def measured(found: Embeddings, texts: Texts) -> _Measured:
         return zero_shot(found, templates[found.modality], texts)
 
     return _with_texts(opened, data, options, "label", measured)
+
+
+def _templates(options: TaskOptions) -> dict[Modality, list[str]]:
+    """Returns the sentences of each modality: the given ones, or the defaults."""
+    if options.templates is not None:
+        return dict.fromkeys(MODALITIES, read_templates(options.templates))
+    return {"image": read_templates(IMAGENET), "video": list(VIDEO_TEMPLATES)}
 
 
 def _retrieval(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
@@ -145,7 +179,7 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
         if task == "knn":
             figures += knn(both, modality, options.neighbours)
         else:
-            more, said = linear(both, modality, progress=options.progress)
+            more, said = _linear(both, modality, options)
             figures += more
             notes += said
     notes += _video_notes(opened, figures)
@@ -182,3 +216,59 @@ def _items_of(
 def _video_notes(opened: AnyModel, figures: Sequence[Figure]) -> list[str]:
     shown = opened.video_note is not None and any(figure.modality == "video" for figure in figures)
     return [opened.video_note] if shown else []
+
+
+def _linear(data: Labelled, modality: str, options: TaskOptions) -> _Measured:
+    if options.solver == "sgd":
+        return linear_sgd(data, modality, device=device_of(0), epochs=options.epochs, progress=options.progress)
+    return linear(data, modality, progress=options.progress)
+
+
+def _attentive(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+    figures: list[Figure] = []
+    notes: list[str] = []
+    device = opened.model.device
+    sources, rule = probe_sources(data), at_most(opened, options.max_tokens)
+    room = Room(data.cache or default_cache(), device, opened.reading.token_budget)
+    for modality in MODALITIES:
+        packs = [encoded(opened, source, modality, rule, progress=options.progress) for source in sources]
+        more, said = attentive(*packs, modality, room, epochs=options.epochs, progress=options.progress)
+        figures += more
+        notes += said
+    return figures, notes or ["no item has a label."]
+
+
+def _dense(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+    given = options.dense or DenseOptions(data.data)
+    given = replace(given, epochs=options.epochs, folder=data.cache or default_cache())
+    return dense(opened.model.encoder, opened.reading, given, progress=options.progress)
+
+
+def _tokens(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+    joint = opened.model.joint
+    if (options.by or ("knn" if joint is None else "zero-shot")) == "knn":
+        train, test = probe_sources(data)
+    else:
+        opened.check_texts()
+        train, test = None, test_source(data)
+    points: list[Point] = []
+    notes: list[str] = []
+    for modality in MODALITIES:
+        sweep = Sweep(opened, test, train, _templates(options)[modality], options.progress)
+        more, said = sweep.points(modality, options.counts)
+        points += more
+        notes += said
+    if points and options.png is not None:
+        replace_bytes(options.png, drawing(points))
+        notes.append(f"drawn in {options.png}")
+    return [point.figure for point in points], notes or ["no item has a label."]
+
+
+_TASKS = {
+    "zero-shot": _zero_shot,
+    "retrieval": _retrieval,
+    "attentive": _attentive,
+    "dense": _dense,
+    "tokens": _tokens,
+}
+"""Tasks other than the probes on pooled features."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from tests.support.finished import run_config, write_run
 from tests.support.media import encoded, noise, video
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.errors import ConfigError
+from univitar_ds.tasks.packs import at_most
 
 pytest.importorskip("sklearn")
 CLASSES = ("cat", "dog", "horse")
 EACH = 4
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +65,13 @@ def test_zero_shot_is_that_of_the_model_itself(run, pets, tmp_path, capsys):
     assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
 
 
-@pytest.mark.parametrize("task", ["knn", "linear"])
+@pytest.mark.parametrize("task", ["knn", "linear", "linear --solver sgd", "attentive --epochs 100"])
 def test_a_probe_finds_test_items_that_are_copies_of_training_items(run, pets, tmp_path, capsys, task):
     twins = tmp_path / "twins"
     shutil.copytree(pets / "train", twins / "train")
     shutil.copytree(pets / "train", twins / "test")
-    options = ["--neighbours", "1"] if task == "knn" else []
+    task, *options = task.split()
+    options = ["--neighbours", "1"] if task == "knn" else options
     figure = by_measure(measured(capsys, task, run, "--data", twins, "--cache", tmp_path, *options))["top-1"]
     assert figure["n"] == 3 * EACH
     assert figure["value"] == 1.0 if task == "knn" else figure["value"] > 0.6  # chance: 1/3
@@ -148,3 +154,17 @@ def test_a_run_of_the_name_of_a_task_is_a_path(run, capsys, monkeypatch):
     shutil.copytree(run, run.parent / "knn")
     assert main(["eval", "./knn"]) == 2  # the run has no evaluation data
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_an_item_of_the_attentive_probe_has_at_most_the_tokens_that_are_asked_for(run, pets, tmp_path, capsys):
+    given = ["attentive", run, "--data", pets, "--cache", tmp_path, "--epochs", "1"]
+    assert by_measure(measured(capsys, *given, "--max-tokens", "4"))["top-1"]["n"] == 12
+    opened = SimpleNamespace(reading=SimpleNamespace(encoder=EncoderConfig(**SMALL)))
+    assert at_most(opened, 8).grid(900, 600) == (1, 2, 2)
+    with pytest.raises(ConfigError, match="multiples of 28 px; give at least 4"):
+        at_most(opened, 3)
+
+
+def test_epochs_are_for_the_solver_that_has_them(run, pets, tmp_path, capsys):
+    assert main(["eval", "linear", str(run), "--data", str(pets), "--cache", str(tmp_path), "--epochs", "3"]) == 2
+    assert "--solver sgd" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Accuracy against resolution: kNN or zero-shot with a few numbers of tokens per item, native against square.
+
+With the native aspect ratio an item has the most tokens up to the number, with its sides in whole cells of the encoder;
+square, it is stretched or squeezed to a square of the number. So the square has at least as many tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from univitar_ds.config.data import SourceConfig
+from univitar_ds.errors import ConfigError
+from univitar_ds.evaluation.scores import Figure, bootstrap_interval
+from univitar_ds.evaluation.zero_shot import class_vectors
+from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution, smart_resize
+from univitar_ds.tasks.knn import class_votes
+from univitar_ds.tasks.labelled import Labelled, labelled
+from univitar_ds.tasks.packs import embedded, encoded
+from univitar_ds.tasks.reading import Features, OpenedModel
+
+COUNTS = (64, 144, 256, 576, 1024)
+"""Squares of 112, 168, 224, 336 and 448 pixels with the release's patches."""
+MOST = 1 << 16
+NEIGHBOURS = 20
+NATIVE, SQUARE = "native", "square"
+
+
+@dataclass(frozen=True)
+class MostTokens(Resolution):
+    """Gives every item the most tokens up to `max_tokens`, small ones too: accuracy is a function of the number."""
+
+    def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
+        steps = math.ceil(frames / TUBELET)
+        most = self.max_tokens * PATCH * PATCH // steps
+        # `smart_resize` rounds down where it reduces, and up where it enlarges: it is given a larger item to reduce.
+        grow = math.ceil(math.sqrt(most / (height * width))) + 1
+        h, w = smart_resize(height * grow, width * grow, self.divisor_px, 0, most)
+        return steps, h // PATCH, w // PATCH
+
+
+class Point(NamedTuple):
+    """Top-1 accuracy of a modality with a number of tokens: asked for, and the mean over the scored items."""
+
+    modality: Modality
+    view: str
+    asked: int
+    mean: float
+    figure: Figure
+
+
+def rules(opened: OpenedModel, count: int, steps: int) -> dict[str, Resolution]:
+    """Returns the rules for native and square items of a number of tokens.
+
+    The number may be above the encoder's own limit: a native-resolution encoder can be tried beyond its training.
+    Args: steps: along time. Raises: ConfigError if the number is below a cell per step, or above `MOST`.
+    """
+    encoder = opened.reading.encoder
+    cell = PATCH * encoder.spatial_merge_size
+    side = max(round(math.sqrt(count / steps) * PATCH / cell), 1) * cell
+    held = steps * (side // PATCH) ** 2
+    least = steps * encoder.spatial_merge_size**2
+    if not least <= count <= MOST:
+        what = f"a video of {steps * TUBELET} frames" if steps > 1 else "an item"
+        raise ConfigError(f"--counts {count}: {what} has {least} to {MOST} tokens; give another number")
+    return {NATIVE: MostTokens(least, held, cell), SQUARE: Resolution(least, held, cell, side)}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured: `by` knn with `train` to learn from, or zero-shot with `templates`."""
+
+    opened: OpenedModel
+    test: SourceConfig
+    train: SourceConfig | None
+    templates: Sequence[str]
+    progress: bool
+
+    def points(self, modality: Modality, counts: Sequence[int]) -> tuple[list[Point], list[str]]:
+        """Returns a point for each number and view, and notes. Without labelled items it returns nothing.
+
+        Raises: ConfigError as `rules`, before anything is computed.
+        """
+        steps = self.opened.reading.frames // TUBELET if modality == "video" else 1
+        found: list[Point] = []
+        notes: list[str] = []
+        for count, both in {count: rules(self.opened, count, steps) for count in sorted(set(counts))}.items():
+            right: dict[str, Tensor] = {}
+            for view, rule in both.items():
+                measured = self._measured(modality, rule)
+                if measured is None:
+                    return [], []
+                data, scores, mean = measured
+                task = f"{'kNN' if self.train else 'zero-shot'} ({count} tokens, {view})"
+                found.append(Point(modality, view, count, mean, data.accuracies(scores, task, modality)[0]))
+                right[view] = (scores.argmax(1) == data.test_classes).double()
+            notes.append(_difference(modality, count, right, [point.mean for point in found[-2:]]))
+        most = self.opened.reading.encoder.max_tokens
+        if beyond := [count for count in counts if count > most]:
+            notes.append(f"{min(beyond)} tokens and more are above the encoder's max_tokens {most}.")
+        return found, notes
+
+    def _measured(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
+        """Returns the scored items, the scores of their classes and their mean number of tokens."""
+        if self.train is None:
+            return self._zero_shot(modality, rule)
+        train, _ = self._pooled(self.train, modality, rule)
+        test, mean = self._pooled(self.test, modality, rule)
+        if not train.labels and not test.labels:
+            return None
+        data = labelled(train, test, modality)
+        return data, class_votes(data, min(NEIGHBOURS, len(data.train))), mean
+
+    def _pooled(self, source: SourceConfig, modality: Modality, rule: Resolution) -> tuple[Features, float]:
+        rows = [torch.empty(0, self.opened.model.encoder.config.hidden_size)]
+        labels: list[str] = []
+        tokens = 0
+        for pack in encoded(self.opened, source, modality, rule, progress=self.progress):
+            with torch.no_grad():
+                rows.append(self.opened.model.pool(pack.tokens, pack.lengths).float().cpu())
+            labels += pack.labels
+            tokens += sum(pack.lengths)
+        return Features(torch.cat(rows), labels), tokens / max(len(labels), 1)
+
+    def _zero_shot(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
+        rows: list[Tensor] = []
+        labels: list[str] = []
+        tokens = 0
+        for values, lengths, some in embedded(self.opened, self.test, modality, rule, progress=self.progress):
+            rows.append(values)
+            labels += some
+            tokens += sum(lengths)
+        if not labels:
+            return None
+        features = Features(torch.cat(rows), labels)
+        data = labelled(features, features, modality)
+        classes = class_vectors(data.classes, self.templates, self.opened.texts)
+        return data, data.test.double() @ classes.double().T, tokens / len(labels)
+
+
+def _difference(modality: str, count: int, right: dict[str, Tensor], means: Sequence[float]) -> str:
+    """Returns the difference of native and square on the same items, with its interval."""
+    change = right[NATIVE] - right[SQUARE]
+    # Differences are in -1..1, and their mean is twice that of (1 + difference) / 2, less 1.
+    low, high = (200 * end - 100 for end in bootstrap_interval((1 + change) / 2))
+    return (
+        f"{modality}s, {count} tokens: native less square {100 * change.mean().item():+.1f} points "
+        f"(95 % {low:+.1f} to {high:+.1f}, the same items), with {means[0]:.0f} and {means[1]:.0f} tokens on average."
+    )
