@@ -44,6 +44,7 @@ def drawing(points: Sequence[Point]) -> bytes:
             100 * some[0].figure.chance, color="grey", linestyle=":", linewidth=1, label=f"{modality}s, chance"
         )
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("tokens per item (mean)")
     axes.set_ylabel("top-1 accuracy, %")
     axes.grid(alpha=0.25)
