@@ -218,6 +218,7 @@ def test_other_sources_are_another_result_unless_they_are_accepted(run_file):
         ("wandb.project=x", "unknown key wandb; metrics go to"),
         ("stages.0.token_budget=100", "stages.0.token_budget=100: stages.0: image: an item may have 5832 tokens"),
         ("stages.0.distill.start=1", "stages.0.distill.start=1: stages ['s'] distill without a teacher"),
+        ("seed=9223372036854775808", "seed must be below 9223372036854775808, got 9223372036854775808"),
         ("seed=2026-11-29", 'seed must be a whole number, at least 0, below 9223372036854775808, got "2026-11-29"'),
     ],
 )
