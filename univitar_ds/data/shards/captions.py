@@ -58,8 +58,7 @@ class Texts(NamedTuple):
 
     `captions`: empty only if there is a `label`; `set`: the data set of the label; `crc32`, `size`: of the media
     member, if `data pack` wrote them; `ignored`: at most one entry for each kind; `several_lines`: whether the caption
-    is a .txt with several lines; `json`: the requested fields of .json.
-    """
+    is a .txt with several lines; `json`: the requested fields of .json."""
 
     captions: tuple[str, ...]
     label: str | None
@@ -84,8 +83,7 @@ def read_texts(
     Args: members: contents by extension; lines: whether each line of .txt is a caption; packed: whether a manifest
         shows that `data pack` wrote the shard; required: whether a sample needs a caption or a label; keep: names of
         fields of .json to return.
-    Raises: SampleError if `required` and there is no usable caption or label, or if `packed` and the checksum is
-        invalid.
+    Raises: SampleError if there is no usable text and `required`, or the checksum is invalid and `packed`.
     """
     ignored: _Ignored = {}
     fields = _json_object(members["json"], ignored) if "json" in members else {}

@@ -106,8 +106,7 @@ def warn_once(message: str) -> None:
 def place_of(source: SourceConfig) -> str:
     """Returns the path of a source's folder or tars; for a source that is a manifest, that of its folder.
 
-    Raises: DataError for an unsupported scheme or an s3:// address without a bucket.
-    """
+    Raises: DataError for an unsupported scheme or an s3:// address without a bucket."""
     path = source.path.removesuffix(f"/{MANIFEST}")
     check_address(path)
     if path.startswith(S3) and path[len(S3) : len(S3) + 1] in ("", "/"):
