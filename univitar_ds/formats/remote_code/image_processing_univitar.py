@@ -143,7 +143,7 @@ class UniViTARImageProcessor(BaseImageProcessor):
         step = self.temporal_patch_size
         strange = [type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)]
         if strange:
-            raise ValueError(f"item {index} holds an object of type {strange[0]}; images and frames must be PIL images")
+            raise ValueError(f"item {index} has an object of type {strange[0]}; images and frames must be PIL images")
         if not frames:
             raise ValueError(f"item {index} is a video without frames; give one frame or a multiple of {step}")
         if len(frames) > 1 and len(frames) % step:
