@@ -106,7 +106,7 @@ def test_a_packed_folder_is_not_packed_again(tmp_path):
         ({"format": "zip"}, "zip: there is no such format; give one of .*coco"),
         ({"split": "../x"}, "--split '../x' is not a name"),
         ({"image_key": "x"}, "class folders, which does not use --image-key"),
-        ({"captions": "lines"}, "no use for --captions lines"),
+        ({"captions": "lines"}, "does not use --captions lines"),
     ],
 )
 def test_options_that_a_form_does_not_use_are_refused(tmp_path, options, message):
