@@ -57,13 +57,9 @@ class Contents:
 
     def sentence(self) -> str:
         """Returns the counts as text for a message."""
-        found = ", ".join(
-            f"{count} {kind}{'s' if count > 1 and kind != NO_MEDIA else ''}" for kind, count in self._sorted()
-        )
+        counts = sorted((kind, count) for kind, count in self.counts.items() if count)
+        found = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != NO_MEDIA else ''}" for kind, count in counts)
         return f"{found or 'no sample'} in {self.shards} shard{'s' if self.shards > 1 else ''}"
-
-    def _sorted(self) -> list[tuple[str, int]]:
-        return sorted((kind, count) for kind, count in self.counts.items() if count)
 
 
 class _Scan(NamedTuple):

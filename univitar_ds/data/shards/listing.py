@@ -104,7 +104,7 @@ def warn_once(message: str) -> None:
 
 
 def place_of(source: SourceConfig) -> str:
-    """Returns the path of a source's folder or tars; for a source that is a manifest, that of its folder.
+    """Returns the path of a source's folder or tars; for a manifest, that of its folder.
 
     Raises: DataError for an unsupported scheme or an s3:// address without a bucket."""
     path = source.path.removesuffix(f"/{MANIFEST}")
