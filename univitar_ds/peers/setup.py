@@ -60,9 +60,7 @@ class PeerReading:
 class _OriginalSize(SizeRule):
     """Keeps the size. A grid has the frames, and the cells of PATCH x PATCH pixels that cover one."""
 
-    @property
-    def original(self) -> bool:
-        return True
+    original = True
 
     def frames_of(self, size: MediaSize) -> int:
         return self.frames if size.kind == "video" else 1  # also an odd number: there are no tubelets

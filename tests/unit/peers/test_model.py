@@ -122,7 +122,7 @@ class Evil:
 def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(folders, tmp_path, monkeypatch):
     save_peer("dinov2", tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Evil()}))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
     touched = []
     monkeypatch.setattr(Path, "touch", lambda *arguments: touched.append(arguments))
     with pytest.raises(CheckpointError, match="cannot be loaded"):

@@ -135,7 +135,7 @@ def test_a_modality_that_a_split_lacks_is_a_note_beside_the_other_ones_results(r
     given = ["--data", pets, "--train-data", tmp_path / "0.tar", "--cache", tmp_path]
     result = measured(capsys, "knn", run, *given)
     assert {figure["modality"] for figure in result["figures"]} == {"image"}
-    assert "only the label 'cat'" in result["notes"][0]
+    assert "No video of the test split has a label" in result["notes"][0]
 
 
 def _captioned(index: int) -> list[tuple[str, bytes | str]]:

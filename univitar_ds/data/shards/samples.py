@@ -43,11 +43,8 @@ class SizeRule:
     max_video_s: float = 3600.0
     max_sample_mb: int = 1024
     needs_text: bool = True
-
-    @property
-    def original(self) -> bool:
-        """Whether frames keep their size when they are decoded. `grid` then only bounds their bytes."""
-        return False
+    original = False
+    """Whether frames are decoded at their own size. `grid` then only bounds their bytes."""
 
     def frames_of(self, size: MediaSize) -> int:
         """Returns the number of decoded frames: 1 for an image, the number of sampled frames for a video."""
