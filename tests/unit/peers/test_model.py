@@ -79,17 +79,18 @@ def test_features_of_images_are_those_of_transformers(folders, images, kind):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", WHOLE)
-def test_features_of_texts_are_those_of_transformers(folders, kind):
-    """Also of a text that is longer than the context. SigLIP's are padded to full length, as in its training."""
+@pytest.mark.parametrize("sentences", [SENTENCES[:3], SENTENCES], ids=["short", "one above the context"])
+def test_features_of_texts_are_those_of_transformers(folders, kind, sentences):
+    """SigLIP's texts are padded to full length, as in its training, which changes its features."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders[kind], local_files_only=True)
     padding = True if kind == "clip" else "max_length"
-    inputs = tokenizer(SENTENCES, padding=padding, truncation=True, max_length=12, return_tensors="pt")
+    inputs = tokenizer(sentences, padding=padding, truncation=True, max_length=12, return_tensors="pt")
     model = AutoModel.from_pretrained(folders[kind], local_files_only=True).eval()
     with torch.no_grad():
         wanted = model.get_text_features(**inputs).pooler_output
-    found = opened(folders, kind).texts(SENTENCES)
+    found = opened(folders, kind).texts(sentences)
     assert_sums_close(found, wanted, TERMS)
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
