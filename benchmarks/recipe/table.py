@@ -23,7 +23,7 @@ MEASURES = {
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)."""
 REMAKEABLE = "Data: {}, which anyone can render again. Its scenes decide."
-NOT_REMAKEABLE = "Data: {}, a folder that is not part of the repository: nobody else can remake this table."
+NOT_REMAKEABLE = "Data: {}, a folder that is not part of the repository: no one else can remake this table."
 
 Rows = Sequence[Mapping[str, str]]
 Values = dict[int, float]

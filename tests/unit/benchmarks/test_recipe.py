@@ -150,7 +150,7 @@ def test_unequal_tokens_are_reported():
 
 def test_photos_are_marked_as_not_remakeable():
     rows = [row(arm, 0, 0.5, data="photos-x") for arm in ("native", "square")]
-    assert "nobody else can remake this table" in tables(rows, "photos-x", 7000)
+    assert "no one else can remake this table" in tables(rows, "photos-x", 7000)
     assert "###" not in tables(rows, "scenes", 7000)
 
 
