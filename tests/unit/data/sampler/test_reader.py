@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.memory import counts, damaged, memory_shards, reader_of, small_config, wounds
-from univitar_ds.data.loader import _sweep
+from univitar_ds.data.loader import EvalShare, _sweep
 from univitar_ds.data.sampler.cursor import ReadPosition
 from univitar_ds.data.sampler.reader import Reader
 from univitar_ds.data.sampler.shard_assignment import ShardSlice, _order, parts_per_shard, units_of_lane
@@ -90,7 +90,7 @@ def test_a_reader_continues_from_any_position_of_another_reader(sizes, wounds, l
 
 def test_an_evaluation_prefetches_the_next_shards():
     config = small_config(memory_shards([2] * 5))
-    for _ in _sweep(config.shards, config.size, 40, config.policy):
+    for _ in _sweep(EvalShare(config.shards), config.size, 40, config.policy):
         pass
     hints = config.shards[0].storage.hints
     assert hints[:2] == [["m1", "m2", "m3", "m4"], ["m2", "m3", "m4"]]

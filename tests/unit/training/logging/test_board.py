@@ -4,11 +4,19 @@ import json
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from tests.support.runs import small_config
 from univitar_ds.training.logging.board import Board, code_block, results, tag
 from univitar_ds.training.logging.writers import MetricLog, write_results
 from univitar_ds.training.step.curriculum import Progress
+
+
+@pytest.fixture(autouse=True)
+def first_files(monkeypatch):
+    """TensorBoard reads a folder's files in the order of their names, which end with the second and the number of the
+    file in this process: of two files of one second, the 10th would come before the 9th."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def line(step, **values):
