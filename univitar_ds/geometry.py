@@ -18,6 +18,7 @@ TUBELET = 2
 """Frames per token, as in the public release. An image is used as both frames of its tokens."""
 Modality = Literal["image", "video"]
 """Modality of an item and of a pack, whose items have one modality."""
+MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -31,12 +31,12 @@ from univitar_ds.errors import DataError
 from univitar_ds.evaluation.classification import Hits, class_figures, class_hits
 from univitar_ds.evaluation.embed import Embeddings, embed_by_each, embed_texts
 from univitar_ds.evaluation.measure import measure, nothing_measured
-from univitar_ds.evaluation.run import MODALITIES, last_stage
+from univitar_ds.evaluation.run import last_stage
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.shares import gathered_embeddings, gathered_hits
 from univitar_ds.formats.run import Weights, run_configuration
 from univitar_ds.formats.stored_model import StoredModel, TensorInfo, Tensors
-from univitar_ds.geometry import Modality
+from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.model.classification import ClassificationModel
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.from_stored import build_classifier_of, build_model

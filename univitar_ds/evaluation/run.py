@@ -36,7 +36,7 @@ from univitar_ds.evaluation.overrides import is_result, overridden, same_evaluat
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.formats.run import Weights, find_checkpoint
-from univitar_ds.geometry import Modality
+from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.placement import feature_dtype, placed
 from univitar_ds.owned import check_result, write_result
@@ -45,7 +45,6 @@ from univitar_ds.training.checkpoint.offline import Trained, open_trained
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 FORMAT = 1
-MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import ConfigError, DataError, SampleError, UserError
-from univitar_ds.geometry import PATCH, TUBELET, Modality, token_count
+from univitar_ds.geometry import MODALITIES, PATCH, TUBELET, Modality, token_count
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.sources import Unit
 from univitar_ds.model.classification import ClassificationModel, class_logits
@@ -42,7 +42,6 @@ FRAMES = 8
 """Default number of frames of a video."""
 _READ_AT_ONCE = 32
 """Number of items whose headers are read together."""
-_MODALITIES: tuple[Modality, ...] = ("image", "video")
 _Found = tuple[str, Sample | SampleError]
 """An item of a unit: its key, and its sample or the reason why it is left out."""
 
@@ -91,7 +90,7 @@ class Reading:
 
     def rules(self) -> dict[Modality, SizeRule]:
         """Returns the size rule of each modality."""
-        return {modality: self._rule(modality) for modality in _MODALITIES}
+        return {modality: self._rule(modality) for modality in MODALITIES}
 
     def _rule(self, modality: Modality) -> SizeRule:
         resolution, data = self.encoder.resolution, self.data

@@ -19,7 +19,7 @@ from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.errors import SampleError
-from univitar_ds.geometry import PATCH, Modality, Resolution, token_count
+from univitar_ds.geometry import MODALITIES, PATCH, Modality, Resolution, token_count
 from univitar_ds.inference.reading import FRAMES, Kind, Pixels, Rows, rows_of_units
 from univitar_ds.inference.sources import Unit
 from univitar_ds.inference.workers import device_of
@@ -30,7 +30,6 @@ _PACK_CELLS = (16 << 20) // PATCH**2
 """Maximum number of cells of PATCH x PATCH pixels that are decoded at a time, unless one item has more."""
 _MOST_RATIO = 100
 """Maximum ratio of the sides of an item: some image processors make the shorter side a given number of pixels."""
-_MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class PeerReading:
             modality: _OriginalSize(
                 modality, Resolution(1, most), self.frames if modality == "video" else 1, most, *limits
             )
-            for modality in _MODALITIES
+            for modality in MODALITIES
         }
 
 

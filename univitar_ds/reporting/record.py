@@ -13,12 +13,12 @@ from univitar_ds.config.run_folder import CONFIG, EVENTS, METRICS
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import UserError
 from univitar_ds.evaluation.results import read_evaluation, read_summary, whole
+from univitar_ds.geometry import MODALITIES
 from univitar_ds.regular_files import is_regular, open_regular
 
 MOST_LINES = 4000
 """Maximum number of lines of metrics that are kept; of a longer run every second, fourth, ... line."""
 _LINE_LIMIT = 1 << 20
-_EXAMPLES = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}; name one, such as runs/photos")
     config = load_config(folder / CONFIG)
     lines, stride = _thinned(_objects(folder / METRICS))
-    examples = {kind: folder / f"examples-{kind}.png" for kind in _EXAMPLES}
+    examples = {kind: folder / f"examples-{kind}.png" for kind in MODALITIES}
     return RunRecord(
         folder,
         config.name,

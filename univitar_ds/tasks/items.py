@@ -20,11 +20,9 @@ from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.zero_shot import Texts
-from univitar_ds.geometry import TUBELET, Modality, Resolution
+from univitar_ds.geometry import MODALITIES, TUBELET, Modality, Resolution
 from univitar_ds.tasks.feature_cache import Vectors
 from univitar_ds.tokenization import caption_id
-
-MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from univitar_ds.evaluation.measure import left_out
 from univitar_ds.evaluation.retrieval import retrieval
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
-from univitar_ds.geometry import Modality
+from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.inference.workers import device_of
 from univitar_ds.owned import check_result
 from univitar_ds.tasks.curve import drawing, is_drawing
 from univitar_ds.tasks.dense.probe import DenseOptions, dense
 from univitar_ds.tasks.feature_cache import Vectors, features
-from univitar_ds.tasks.items import MODALITIES, Items, read_items
+from univitar_ds.tasks.items import Items, read_items
 from univitar_ds.tasks.knn import NEIGHBOURS, knn
 from univitar_ds.tasks.labelled import Labelled, labelled
 from univitar_ds.tasks.linear import linear

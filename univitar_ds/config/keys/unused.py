@@ -15,6 +15,7 @@ from univitar_ds.config.paths import absolute
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.section import Section
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.geometry import MODALITIES
 from univitar_ds.plugins import OPTIMIZERS
 
 UnusedKeys = Iterator[tuple[str, str]]
@@ -122,7 +123,7 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
         )
     if stage.video_ratio == 1:
         yield from _because(_given(place, stage, "image"), "the stage's video_ratio is 1")
-    for modality in ("image", "video"):
+    for modality in MODALITIES:
         rule = getattr(stage, modality)
         if rule.kind == "fixed" and _reads([stage], modality):
             names = ("min_tokens", "max_tokens")
@@ -202,7 +203,7 @@ def _evaluation(config: RunConfig) -> UnusedKeys:
     if config.objective.classifies:
         names = ("image_templates", "video_templates")
         yield from _because(_given("evaluation", evaluation, *names), "a classifier is not evaluated zero-shot")
-    for modality in () if config.objective.classifies else ("image", "video"):
+    for modality in () if config.objective.classifies else MODALITIES:
         if not _reads(config.stages, modality):
             templates = _given("evaluation", evaluation, f"{modality}_templates")
             yield from _because(templates, f"no stage reads {modality}s, so they are not evaluated")

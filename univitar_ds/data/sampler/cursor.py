@@ -13,6 +13,7 @@ from univitar_ds.data.shards.listing import warn_once
 from univitar_ds.data.shards.samples import SampleAddress
 from univitar_ds.data.shards.tar_index import BLOCK
 from univitar_ds.errors import DataError
+from univitar_ds.geometry import MODALITIES
 
 VERSION = 3
 EPOCH_STRIDE = 1 << 20
@@ -20,7 +21,6 @@ EPOCH_STRIDE = 1 << 20
 by earlier stages. So a sample that an earlier stage read in another group gets new random numbers."""
 _RESTART = 1 << 10
 """Number of multiples of EPOCH_STRIDE skipped if the sources have changed; larger than the number of groups."""
-MODALITIES = ("image", "video")
 
 
 class ReadPosition(NamedTuple):
