@@ -213,8 +213,8 @@ def _labels(text: str) -> tuple[int, ...]:
 
 def _run(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.report import render_figures
-    from univitar_ds.tasks.reading import DataOptions
     from univitar_ds.tasks.run import TaskOptions, run_task
+    from univitar_ds.tasks.sources import DataOptions
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     names = ("data", "split", "train_data", "train_split", "class_names", "captions", "cache")

@@ -12,12 +12,28 @@ from torch import Tensor
 from univitar_ds.errors import DataError
 from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
 from univitar_ds.formats.weight_files import some
-from univitar_ds.tasks.reading import Features
+from univitar_ds.tasks.feature_cache import Vectors
+from univitar_ds.tasks.items import Items
 
 KS = (1, 5)
 """Values of k for which top-k accuracy is computed."""
 HELD_OUT = 0.2
 """Share of the training items on which the strength or the rate of a probe is chosen."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the n items of one modality that have a label: (n, D) float32 on the host."""
+
+    values: Tensor
+    labels: list[str]
+
+
+def labelled_features(items: Items, found: Vectors) -> Features:
+    """Returns the features of the items that have a label."""
+    samples, values, _ = items.with_features(found)
+    some = [row for row, sample in enumerate(samples) if sample.label is not None]
+    return Features(values[some], [samples[row].label for row in some])
 
 
 @dataclass(frozen=True)

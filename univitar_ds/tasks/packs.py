@@ -16,7 +16,7 @@ from univitar_ds.data.loader import eval_packs
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import PATCH, Modality, Resolution, token_count
 from univitar_ds.screen import progress_bar
-from univitar_ds.tasks.reading import OpenedModel
+from univitar_ds.tasks.models import OpenedModel
 
 
 class Encoded(NamedTuple):

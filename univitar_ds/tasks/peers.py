@@ -27,7 +27,7 @@ from univitar_ds.tasks.feature_cache import PART_ROWS
 
 @dataclass(frozen=True)
 class OpenedPeer:
-    """A peer, with the same interface as `reading.OpenedModel`. It is built when it is first needed."""
+    """A peer, with the same interface as `models.OpenedModel`. It is built when it is first needed."""
 
     name: str
     found: PeerSetup

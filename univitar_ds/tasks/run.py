@@ -27,22 +27,14 @@ from univitar_ds.tasks.dense.probe import DenseOptions, dense
 from univitar_ds.tasks.feature_cache import Vectors, features
 from univitar_ds.tasks.items import Items, read_items
 from univitar_ds.tasks.knn import NEIGHBOURS, knn
-from univitar_ds.tasks.labelled import Labelled, labelled
+from univitar_ds.tasks.labelled import Labelled, labelled, labelled_features
 from univitar_ds.tasks.linear import linear
+from univitar_ds.tasks.models import OpenedModel, open_model
 from univitar_ds.tasks.packs import at_most, encoded
 from univitar_ds.tasks.peers import OpenedPeer
 from univitar_ds.tasks.probes.attentive import Room, attentive
 from univitar_ds.tasks.probes.sgd import linear_sgd
-from univitar_ds.tasks.reading import (
-    DataOptions,
-    OpenedModel,
-    default_cache,
-    features_cache,
-    labelled_features,
-    open_model,
-    probe_sources,
-    test_source,
-)
+from univitar_ds.tasks.sources import DataOptions, default_cache, features_cache, probe_sources, test_source
 from univitar_ds.tasks.templates import IMAGENET, read_templates
 from univitar_ds.tasks.tokens import COUNTS, Point, Sweep
 

@@ -20,9 +20,9 @@ from univitar_ds.evaluation.scores import Figure, bootstrap_interval
 from univitar_ds.evaluation.zero_shot import class_vectors
 from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution, smart_resize
 from univitar_ds.tasks.knn import class_votes
-from univitar_ds.tasks.labelled import Labelled, labelled
+from univitar_ds.tasks.labelled import Features, Labelled, labelled
+from univitar_ds.tasks.models import OpenedModel
 from univitar_ds.tasks.packs import embedded, encoded
-from univitar_ds.tasks.reading import Features, OpenedModel
 
 COUNTS = (64, 144, 256, 576, 1024)
 """Squares of 112, 168, 224, 336 and 448 pixels with the release's patches."""

@@ -13,9 +13,10 @@ from tests.support.media import encoded, noise
 from univitar_ds.cli.main import main
 from univitar_ds.inference import embed_files
 from univitar_ds.inference.embed_files import ModelOptions
-from univitar_ds.tasks import feature_cache, reading
+from univitar_ds.tasks import feature_cache, sources
 from univitar_ds.tasks.feature_cache import Vectors, features
-from univitar_ds.tasks.reading import DataOptions, open_model
+from univitar_ds.tasks.models import open_model
+from univitar_ds.tasks.sources import DataOptions
 
 pytest.importorskip("sklearn")
 COUNT = 12
@@ -61,7 +62,7 @@ def measured(capsys, task: str, *arguments: str | Path) -> dict:
 
 def of_test(run: Path, pets: Path, cache: Path) -> Vectors:
     opened = open_model(str(run), ModelOptions(nproc=1, workers=1))
-    source = reading.test_source(DataOptions(str(pets)))
+    source = sources.test_source(DataOptions(str(pets)))
     return features(opened, opened.setup(texts=False), source, cache, progress=False)
 
 
@@ -95,7 +96,7 @@ def test_other_data_weights_and_types_are_computed(run, pets, tmp_path, packs):
     assert not torch.equal(of_test(run, pets, cache).values, before.values)
     assert sum(packs) == 2 * COUNT
     opened = open_model(str(run), ModelOptions(nproc=1, workers=1, dtype=torch.bfloat16))
-    features(opened, opened.setup(texts=False), reading.test_source(DataOptions(str(pets))), cache, progress=False)
+    features(opened, opened.setup(texts=False), sources.test_source(DataOptions(str(pets))), cache, progress=False)
     assert sum(packs) == 3 * COUNT
     assert len([one for one in cache.iterdir() if one.is_dir()]) == 3
 
@@ -159,7 +160,7 @@ def test_the_least_recently_used_entries_are_removed(run, pets, tmp_path, monkey
     (cache / "mine").mkdir()
     monkeypatch.setattr(feature_cache, "KEPT_BYTES", 1)
     opened = open_model(str(run), ModelOptions(nproc=1, workers=1))
-    features(opened, opened.setup(texts=True), reading.test_source(DataOptions(str(pets))), cache, progress=False)
+    features(opened, opened.setup(texts=True), sources.test_source(DataOptions(str(pets))), cache, progress=False)
     assert not first.exists()
     assert len([one for one in cache.iterdir() if one.is_dir()]) == 2
 

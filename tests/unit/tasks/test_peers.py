@@ -18,10 +18,11 @@ from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.peers.model import PeerModel
-from univitar_ds.tasks import reading
 from univitar_ds.tasks.feature_cache import features
 from univitar_ds.tasks.items import read_items
-from univitar_ds.tasks.reading import DataOptions, open_model
+from univitar_ds.tasks.models import open_model
+from univitar_ds.tasks.sources import DataOptions
+from univitar_ds.tasks.sources import test_source as source_of
 
 pytest.importorskip("sklearn")
 CPU = torch.device("cpu")
@@ -131,7 +132,7 @@ def test_a_video_is_the_mean_of_its_frames(clip, tmp_path, count):
     clip_file = video([np.asarray(noise(40, 48, seed=half)) for half in (1, 2) for _ in range(4)])
     datasets.write_tar(tmp_path / "0.tar", [("a.mp4", clip_file), ("a.cls", "cat")])
     opened = open_model(str(clip), ModelOptions(nproc=1, workers=1, frames=count))
-    source = reading.test_source(DataOptions(str(tmp_path / "0.tar")))
+    source = source_of(DataOptions(str(tmp_path / "0.tar")))
     found = features(opened, opened.setup(texts=True), source, tmp_path / "cache", progress=False)
     assert [len(items.samples) for items in read_items(source, LOCAL)] == [0, 1]
     model = PeerModel(clip, "clip", None, CPU)

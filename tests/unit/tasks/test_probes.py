@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.scores import bootstrap_interval
 from univitar_ds.tasks.knn import TEMPERATURE, class_votes, knn
-from univitar_ds.tasks.labelled import Labelled, labelled
+from univitar_ds.tasks.labelled import Features, Labelled, labelled
 from univitar_ds.tasks.linear import linear
-from univitar_ds.tasks.reading import Features
 from univitar_ds.tasks.templates import read_templates
 
 pytest.importorskip("sklearn")

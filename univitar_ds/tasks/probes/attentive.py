@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.geometry import cumulative
-from univitar_ds.tasks.labelled import class_names, divided, labelled
+from univitar_ds.tasks.labelled import Features, class_names, divided, labelled
 from univitar_ds.tasks.probes.sweep import Recipe, chosen, row_batches, train
 from univitar_ds.tasks.probes.token_store import TokenStore
-from univitar_ds.tasks.reading import Features
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
 """Published (V-JEPA 2)."""
