@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from univitar_ds.config.data import DataConfig
 from univitar_ds.config.load import check_config
 from univitar_ds.config.paths import written
 from univitar_ds.config.stage import ResolutionConfig
@@ -174,7 +175,12 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
     yield f"  lanes: {budget.lanes}  # packs of a step, {each}; {others} processes can share them"
     cores = basis.machine.cores / budget.processes
     workers = max(1, min(8, int(cores) - 1))
-    yield f"  workers: {workers}  # decoding processes of each process, for which there are {cores:.3g} cores"
+    available = "there is 1 core" if cores == 1 else f"there are {cores:.3g} cores"
+    yield f"  workers: {workers}  # decoding processes of each process, for which {available}"
+    per_lane = basis.facts.count(basis.modality) // budget.lanes
+    if per_lane < 2 * DataConfig.model_fields["pool_samples"].default:
+        # A buffer of more than an epoch waits for its last samples, and packs before an epoch's end are not full.
+        yield f"  pool_samples: {max(1, per_lane // 2)}  # half of a lane's epoch, so that all packs are full"
     if s3:
         yield f"  s3: {{{', '.join(f'{key}: {_quoted(value)}' for key, value in s3.items())}}}"
 

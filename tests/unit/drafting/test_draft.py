@@ -48,6 +48,12 @@ def test_the_numbers_fit_data_and_machine(surveys, machine):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
+@pytest.mark.parametrize(("count", "samples"), [(5, 2), (300, 75), (766, 191), (768, 192), (50_000, 192)])
+def test_the_shuffle_buffer_is_at_most_half_of_an_epoch_of_a_lane(count, samples):
+    """Two lanes, one for 5 samples; up to the default."""
+    assert loaded(draft([survey(count)], CPU)).data.pool_samples == samples
+
+
 def test_the_file_says_its_reasons_and_names_the_schema():
     lines = draft([survey(300, 40)], CPU).splitlines()
     assert lines[0].startswith("# yaml-language-server: $schema=")

@@ -216,7 +216,8 @@ class Stream:
             return
         why = f"source {group} has too few samples in a lane for its weight; lower its weight, data.lanes"
         if len(self._readers) == 1:
-            why = "a lane has too few samples and a pack contains each sample at most once; lower data.lanes"
+            few = "a lane has too few samples for its shuffle buffer, and a pack contains each sample at most once"
+            why = f"{few}; lower data.pool_samples, data.lanes"
         _log.warning(
             "a pack of %s samples is only %.0f %% full (lane %d; reported only once), because %s or token_budget",
             self._config.modality,

@@ -246,6 +246,18 @@ def test_packs_are_full_with_a_small_source_of_large_weight():
     assert min(fills(config, 200)) > 0.9
 
 
+def test_packs_of_few_samples_are_full_with_a_buffer_of_half_an_epoch(caplog):
+    """A larger buffer waits for the last samples of an epoch, while it holds most others only once; it is named."""
+    config = small_config(mixed([111]), pool_samples=192, token_budget=130)
+    assert min(min(fills(replace(config, seed=seed), 30)) for seed in range(4)) < 0.9
+    (message,) = {record.getMessage().partition("because ")[2] for record in caplog.records}
+    assert "lower data.pool_samples" in message
+    caplog.clear()
+    for seed in range(4):
+        assert min(fills(replace(config, seed=seed, pool_samples=55), 30)) > 0.9
+    assert caplog.records == []
+
+
 def test_the_oldest_sample_of_a_starved_source_comes_first_until_another_has_waited_too_long():
     stream = Stream(small_config(mixed([40], [40]), weights={"a": 3, "b": 1}), 0, StreamCursor())
     stream.next_pack()
