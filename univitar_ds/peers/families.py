@@ -12,6 +12,8 @@ from univitar_ds.errors import CheckpointError
 from univitar_ds.regular_files import open_regular
 
 IMAGES_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+"""Where the processors of transformers 5 save the content of `IMAGES_FILE`, under `image_processor`."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from univitar_ds.config.encoder import read_object
 from univitar_ds.errors import CheckpointError, first_line
 from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.towers import quiet
-from univitar_ds.peers.families import IMAGES_FILE
+from univitar_ds.peers.families import IMAGES_FILE, PROCESSOR_FILE
 from univitar_ds.regular_files import is_regular
 
 Images = Callable[[Image.Image], Mapping[str, Tensor]]
@@ -34,12 +34,9 @@ def image_processor(folder: Path, kind: str) -> Images:
 
     Raises: CheckpointError if there is none, or it cannot be used.
     """
-    if not is_regular(folder / IMAGES_FILE):
-        raise CheckpointError(
-            f"{folder} has no {IMAGES_FILE}, which says how images are prepared; copy it from the model's page"
-        )
+    path, values = _image_settings(folder)
     if kind == "dinov3_vit":
-        return Dinov3Images(read_object(folder / IMAGES_FILE), str(folder / IMAGES_FILE))
+        return Dinov3Images(values, str(path))
     with working_imports("transformers"):
         from transformers import AutoImageProcessor
     try:
@@ -48,8 +45,25 @@ def image_processor(folder: Path, kind: str) -> Images:
                 folder, backend="pil", local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # impossible values make the library raise anything
-        raise CheckpointError(f"{folder / IMAGES_FILE} cannot be used: {first_line(error)}; fetch it again") from error
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; fetch it again") from error
     return lambda image: processor(images=image, return_tensors="pt")
+
+
+def _image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """Returns the file with the settings of the image processor, and the settings, in the order of transformers.
+
+    Raises: CheckpointError if there is none, or it cannot be read.
+    """
+    path = folder / PROCESSOR_FILE
+    if is_regular(path) and isinstance(nested := read_object(path).get("image_processor"), dict):
+        return path, nested
+    path = folder / IMAGES_FILE
+    if not is_regular(path):
+        raise CheckpointError(
+            f"{folder} has no {IMAGES_FILE}, which says how images are prepared, and no {PROCESSOR_FILE} with an "
+            "image_processor; copy it from the model's page"
+        )
+    return path, read_object(path)
 
 
 class Dinov3Images:

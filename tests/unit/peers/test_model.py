@@ -115,6 +115,20 @@ def test_a_folder_without_a_file_is_refused(folders, tmp_path, name, said):
         PeerModel(tmp_path, "dinov2", None, CPU)
 
 
+@pytest.mark.parametrize("kind", ["siglip", "dinov3_vit"])
+def test_the_settings_of_images_may_be_in_the_file_of_a_whole_processor(kind, images, tmp_path):
+    """As processors of transformers 5 save them. They take precedence, as in transformers."""
+    save_peer(kind, tmp_path)
+    wanted = PeerModel(tmp_path, kind, None, CPU).images(images, 1000)
+    file = tmp_path / "preprocessor_config.json"
+    nested = {"image_processor": json.loads(file.read_text(encoding="utf-8"))}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested), encoding="utf-8")
+    file.write_text(json.dumps({**nested["image_processor"], "size": {"height": 48, "width": 48}}), encoding="utf-8")
+    assert torch.equal(PeerModel(tmp_path, kind, None, CPU).images(images, 1000), wanted)
+    file.unlink()
+    assert torch.equal(PeerModel(tmp_path, kind, None, CPU).images(images, 1000), wanted)
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("/nonexistent/univitar"),))
