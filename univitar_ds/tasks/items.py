@@ -33,6 +33,11 @@ class Items:
     samples: list[Sample]
     bad: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the samples that have one."""
+        return [sample.label for sample in self.samples if sample.label is not None]
+
     def with_features(self, found: Vectors) -> tuple[list[Sample], torch.Tensor, Counter[str]]:
         """Returns the samples with features, these (n, D), and the numbers of the samples that were left out."""
         rows: dict[str, deque[int]] = defaultdict(deque)

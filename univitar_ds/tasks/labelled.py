@@ -58,15 +58,10 @@ class Labelled:
 
 
 def labelled(train: Features, test: Features, kind: str) -> Labelled:
-    """Raises: DataError as `class_names`, or if no test item is of a class. Args: kind: of the items."""
-    classes = class_names(train.labels, kind)
+    """Raises: DataError as `common_classes`. Args: kind: of the items."""
+    classes = common_classes(train.labels, test.labels, kind)
     index_of = {label: index for index, label in enumerate(classes)}
     known = [row for row, label in enumerate(test.labels) if label in index_of]
-    if not known:
-        raise DataError(
-            f"none of the {len(test.labels)} labelled {kind}s of the test split has a label of the training split "
-            f"({some(classes)}); name a split of the same classes by --split"
-        )
     return Labelled(
         train.values,
         torch.tensor([index_of[label] for label in train.labels]),
@@ -75,6 +70,20 @@ def labelled(train: Features, test: Features, kind: str) -> Labelled:
         classes,
         len(test.labels) - len(known),
     )
+
+
+def common_classes(train: Sequence[str], test: Sequence[str], kind: str) -> list[str]:
+    """Returns `class_names` of the training labels. Args: labels of both splits; kind: of the items.
+
+    Raises: DataError as `class_names`, or if no test item is of a class.
+    """
+    classes = class_names(train, kind)
+    if not set(classes) & set(test):
+        raise DataError(
+            f"none of the {len(test)} labelled {kind}s of the test split has a label of the training split "
+            f"({some(classes)}); name a split of the same classes by --split"
+        )
+    return classes
 
 
 def class_names(labels: Sequence[str], kind: str) -> list[str]:

@@ -20,14 +20,14 @@ from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.zero_shot import Texts, zero_shot
 from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.inference.embed_files import ModelOptions
-from univitar_ds.inference.workers import device_of
+from univitar_ds.inference.workers import AnySetup, device_of
 from univitar_ds.owned import check_result
 from univitar_ds.tasks.curve import drawing, is_drawing
 from univitar_ds.tasks.dense.probe import DenseOptions, dense
 from univitar_ds.tasks.feature_cache import Vectors, features
 from univitar_ds.tasks.items import Items, read_items
 from univitar_ds.tasks.knn import NEIGHBOURS, knn
-from univitar_ds.tasks.labelled import Labelled, labelled, labelled_features
+from univitar_ds.tasks.labelled import Labelled, common_classes, labelled, labelled_features
 from univitar_ds.tasks.linear import linear
 from univitar_ds.tasks.models import OpenedModel, open_model
 from univitar_ds.tasks.packs import at_most, encoded
@@ -71,7 +71,7 @@ class TaskOptions:
 def run_task(
     task: str, model: str, data: DataOptions, options: TaskOptions, how: ModelOptions | None = None
 ) -> dict[str, Any]:
-    """Measures a model on a data set.
+    """Measures a model on a data set. Args: task: a key of `_TASKS`.
 
     Returns: format, task, model, data, figures (`Figure.to_dict`), notes, seconds.
     Raises: CheckpointError, ConfigError, DataError or StorageError, also if nothing could be measured.
@@ -82,8 +82,7 @@ def run_task(
     if task == "linear" and options.solver != "sgd" and options.epochs is not None:
         raise ConfigError(f"--epochs {options.epochs} is for --solver sgd; L-BFGS runs until it has converged")
     opened = open_model(model, how or ModelOptions())
-    run = _TASKS.get(task)
-    figures, notes = (run or partial(_probe, task))(opened, data, options)
+    figures, notes = _TASKS[task](opened, data, options)
     if not figures:
         raise DataError(f"{task} has measured nothing: {' '.join(notes) or 'the data has no image and no video'}")
     return {
@@ -133,8 +132,9 @@ def _with_texts(
 ) -> _Measured:
     """Measures each modality that the data has by the embeddings of both towers."""
     opened.check_texts()
-    source = test_source(data)
-    both, found = _items_of(opened, [source], data, options, needs)[0]
+    setup, sources = opened.setup(texts=True), [test_source(data)]
+    (both,) = _listed(setup, sources, needs)
+    (found,) = _features_of(opened, setup, sources, data, options)
     figures: list[Figure] = []
     notes: list[str] = []
     for items in both:
@@ -151,19 +151,16 @@ def _with_texts(
 def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     """Measures each modality that has labels in both splits by features of the encoder."""
     figures: list[Figure] = []
-    notes: list[str] = []
-    learned, scored = _items_of(opened, probe_sources(data), data, options, "label", texts=False)
-    for of_train, of_test in zip(learned[0], scored[0], strict=True):
-        modality = of_train.modality
-        train, test = labelled_features(of_train, learned[1]), labelled_features(of_test, scored[1])
-        if not train.labels and not test.labels:
-            continue
-        if not test.labels:
-            notes.append(f"No {modality} of the test split has a label, so that {modality}s are not measured.")
-            continue
+    setup, sources = opened.setup(texts=False), probe_sources(data)
+    listed = _listed(setup, sources, "label")
+    measurable, notes = _measurable(*listed)
+    found = _features_of(opened, setup, sources if measurable else [], data, options)
+    for number in measurable:
+        modality = MODALITIES[number]
+        train, test = (labelled_features(items[number], one) for items, one in zip(listed, found, strict=True))
         try:
             both = labelled(train, test, modality)
-        except DataError as error:  # the other modality may be measured
+        except DataError as error:  # of the items that could be read; the other modality may be measured
             notes.append(f"{error}.")
             continue
         if both.unknown:
@@ -178,31 +175,54 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
     return figures, notes or ([] if figures else ["no item has a label."])
 
 
-def _items_of(
-    opened: AnyModel,
-    sources: Sequence[SourceConfig],
-    data: DataOptions,
-    options: TaskOptions,
-    needs: _Needs,
-    *,
-    texts: bool = True,
-) -> list[tuple[list[Items], Vectors]]:
-    """Returns the items of each source by modality, and their features.
+def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> list[list[Items]]:
+    """Returns the items of each source by modality. All sources are read before any feature is computed, so that one
+    that cannot be used costs no time.
 
-    All sources are read before any feature is computed, so that one that cannot be used costs no time.
-    Args: needs: what an item must have to be measured; texts: whether the features are of the joint space.
-    Raises: DataError if no item of a source has it.
+    Args: needs: what an item must have to be measured. Raises: DataError if no item of a source has it.
     """
-    setup = opened.setup(texts=texts)
     settings = StorageSettings.of(setup.reading.data)
     listed = [read_items(source, settings) for source in sources]
-    for source, some in zip(sources, listed, strict=True):
-        if not any(getattr(sample, needs) for items in some for sample in items.samples):
+    for source, both in zip(sources, listed, strict=True):
+        if not any(getattr(sample, needs) for items in both for sample in items.samples):
             split = f", split {source.split}" if source.split else ""
             raise DataError(f"no item has a {needs} in {source.path}{split}; name other data or another split")
+    return listed
+
+
+def _measurable(train: Sequence[Items], test: Sequence[Items]) -> tuple[list[int], list[str]]:
+    """Returns the places of the modalities in which both splits have labels that fit, and notes about the others."""
+    found: list[int] = []
+    notes: list[str] = []
+    for number, (learned, scored) in enumerate(zip(train, test, strict=True)):
+        modality = learned.modality
+        if scored.labels:
+            try:
+                common_classes(learned.labels, scored.labels, modality)
+                found.append(number)
+            except DataError as error:  # the other modality may be measured
+                notes.append(f"{error}.")
+        elif learned.labels:
+            notes.append(f"No {modality} of the test split has a label, so that {modality}s are not measured.")
+    return found, notes
+
+
+def _of_several_classes(both: Sequence[Items]) -> tuple[list[int], list[str]]:
+    """Returns the places of the modalities with two labels or more, as zero-shot needs them, and notes about others."""
+    found = [number for number, items in enumerate(both) if len(set(items.labels)) > 1]
+    notes = [
+        f"Zero-shot of {items.modality}s: only one label, {items.labels[0]!r}; at least two are needed."
+        for items in both
+        if len(set(items.labels)) == 1
+    ]
+    return found, notes
+
+
+def _features_of(
+    opened: AnyModel, setup: AnySetup, sources: Sequence[SourceConfig], data: DataOptions, options: TaskOptions
+) -> list[Vectors]:
     cache = features_cache(data)
-    found = [features(opened, setup, source, cache, progress=options.progress) for source in sources]
-    return list(zip(listed, found, strict=True))
+    return [features(opened, setup, source, cache, progress=options.progress) for source in sources]
 
 
 def _video_notes(opened: AnyModel, figures: Sequence[Figure]) -> list[str]:
@@ -218,11 +238,11 @@ def _linear(data: Labelled, modality: str, options: TaskOptions) -> _Measured:
 
 def _attentive(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
     figures: list[Figure] = []
-    notes: list[str] = []
     device = opened.model.device
     sources, rule = probe_sources(data), at_most(opened, options.max_tokens)
     room = Room(data.cache or default_cache(), device, opened.reading.token_budget)
-    for modality in MODALITIES:
+    measurable, notes = _measurable(*_listed(opened.setup(texts=False), sources, "label"))
+    for modality in (MODALITIES[number] for number in measurable):
         packs = [encoded(opened, source, modality, rule, progress=options.progress) for source in sources]
         more, said = attentive(*packs, modality, room, epochs=options.epochs, progress=options.progress)
         figures += more
@@ -243,9 +263,10 @@ def _tokens(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Me
     else:
         opened.check_texts()
         train, test = None, test_source(data)
+    listed = _listed(opened.setup(texts=False), [test] if train is None else [train, test], "label")
+    measurable, notes = _of_several_classes(*listed) if train is None else _measurable(*listed)
     points: list[Point] = []
-    notes: list[str] = []
-    for modality in MODALITIES:
+    for modality in (MODALITIES[number] for number in measurable):
         sweep = Sweep(opened, test, train, _templates(options)[modality], options.progress)
         more, said = sweep.points(modality, options.counts)
         points += more
@@ -256,11 +277,12 @@ def _tokens(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Me
     return [point.figure for point in points], notes or ["no item has a label."]
 
 
-_TASKS = {
+_TASKS: dict[str, Callable[[Any, DataOptions, TaskOptions], _Measured]] = {
     "zero-shot": _zero_shot,
     "retrieval": _retrieval,
+    "knn": partial(_probe, "knn"),
+    "linear": partial(_probe, "linear"),
     "attentive": _attentive,
     "dense": _dense,
     "tokens": _tokens,
 }
-"""Tasks other than the probes on pooled features."""

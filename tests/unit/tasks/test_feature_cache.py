@@ -177,6 +177,17 @@ def test_a_split_that_does_not_exist_is_reported_before_features_are_computed(ru
     assert packs == []
 
 
+def test_splits_of_other_classes_are_reported_before_features_are_computed(run, pets, tmp_path, capsys, packs):
+    datasets.write(tmp_path / "birds", {"test/0.tar": (pets / "test" / "0.tar").read_bytes()})
+    datasets.write(tmp_path / "birds", {"classnames.txt": "crow\nduck\ngull\n"})
+    for task in ("knn", "attentive", "tokens --by knn"):
+        name, *options = task.split()
+        given = ["--data", tmp_path / "birds", "--cache", tmp_path / "c", "--train-data", pets, *options]
+        assert main(["eval", name, str(run), *map(str, given)]) == 2
+        assert "has a label of the training split" in capsys.readouterr().err
+    assert packs == []
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(run, pets, tmp_path, capsys, monkeypatch):
