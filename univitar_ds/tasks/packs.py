@@ -20,9 +20,10 @@ from univitar_ds.tasks.models import OpenedModel
 
 
 class Encoded(NamedTuple):
-    """The labelled items of a pack: tokens (T, D) on the model's device, the number of each item's, and labels."""
+    """The labelled items of a pack: their tokens (T, D) on the model's device by `encoded`, or a row for each, float32
+    on the host, by `pooled` (n, D) and `embedded` (n, E); the number of tokens of each item, and its label."""
 
-    tokens: Tensor
+    values: Tensor
     lengths: list[int]
     labels: list[str]
 
@@ -39,26 +40,40 @@ def encoded(
     for pack in _packs(opened, source, modality, resolution, progress):
         with torch.no_grad():
             grids = [tuple(grid) for grid in pack.grid_thw.tolist()]
-            lengths = [token_count(grid) for grid in grids]
             tokens = opened.model.encoder(pack.pixels.to(opened.model.device), grids, frames=pack.frames.tolist())
-        some = [row for row, label in enumerate(pack.labels) if label is not None]
+        some, lengths, labels = _labelled(pack)
         if len(some) < len(pack):
-            parts = tokens.split(lengths)
-            tokens, lengths = torch.cat([parts[row] for row in some]), [lengths[row] for row in some]
-        yield Encoded(tokens, lengths, [label for label in pack.labels if label is not None])
+            parts = tokens.split([token_count(grid) for grid in grids])
+            tokens = torch.cat([parts[row] for row in some])
+        yield Encoded(tokens, lengths, labels)
+
+
+def pooled(
+    opened: OpenedModel, source: SourceConfig, modality: Modality, resolution: Resolution, *, progress: bool
+) -> Iterator[Encoded]:
+    """Yields the pooled features of all items that have a label."""
+    for tokens, lengths, labels in encoded(opened, source, modality, resolution, progress=progress):
+        with torch.no_grad():
+            yield Encoded(opened.model.pool(tokens, lengths).float().cpu(), lengths, labels)
 
 
 def embedded(
     opened: OpenedModel, source: SourceConfig, modality: Modality, resolution: Resolution, *, progress: bool
-) -> Iterator[tuple[Tensor, list[int], list[str]]]:
-    """Yields joint embeddings (n, E) float32 on the host, numbers of tokens and labels of items that have a label."""
+) -> Iterator[Encoded]:
+    """Yields the joint embeddings of all items that have a label."""
     for pack in _packs(opened, source, modality, resolution, progress):
         with torch.no_grad():
             pixels = pack.pixels.to(opened.model.device)
             values = opened.whole.encode_vision(pixels, pack.frames, pack.grid_thw).float().cpu()
-        some = [row for row, label in enumerate(pack.labels) if label is not None]
-        lengths = pack.grid_thw.prod(dim=1).tolist()
-        yield values[some], [lengths[row] for row in some], [pack.labels[row] for row in some]
+        some, lengths, labels = _labelled(pack)
+        yield Encoded(values[some], lengths, labels)
+
+
+def _labelled(pack: PackedBatch) -> tuple[list[int], list[int], list[str]]:
+    """Returns the rows of the items that have a label, their numbers of tokens, and the labels."""
+    some = [row for row, label in enumerate(pack.labels) if label is not None]
+    lengths = pack.grid_thw.prod(dim=1).tolist()
+    return some, [lengths[row] for row in some], [pack.labels[row] for row in some]
 
 
 def at_most(opened: OpenedModel, tokens: int | None) -> Resolution | None:

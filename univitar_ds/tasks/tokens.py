@@ -22,7 +22,7 @@ from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution, smart_res
 from univitar_ds.tasks.knn import class_votes
 from univitar_ds.tasks.labelled import Features, Labelled, labelled
 from univitar_ds.tasks.models import OpenedModel
-from univitar_ds.tasks.packs import embedded, encoded
+from univitar_ds.tasks.packs import embedded, pooled
 
 COUNTS = (64, 144, 256, 576, 1024)
 """Squares of 112, 168, 224, 336 and 448 pixels with the release's patches."""
@@ -107,40 +107,23 @@ class Sweep:
 
     def _measured(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
         """Returns the scored items, the scores of their classes and their mean number of tokens."""
-        if self.train is None:
-            return self._zero_shot(modality, rule)
-        train, _ = self._pooled(self.train, modality, rule)
-        test, mean = self._pooled(self.test, modality, rule)
+        test, mean = self._features(self.test, modality, rule)
+        train = test if self.train is None else self._features(self.train, modality, rule)[0]
         if not train.labels and not test.labels:
             return None
         data = labelled(train, test, modality)
-        return data, class_votes(data, min(NEIGHBOURS, len(data.train))), mean
-
-    def _pooled(self, source: SourceConfig, modality: Modality, rule: Resolution) -> tuple[Features, float]:
-        rows = [torch.empty(0, self.opened.model.encoder.config.hidden_size)]
-        labels: list[str] = []
-        tokens = 0
-        for pack in encoded(self.opened, source, modality, rule, progress=self.progress):
-            with torch.no_grad():
-                rows.append(self.opened.model.pool(pack.tokens, pack.lengths).float().cpu())
-            labels += pack.labels
-            tokens += sum(pack.lengths)
-        return Features(torch.cat(rows), labels), tokens / max(len(labels), 1)
-
-    def _zero_shot(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
-        rows: list[Tensor] = []
-        labels: list[str] = []
-        tokens = 0
-        for values, lengths, some in embedded(self.opened, self.test, modality, rule, progress=self.progress):
-            rows.append(values)
-            labels += some
-            tokens += sum(lengths)
-        if not labels:
-            return None
-        features = Features(torch.cat(rows), labels)
-        data = labelled(features, features, modality)
+        if self.train is not None:
+            return data, class_votes(data, min(NEIGHBOURS, len(data.train))), mean
         classes = class_vectors(data.classes, self.templates, self.opened.texts)
-        return data, data.test.double() @ classes.double().T, tokens / len(labels)
+        return data, data.test.double() @ classes.double().T, mean
+
+    def _features(self, source: SourceConfig, modality: Modality, rule: Resolution) -> tuple[Features, float]:
+        """Returns what is compared, joint embeddings or pooled features, and the mean number of tokens."""
+        read = embedded if self.train is None else pooled
+        packs = list(read(self.opened, source, modality, rule, progress=self.progress))
+        labels = [label for pack in packs for label in pack.labels]
+        values = torch.cat([pack.values for pack in packs]) if packs else torch.empty(0, 0)
+        return Features(values, labels), sum(sum(pack.lengths) for pack in packs) / max(len(labels), 1)
 
 
 def _difference(modality: str, count: int, right: dict[str, Tensor], means: Sequence[float]) -> str:
