@@ -56,6 +56,11 @@ def shown(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def shown_lines(text: str) -> str:
+    """Returns a text of several lines as `shown` does."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
 def expand(text: str) -> Path:
     """Returns a path, expanded as in a run file (`config.paths`). Raises: ConfigError if it cannot be expanded."""
     return Path(expand_place(text))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from univitar_ds.cli.common import add_command, expand
-from univitar_ds.cli.tasks import shown_lines
+from univitar_ds.cli.common import add_command, expand, shown_lines
 from univitar_ds.screen import show
 
 TABLE = "table"

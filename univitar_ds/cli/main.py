@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from univitar_ds import startup
-from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown
+from univitar_ds.cli.common import add_command, add_overrides, add_weights, expand, positive, shown_lines
 from univitar_ds.cli.config import add_config
 from univitar_ds.cli.convert import add_convert
 from univitar_ds.cli.data import add_data
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: UserError) -> int:
     with suppress(OSError):
-        print("\n".join(map(shown, f"error: {error}".split("\n"))), file=sys.stderr, flush=True)
+        print(shown_lines(f"error: {error}"), file=sys.stderr, flush=True)
     return error.exit_code
 
 

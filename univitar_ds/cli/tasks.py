@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from univitar_ds.cli.common import add_command, add_storage, expand, expand_place, positive, shown
+from univitar_ds.cli.common import add_command, add_storage, expand, expand_place, positive, shown_lines
 from univitar_ds.cli.inference import add_reading, model_options
 from univitar_ds.screen import show
 
@@ -17,17 +17,27 @@ if TYPE_CHECKING:
 TASKS = ("zero-shot", "retrieval", "knn", "linear", "attentive", "dense", "tokens")
 PROBES = ("knn", "linear", "attentive", "tokens")
 """Tasks that learn from items of another split."""
-_COMMON = """
+BY_FEATURES = ("zero-shot", "retrieval", "knn", "linear")
+"""Tasks on a vector for each item, computed by several processes and kept; peers have them too. The others run the
+encoder in one process."""
+_MODEL = """
 MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
+"""
+_PEERS = """\
 Or a CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3 model of transformers, as a folder or hub name: its own image processor
 and forward pass are used, and a video is the mean of its frames.
+"""
+_SOURCE = """\
 SOURCE: what `data pack` reads: a packed folder, tars, class folders, a table, an imagefolder, COCO's captions ...;
 folders and tables are packed once into --cache. Or a folder of CLIP_benchmark (classnames.txt, test/*.tar).
-
+"""
+_FEATURES = """
 Features are computed by --nproc processes, with the same result for any number, and are kept in --cache: after an
-interruption the same command continues, and another task on the same model, data and split computes none again. At
-most 20 GB are kept; remove the folder `features` in --cache to free them.
-
+interruption the same command continues, and the other task on the same model, data and split computes none again:
+zero-shot and retrieval have the same features, knn and linear have. At most 20 GB are kept; remove the folder
+`features` in --cache to free them.
+"""
+_FIGURES = """
 Images and videos are measured apart. Each result has its 95 % bootstrap interval over the items, and the chance level.
 """
 _ABOUT = {
@@ -99,7 +109,6 @@ bilinearly to the size of the label map. 5 learning rates are trained at once by
 least 500 steps); the best is chosen on a tenth of the training images. Their features are kept in a file without a name
 in --cache while the command runs: 2 bytes a number and 2 for each pixel, 80 GB for ADE20K at width 1024.
 
-MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
 SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation.
 Or a folder of images, or of a folder of images for each split, with --masks MASKS: the label map of SOURCE/a/b.jpg is
 MASKS/a/b.png; --image-suffix and --mask-suffix give other ends of both names. Images without one are left out. A label
@@ -132,10 +141,8 @@ def add_tasks(commands) -> None:
     """Adds a command for each task to `commands`; `main.parse` takes its two words together."""
     for task in TASKS:
         help_text, about, examples = _ABOUT[task]
-        common = "" if task == "dense" else _COMMON
-        parser = add_command(
-            commands, f"eval {task}", _run, help_text, f"{about}{common}{examples}", leaves_files=False
-        )
+        description = f"{about}{_common(task)}{examples}"
+        parser = add_command(commands, f"eval {task}", _run, help_text, description, leaves_files=False)
         parser.set_defaults(task=task)
         parser.add_argument("model", type=expand_place, metavar="MODEL", help="see above")
         parser.add_argument("--data", type=expand_place, required=True, metavar="SOURCE", help="see above")
@@ -148,10 +155,18 @@ def add_tasks(commands) -> None:
         parser.add_argument(
             "--cache", type=expand, metavar="DIR", help="for packed data and features (~/.cache/univitar_ds/data)"
         )
-        parser.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
+        if task in BY_FEATURES:
+            parser.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
         parser.add_argument("--json", action="store_true", help="print the results as JSON")
         add_reading(parser)
         add_storage(parser)
+
+
+def _common(task: str) -> str:
+    """Returns the part of a description that tasks share; the dense probe has its own data and figures."""
+    if task == "dense":
+        return _MODEL
+    return f"{_MODEL}{_PEERS}{_SOURCE}{_FEATURES}{_FIGURES}" if task in BY_FEATURES else f"{_MODEL}{_SOURCE}{_FIGURES}"
 
 
 def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
@@ -205,10 +220,10 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _labels(text: str) -> tuple[int, ...]:
-    values = tuple(int(part) for part in text.split(",") if part.strip())
-    if strange := [value for value in values if not 0 <= value < 1 << 16]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if strange := [part for part in parts if not part.isdecimal() or int(part) >= 1 << 16]:
         raise argparse.ArgumentTypeError(f"{strange[0]} is no value of a label map, which are 0 to 65535")
-    return values
+    return tuple(map(int, parts))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -237,8 +252,3 @@ def _dense_options(given: dict[str, Any]) -> DenseOptions:
     masks = MaskOptions(given.get("masks"), given.get("train_masks"), given["mask_suffix"])
     masks = replace(masks, image_suffix=given.get("image_suffix"), ignore=given["ignore"])
     return DenseOptions(**{name: given[name] for name in names if name in given}, masks=masks)
-
-
-def shown_lines(text: str) -> str:
-    """Returns a text of several lines as `shown` does."""
-    return "\n".join(map(shown, text.split("\n")))

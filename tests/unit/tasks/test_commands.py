@@ -165,6 +165,21 @@ def test_an_item_of_the_attentive_probe_has_at_most_the_tokens_that_are_asked_fo
         at_most(opened, 3)
 
 
+def test_a_value_of_label_maps_is_a_whole_number(run, capsys):
+    for value in ("x", "-1", "65536"):
+        with pytest.raises(SystemExit):
+            main(["eval", "dense", str(run), "--data", "nowhere", f"--ignore={value}"])
+        assert f"{value} is no value of a label map, which are 0 to 65535" in capsys.readouterr().err
+
+
+def test_processes_are_for_tasks_that_compute_features_by_them(capsys):
+    for task, has in {"knn": True, "attentive": False, "dense": False, "tokens": False}.items():
+        with pytest.raises(SystemExit):
+            main(["eval", task, "--help"])
+        about = capsys.readouterr().out
+        assert ("--nproc" in about, "kept in --cache: after" in about, "SigLIP" in about) == (has, has, has)
+
+
 def test_epochs_are_for_the_solver_that_has_them(run, pets, tmp_path, capsys):
     assert main(["eval", "linear", str(run), "--data", str(pets), "--cache", str(tmp_path), "--epochs", "3"]) == 2
     assert "--solver sgd" in capsys.readouterr().err
