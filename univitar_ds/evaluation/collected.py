@@ -14,7 +14,7 @@ from univitar_ds.errors import DataError
 from univitar_ds.evaluation.report import name_of, percent, table
 from univitar_ds.evaluation.results import read_result
 from univitar_ds.owned import check_result, write_result
-from univitar_ds.regular_files import read_utf8
+from univitar_ds.regular_files import read_bytes
 
 CSV = ".csv"
 _TITLE = "Results of univitar-ds eval"
@@ -118,5 +118,6 @@ def write_table(found: Collected, path: Path) -> None:
     Raises: ConfigError if there is another file; StorageError if it cannot be written."""
     is_csv = path.name.lower().endswith(CSV)
     begin = ",".join(_CSV) if is_csv else _TITLE
-    check_result(path, lambda there: read_utf8(there).startswith(begin))
-    write_result(path, as_csv(found) if is_csv else f"{render(found)}\n")
+    check_result(path, lambda there: read_bytes(there).startswith(begin.encode()))
+    text = as_csv(found) if is_csv else f"{render(found)}\n"
+    write_result(path, text.encode("utf-8", "backslashreplace").decode())  # names of files need not be UTF-8

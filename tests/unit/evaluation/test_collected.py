@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,15 @@ def test_no_result_and_a_file_of_others_are_sentences(folder: Path, tmp_path: Pa
         collect([tmp_path / "empty"])
     with pytest.raises(UserError, match="there is no file"):
         collect([tmp_path / "nothing.json"])
-    (tmp_path / "notes.md").write_text("mine\n")
-    with pytest.raises(ConfigError, match="has not written"):
-        write_table(collect([folder]), tmp_path / "notes.md")
-    assert (tmp_path / "notes.md").read_text() == "mine\n"
+    for content in (b"mine\n", b"\xff\x00"):
+        (tmp_path / "notes.md").write_bytes(content)
+        with pytest.raises(ConfigError, match="has not written"):
+            write_table(collect([folder]), tmp_path / "notes.md")
+        assert (tmp_path / "notes.md").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["all.md", "all.csv"])
+def test_a_name_that_is_not_utf_8_is_escaped(tmp_path: Path, name: str):
+    found = collect([result(tmp_path / "a.json", os.fsdecode(b"runs/\xff"), "data/pets", top1(0.5))])
+    write_table(found, tmp_path / name)
+    assert r"runs/\udcff" in (tmp_path / name).read_text(encoding="utf-8")
