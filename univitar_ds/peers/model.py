@@ -82,8 +82,8 @@ class PeerModel:
         """Returns `get_text_features` of sentences, (N, E) float32 on the host. Raises: as `images`."""
         rows = [torch.empty(0, self.width)]
         for start in range(0, len(sentences), TEXTS_AT_ONCE):
-            inputs = self._texts(sentences[start : start + TEXTS_AT_ONCE])
             with self._running(TEXTS_AT_ONCE):
+                inputs = self._texts(sentences[start : start + TEXTS_AT_ONCE])
                 out = self.module.get_text_features(**self._placed(inputs), return_dict=True)
                 rows.append(out.pooler_output.float().cpu())
         return torch.cat(rows)
@@ -113,10 +113,12 @@ class PeerModel:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU has too little memory for {at_once} tokens; lower --token-budget") from error
-        except (ValueError, RuntimeError, IndexError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # impossible values make the library raise anything, also MemoryError
             raise CheckpointError(
                 f"the model in {self.folder} cannot run on what its preprocessor_config.json and tokenizer make: "
-                f"{first_line(error)}; fetch these files of the same model"
+                f"{first_line(error)}; fetch config.json and these files of the same model"
             ) from error
 
 

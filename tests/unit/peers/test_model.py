@@ -180,3 +180,23 @@ def test_an_image_processor_of_another_size_is_refused(folders, images, tmp_path
 def test_settings_that_no_release_of_dinov3_has_are_refused(changed):
     with pytest.raises(CheckpointError, match=r"p\.json has"):
         Dinov3Images(changed, "p.json")
+
+
+def changed(folder: Path, name: str, **values) -> None:
+    """Changes values of a JSON file; None removes one."""
+    content = json.loads((folder / name).read_text(encoding="utf-8")) | values
+    content = {key: value for key, value in content.items() if value is not None}
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("values", [{"model_max_length": -5}, {"pad_token": None}])
+def test_a_tokenizer_with_impossible_values_is_refused(tmp_path, values):
+    changed(save_peer("clip", tmp_path), "tokenizer_config.json", **values)
+    with pytest.raises(CheckpointError, match="fetch config.json and these files"):
+        PeerModel(tmp_path, "clip", None, CPU).texts(SENTENCES)
+
+
+def test_a_configuration_of_a_wrong_type_is_refused(images, tmp_path):
+    changed(save_peer("dinov2", tmp_path), "config.json", patch_size=[8, 8])
+    with pytest.raises(CheckpointError, match="fetch config.json and these files"):
+        PeerModel(tmp_path, "dinov2", None, CPU).images(images, 1000)
