@@ -142,9 +142,7 @@ def swept(data, modality):
 def trained_on(data, modality, different):
     """The keys that a lane gives until there are so many different ones."""
     ratio = 1.0 if modality == "video" else 0.0
-    stage = StageConfig(
-        name="odd", samples=1, lr=1e-3, image=SMALL, video=SMALL, video_ratio=ratio, token_budget=400
-    )
+    stage = StageConfig(name="odd", samples=1, lr=1e-3, image=SMALL, video=SMALL, video_ratio=ratio, token_budget=400)
     keys = set()
     with only_lane(data, stage, modality) as loader:
         while len(keys) < different:

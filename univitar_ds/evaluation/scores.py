@@ -90,11 +90,14 @@ def chance_at(k: int, right: int, candidates: int) -> float:
 
 
 def rank_counts(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,).
+    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,). A score that is no number is no hit.
 
     Args: scores: (n, m); is_right: (n, m) mask of the right candidates, at least one per row.
     """
     assert bool(is_right.any(dim=1).all()), "a query without a right answer cannot be scored"
+    # Else a model whose weights are no numbers is always right, since nothing compares as better.
+    last = torch.where(is_right, -torch.inf, torch.inf).to(scores.dtype)
+    scores = torch.where(scores.isnan(), last, scores)
     best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
     near = (scores - best).abs() <= TIE
     better = (scores > best) & ~near & ~is_right

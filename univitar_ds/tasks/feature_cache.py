@@ -29,7 +29,7 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.shards.sources import SourceShard, find_shards
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.errors import StorageError, writing
+from univitar_ds.errors import CheckpointError, StorageError, writing
 from univitar_ds.inference.embed_files import for_places, write_parts
 from univitar_ds.inference.reading import Kind, LeftOut
 from univitar_ds.inference.workers import AnySetup, device_of
@@ -76,7 +76,8 @@ def features(
     """Returns the features of all items of a source, in the order of the shards.
 
     Args: setup: how they are computed; cache: folder of the entries.
-    Raises: DataError or CheckpointError as `inference.workers.compute`; StorageError if the cache cannot be written.
+    Raises: DataError or CheckpointError as `inference.workers.compute`, also for features that are not finite;
+        StorageError if the cache cannot be written.
     """
     # Texts and labels are read each time, so that all tasks share an entry.
     plain = source.model_copy(update={"class_names": None, "captions": "one"})
@@ -101,6 +102,11 @@ def features(
         with suppress(OSError):  # of another user's cache
             os.utime(entry / _COMPLETE)
     _make_room(cache, entry)
+    if wrong := int((~found.values.isfinite().all(dim=1)).sum()):
+        raise CheckpointError(
+            f"{model.name} gives features that are not finite for {wrong} of {len(found.keys)} items of {split}; its "
+            "weights or its preprocessor_config.json are damaged, or its training has diverged: name another model"
+        )
     return found
 
 

@@ -34,3 +34,10 @@ def test_a_wrong_candidate_that_scores_better_or_the_same_is_reported_from_one_t
     right = torch.tensor([[False, True, False, False, True, False]])
     better, tied, equal_right = rank_counts(scores, right)
     assert (better.item(), tied.item(), equal_right.item()) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("nan", [[0], [1], [0, 1, 2]])
+def test_a_score_that_is_no_number_is_no_hit(nan: list[int]):
+    scores = torch.tensor([[0.5, 0.2, 0.1]], dtype=torch.float64)
+    scores[0, nan] = torch.nan
+    assert hit_at(1, *rank_counts(scores, torch.tensor([[True, False, False]]))).tolist() == [0.0]

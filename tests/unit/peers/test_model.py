@@ -192,11 +192,11 @@ def changed(folder: Path, name: str, **values) -> None:
 @pytest.mark.parametrize("values", [{"model_max_length": -5}, {"pad_token": None}])
 def test_a_tokenizer_with_impossible_values_is_refused(tmp_path, values):
     changed(save_peer("clip", tmp_path), "tokenizer_config.json", **values)
-    with pytest.raises(CheckpointError, match="fetch config.json and these files"):
+    with pytest.raises(CheckpointError, match=r"fetch config\.json and these files"):
         PeerModel(tmp_path, "clip", None, CPU).texts(SENTENCES)
 
 
 def test_a_configuration_of_a_wrong_type_is_refused(images, tmp_path):
     changed(save_peer("dinov2", tmp_path), "config.json", patch_size=[8, 8])
-    with pytest.raises(CheckpointError, match="fetch config.json and these files"):
+    with pytest.raises(CheckpointError, match=r"fetch config\.json and these files"):
         PeerModel(tmp_path, "dinov2", None, CPU).images(images, 1000)

@@ -11,6 +11,7 @@ from tests.support import datasets
 from tests.support.finished import run_config, write_run
 from tests.support.media import encoded, noise
 from univitar_ds.cli.main import main
+from univitar_ds.errors import CheckpointError
 from univitar_ds.inference import embed_files
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.tasks import feature_cache, sources
@@ -205,3 +206,17 @@ def test_two_processes_give_the_figures_of_one(run, pets, tmp_path, capsys, monk
     assert results[0] == results[1]
     assert len(files[0]) == 2
     assert files[0] == files[1]
+
+
+def test_features_that_are_not_finite_are_refused(run, pets, tmp_path, monkeypatch):
+    read = feature_cache._read
+
+    def broken(*given):
+        found = read(*given)
+        if found is not None:
+            found.values[1] = torch.nan
+        return found
+
+    monkeypatch.setattr(feature_cache, "_read", broken)
+    with pytest.raises(CheckpointError, match="not finite for 1 of"):
+        of_test(run, pets, tmp_path / "cache")
