@@ -44,6 +44,7 @@ KEPT_BYTES = 20 << 30
 KIND = "features"
 _OUT = "features.safetensors"
 _COMPLETE = "complete.json"
+_PROGRESS = f".{_OUT}.progress"
 _NAMES = {
     r"features-\d{5,}\.safetensors|features\.safetensors\.(index\.json|bad\.jsonl)|complete\.json|\.univitar-ds": None,
     r"\.features\.safetensors\.progress": {r"part-\d{5,}\.json|settings\.json|lock": None},
@@ -145,6 +146,11 @@ def _compute(entry: Path, settings: Mapping[str, Any], write: Callable[[Destinat
     with writing(entry):
         entry.mkdir(exist_ok=True)
     mark(entry, KIND)
+    if not _can_continue(entry, settings):
+        _discard(entry)
+        with writing(entry):
+            entry.mkdir(exist_ok=True)
+        mark(entry, KIND)
     destination = Destination(entry / _OUT)
     if destination.completed(settings) is None:
         with destination.opened(settings) as done:
@@ -152,6 +158,32 @@ def _compute(entry: Path, settings: Mapping[str, Any], write: Callable[[Destinat
                 logger.info("continuing with part %d of %s", done, entry)
             write(destination, done)
             destination.complete()
+
+
+def _can_continue(entry: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether an entry is new, or what an interrupted call has left there is whole."""
+    try:
+        progress = entry / _PROGRESS
+        if progress.is_dir():
+            wanted = json.loads(json.dumps(settings))
+            records = [json.loads(read_bytes(file)) for file in progress.glob("part-*.json")]
+            begun = not (progress / "settings.json").exists()
+            return all(isinstance(one, dict) for one in records) and (
+                begun or json.loads(read_bytes(progress / "settings.json")) == wanted
+            )
+        names = [name for name in os.listdir(entry) if name.startswith("features")]
+        if not names:
+            return True
+        parts = json.loads(read_bytes(entry / f"{_OUT}.index.json"))["parts"]
+        return all((entry / part["file"]).is_file() for part in parts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _discard(entry: Path) -> None:
+    """Removes a damaged entry. Raises: StorageError if it holds files of others."""
+    if not (is_marked(entry, KIND) and remove(entry, _NAMES)):
+        raise StorageError(f"{entry} holds other files than this program's; move them away, or name another --cache")
 
 
 def _complete(entry: Path, about: Mapping[str, Any]) -> None:
@@ -180,10 +212,7 @@ def _read(entry: Path, kind: Kind) -> Vectors | None:
             raise ValueError(f"{len(found.values)} rows, {len(found.keys)} keys")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         logger.warning("the features in %s are damaged and computed again (%s)", entry, error)
-        if not (is_marked(entry, KIND) and remove(entry, _NAMES)):
-            raise StorageError(
-                f"{entry} holds other files than this program's; move them away, or name another --cache"
-            ) from error
+        _discard(entry)
         return None
     return found
 

@@ -220,3 +220,24 @@ def test_features_that_are_not_finite_are_refused(run, pets, tmp_path, monkeypat
     monkeypatch.setattr(feature_cache, "_read", broken)
     with pytest.raises(CheckpointError, match="not finite for 1 of"):
         of_test(run, pets, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damaged", ["index", "no index", "no part", "settings"])
+def test_what_an_interrupted_call_left_damaged_is_computed_again(run, pets, tmp_path, damaged):
+    first = of_test(run, pets, tmp_path / "cache")
+    (entry,) = (path.parent for path in (tmp_path / "cache").rglob("complete.json"))
+    (entry / "complete.json").unlink()
+    index = entry / "features.safetensors.index.json"
+    if damaged == "index":
+        index.write_text("{")
+    elif damaged == "no index":
+        index.unlink()
+    elif damaged == "no part":
+        (entry / "features-00000.safetensors").unlink()
+    else:
+        index.unlink()
+        (entry / ".features.safetensors.progress").mkdir()
+        (entry / ".features.safetensors.progress" / "settings.json").write_text("{")
+    again = of_test(run, pets, tmp_path / "cache")
+    assert torch.equal(again.values, first.values)
+    assert again.keys == first.keys
