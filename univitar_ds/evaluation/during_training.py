@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,15 @@ from univitar_ds.config.run_folder import CLASSES, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import EvalShare, eval_packs
+from univitar_ds.data.loader import EvalShare
 from univitar_ds.data.shards.sources import SourceShard, find_shards
 from univitar_ds.data.shared_listing import listing_of, shards_of
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError
 from univitar_ds.evaluation.classification import Hits, class_figures, class_hits
-from univitar_ds.evaluation.embed import Embeddings, embed_by_each, embed_texts
-from univitar_ds.evaluation.measure import measure, nothing_measured
-from univitar_ds.evaluation.run import last_stage
+from univitar_ds.evaluation.configured import figures_of, last_stage, no_class_measured, packs_of
+from univitar_ds.evaluation.embed import Embeddings, embed_by_each
+from univitar_ds.evaluation.measure import nothing_measured
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.evaluation.shares import gathered_embeddings, gathered_hits
 from univitar_ds.formats.run import Weights, run_configuration
@@ -125,18 +124,7 @@ class DuringTraining:
         stopped: Callable[[], bool],
     ) -> list[Embeddings] | list[Hits]:
         """Returns what each model finds of this rank's share of the items. Raises: Interrupted if asked to stop."""
-        cfg = self._cfg
-        packs = eval_packs(
-            cfg.evaluation.sources,
-            modality=modality,
-            resolution=stage.resolution(modality),
-            video_frames=stage.video_frames,
-            token_budget=cfg.evaluation.token_budget,
-            tokenizer=self._run / TOKENIZER if classes is None else None,
-            context_length=cfg.model.text.context_length,
-            data=cfg.data,
-            share=share,
-        )
+        packs = packs_of(self._cfg, self._run, stage, modality, share)
         with closing(packs):
             until = _until(stopped, packs)
             if classes is not None:
@@ -178,14 +166,7 @@ class DuringTraining:
     ) -> tuple[list[Figure], list[str]]:
         if classes is not None:
             return class_figures(found, classes, modality)
-        cfg, tokenizer = self._cfg, load_tokenizer(self._run / TOKENIZER)
-        return measure(
-            found,
-            cfg.evaluation.image_templates if modality == "image" else cfg.evaluation.video_templates,
-            partial(embed_texts, model, tokenizer, context_length=cfg.model.text.context_length),
-            expected=any(shard.modality == modality for shard in shards),
-            named=any(shard.class_names for shard in shards),
-        )
+        return figures_of(self._cfg, model, load_tokenizer(self._run / TOKENIZER), found, shards)
 
 
 def _nothing(found: _Found, number: int, notes: Sequence[str]) -> str:
@@ -193,7 +174,7 @@ def _nothing(found: _Found, number: int, notes: Sequence[str]) -> str:
     each = [of_modality[number] for of_modality in found.values()]
     if all(isinstance(one, Embeddings) for one in each):
         return nothing_measured(each, [])
-    return f"the evaluation measured nothing: {' '.join(notes) or 'no item has a label that the run has learned'}"
+    return no_class_measured(notes)
 
 
 @contextmanager

@@ -6,32 +6,27 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, EVALUATION, TOKENIZER
-from univitar_ds.config.schema import RunConfig
-from univitar_ds.config.stage import StageConfig
-from univitar_ds.data.batch import PackedBatch
-from univitar_ds.data.loader import eval_packs
+from univitar_ds.config.run_folder import CONFIG, EVALUATION
 from univitar_ds.data.shards.contents import contents_of
-from univitar_ds.data.shards.sources import SourceShard, find_shards, stage_modalities
+from univitar_ds.data.shards.sources import SourceShard, find_shards
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.classification import measure_classes
-from univitar_ds.evaluation.embed import Embeddings, embed, embed_texts
+from univitar_ds.evaluation.configured import figures_of, last_stage, no_class_measured, packs_of
+from univitar_ds.evaluation.embed import Embeddings, embed
 from univitar_ds.evaluation.example_sheet import Kept, draw_sheet, keep_some
-from univitar_ds.evaluation.measure import measure, nothing_measured
+from univitar_ds.evaluation.measure import nothing_measured
 from univitar_ds.evaluation.overrides import is_result, overridden, same_evaluation
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
@@ -159,25 +154,22 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         if stage is None:
             continue
         if trained.classes is not None:
-            with closing(_packs(trained, stage, modality)) as packs:
+            with closing(packs_of(trained.config, trained.run, stage, modality)) as packs:
                 measured, detail = measure_classes(trained.model, trained.classes, packs, modality, progress=progress)
             figures += measured
             notes += detail
             continue
         kept: list[Kept] = []
-        with closing(_packs(trained, stage, modality)) as packs:
+        with closing(packs_of(trained.config, trained.run, stage, modality)) as packs:
             embeddings = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
         evaluated.append(embeddings)
-        measured, detail = _measure(trained, embeddings, shards)
+        measured, detail = figures_of(trained.config, trained.model, trained.tokenizer, embeddings, shards)
         figures += measured
         notes += detail
         if kept:
             sheets.append(_Sheet(kept, embeddings, _names(config.sources, shards)))
     if not figures and trained.classes is not None:
-        raise DataError(
-            f"the evaluation measured nothing: {' '.join(notes) or 'its sources hold nothing that the stages read.'} "
-            "The head knows the labels of the run's classes.json; name a source with such labels in evaluation.sources"
-        )
+        raise DataError(no_class_measured(notes))
     if not figures:
         raise DataError(nothing_measured(evaluated, _unmet(shards, evaluated)))
     result = {
@@ -205,37 +197,3 @@ def _unmet(shards: Sequence[SourceShard], evaluated: Sequence[Embeddings]) -> li
     others = [modality for modality in MODALITIES if modality not in {embeddings.modality for embeddings in evaluated}]
     counts = contents_of(shards, MODALITIES).counts if others else {}
     return [(modality, counts[modality]) for modality in others if counts[modality]]
-
-
-def last_stage(config: RunConfig, modality: Modality) -> StageConfig | None:
-    """Returns the last stage that trains on this modality; None if no stage does."""
-    return next((stage for stage in reversed(config.stages) if modality in stage_modalities(stage)), None)
-
-
-def _packs(trained: Trained, stage: StageConfig, modality: Modality) -> Generator[PackedBatch]:
-    config = trained.config
-    return eval_packs(
-        config.evaluation.sources,
-        modality=modality,
-        resolution=stage.resolution(modality),
-        video_frames=stage.video_frames,
-        token_budget=config.evaluation.token_budget,
-        tokenizer=trained.run / TOKENIZER if trained.classes is None else None,
-        context_length=config.model.text.context_length,
-        data=config.data,
-    )
-
-
-def _measure(trained: Trained, embeddings: Embeddings, shards: Sequence[SourceShard]) -> tuple[list[Figure], list[str]]:
-    config = trained.config.evaluation
-    return measure(
-        embeddings,
-        config.image_templates if embeddings.modality == "image" else config.video_templates,
-        partial(_embed_texts, trained),
-        expected=any(shard.modality == embeddings.modality for shard in shards),
-        named=any(shard.class_names for shard in shards),
-    )
-
-
-def _embed_texts(trained: Trained, texts: Sequence[str]) -> Tensor:
-    return embed_texts(trained.model, trained.tokenizer, texts, trained.config.model.text.context_length)
