@@ -4,4 +4,4 @@
 `inference.workers` does.
 """
 
-__all__ = ["families", "model", "setup"]
+__all__ = ["families", "limits", "model", "setup"]

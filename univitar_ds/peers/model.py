@@ -24,6 +24,7 @@ from univitar_ds.formats.weight_files import some
 from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.towers import quiet
 from univitar_ds.peers.families import FAMILIES
+from univitar_ds.peers.limits import check_files
 from univitar_ds.peers.processing import Texts, image_processor, text_processor
 
 TEXTS_AT_ONCE = 256
@@ -39,6 +40,7 @@ class PeerModel:
         Raises: CheckpointError if weights or image processor cannot be used; InstallationError without transformers.
         """
         self.folder, self.family, self.device = folder, FAMILIES[kind], device
+        check_files(folder)
         self._images = image_processor(folder, kind)
         self.module = _loaded(folder, self.family.loader, dtype).eval().requires_grad_(False).to(device)
 

@@ -34,7 +34,7 @@ def image_processor(folder: Path, kind: str) -> Images:
 
     Raises: CheckpointError if there is none, or it cannot be used.
     """
-    path, values = _image_settings(folder)
+    path, values = image_settings(folder)
     if kind == "dinov3_vit":
         return Dinov3Images(values, str(path))
     with working_imports("transformers"):
@@ -49,7 +49,7 @@ def image_processor(folder: Path, kind: str) -> Images:
     return lambda image: processor(images=image, return_tensors="pt")
 
 
-def _image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+def image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     """Returns the file with the settings of the image processor, and the settings, in the order of transformers.
 
     Raises: CheckpointError if there is none, or it cannot be read.

@@ -20,6 +20,7 @@ from univitar_ds.inference.sources import fingerprint_of
 from univitar_ds.inference.workers import device_of
 from univitar_ds.model.placement import feature_dtype
 from univitar_ds.peers.families import FAMILIES, digest
+from univitar_ds.peers.limits import check_files
 from univitar_ds.peers.model import PeerModel
 from univitar_ds.peers.setup import PeerReading, PeerSetup
 from univitar_ds.tasks.feature_cache import PART_ROWS
@@ -85,9 +86,10 @@ class OpenedPeer:
 
 
 def open_peer(name: str, folder: Path, kind: str, how: ModelOptions) -> OpenedPeer:
-    """Finds a peer. Args: kind: its `model_type`. Raises: CheckpointError or ConfigError if an option does not fit."""
+    """Finds a peer. Args: kind: its `model_type`. Raises: CheckpointError if a file or an option cannot be used."""
     if how.weights is not None:
         raise CheckpointError(f"{name} is a {kind} model, which has one kind of weights; leave --weights out")
+    check_files(folder)
     nproc = processes_of(how)
     reading = PeerReading(data_settings(how, nproc, None), how.frames or FRAMES)
     return OpenedPeer(name, PeerSetup(str(folder), kind, how.dtype, how.token_budget, reading), nproc)

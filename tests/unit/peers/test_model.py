@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 from tests.support.closeness import assert_sums_close
 from tests.support.peers import ALONE, SIDE, WHOLE, save_peer
 from univitar_ds.errors import CheckpointError
+from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.peers.model import PeerModel
 from univitar_ds.peers.processing import Dinov3Images
+from univitar_ds.tasks.peers import open_peer
 
 CPU = torch.device("cpu")
 TERMS = 2 * (3 * 24 + 40) + 3 * 8 * 8 + 24
@@ -200,3 +203,19 @@ def test_a_configuration_of_a_wrong_type_is_refused(images, tmp_path):
     changed(save_peer("dinov2", tmp_path), "config.json", patch_size=[8, 8])
     with pytest.raises(CheckpointError, match=r"fetch config\.json and these files"):
         PeerModel(tmp_path, "dinov2", None, CPU).images(images, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values", "said"),
+    [
+        ("dinov2", "config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers 1e+09 (limit 1024)"),
+        ("siglip", "preprocessor_config.json", {"size": {"height": 10**5, "width": 8}}, "height 100000 (limit 4096)"),
+        ("siglip2", "preprocessor_config.json", {"max_num_patches": 10**9}, "max_num_patches 1e+09 (limit 65536)"),
+    ],
+)
+def test_sizes_without_end_are_refused_before_anything_is_built(tmp_path, kind, name, values, said):
+    changed(save_peer(kind, tmp_path), name, **values)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        open_peer("a peer", tmp_path, kind, ModelOptions())
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        PeerModel(tmp_path, kind, None, CPU)
