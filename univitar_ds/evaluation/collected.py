@@ -43,7 +43,7 @@ def collect(paths: Sequence[Path]) -> Collected:
     repeated = 0
     for path in _files(paths):
         result = read_result(path)
-        model, data = str(result.get("model") or result.get("checkpoint")), _data_of(result)
+        model, data = str(result.get("model") or result.get("checkpoint") or path.stem), _data_of(result)
         models[model] = None
         for figure in result["figures"]:
             row = cells.setdefault(_key(data, figure), {})

@@ -75,6 +75,7 @@ def render_times(seconds: Mapping[str, float]) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
     """Returns a Markdown table with padded columns: the first `left` aligned left, the others right."""
+    heads, *rows = ([" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in (heads, *rows))
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

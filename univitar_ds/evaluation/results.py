@@ -13,7 +13,7 @@ from univitar_ds.config.run_folder import EVALUATION, SUMMARY
 from univitar_ds.errors import UserError, shortened
 from univitar_ds.regular_files import is_regular, read_utf8
 
-_Number = Annotated[float, Strict()]
+_Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 _Count = Annotated[int, Strict(), Field(ge=0)]
 _Text = Annotated[str, Strict()]
 

@@ -100,3 +100,16 @@ def test_a_name_that_is_not_utf_8_is_escaped(tmp_path: Path, name: str):
     found = collect([result(tmp_path / "a.json", os.fsdecode(b"runs/\xff"), "data/pets", top1(0.5))])
     write_table(found, tmp_path / name)
     assert r"runs/\udcff" in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_a_name_cannot_break_the_table(tmp_path: Path):
+    result(tmp_path / "a.json", "runs/a|b\nc", "data/pets", top1(0.5))
+    head, _, row = (line for line in render(collect([tmp_path])).splitlines() if line.startswith("|"))
+    assert head.endswith(r"| runs/a\|b c |")
+    assert len(head) == len(row)
+
+
+def test_a_figure_that_is_no_number_is_refused(tmp_path: Path):
+    result(tmp_path / "a.json", "runs/a", "data/pets", top1(float("nan")))
+    with pytest.raises(UserError, match=r"a\.json is damaged: figures\.0\.value is nan"):
+        collect([tmp_path])
