@@ -54,7 +54,7 @@ class RowStore:
                 size = self.rows * self.width * self._dtype.itemsize
                 raise StorageError(
                     f"{self.rows} tokens take {size / 1e9:.1f} GB, and the disk of {self._folder} has only "
-                    f"{free / 1e9:.1f} GB left; name a folder on a larger disk by --cache, or give fewer --max-tokens"
+                    f"{free / 1e9:.1f} GB left; name a folder on a larger disk by --cache, or take fewer items"
                 )
             self._file.write(content.data)
             self._file.flush()
