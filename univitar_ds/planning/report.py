@@ -19,7 +19,14 @@ from univitar_ds.drafting.machine import this_machine
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning import sizes
 from univitar_ds.planning.checks import Inputs, existing_parent, given_tokenizer
-from univitar_ds.planning.counts.batch import Means, batch_lines, fewest_steps, kept_checkpoints, pairs_per_step
+from univitar_ds.planning.counts.batch import (
+    Means,
+    batch_lines,
+    fewest_steps,
+    kept_after,
+    kept_checkpoints,
+    pairs_per_step,
+)
 from univitar_ds.planning.counts.samples import expected_tokens, source_lines
 from univitar_ds.planning.deepspeed_auto import ranks_of
 from univitar_ds.planning.forecast.dry_run import planned, step_lines
@@ -174,8 +181,10 @@ def _checkpoints(plan: Plan, counts: sizes.Counts, means: Means) -> Iterator[str
     )
     count = kept_checkpoints(config, plan.encoder, means)
     needed = size * count
-    if config.checkpoint.keep_every_steps is not None:
-        every, more = config.checkpoint.keep_every_steps, count - keep - 1
+    if config.evaluation.every_samples:
+        yield f"the best one stays, {amount(size)} in addition"
+    if (every := config.checkpoint.keep_every_steps) is not None:
+        more = count - kept_after(config, 0)
         yield f"one every {every:,} steps stays for good, {more:,} in addition, {amount(needed)} at the end"
     if plan.done is None and free < needed:
         raise ConfigError(

@@ -119,13 +119,14 @@ def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
     assert re.search(rf"101 checkpoints need [\d.]+ GB, [\d.]+ .B are free in {folder}", row.found)
 
 
-def test_checkpoints_that_stay_need_space_too(folder):
-    given = scene(folder, "checkpoint.keep=2", "checkpoint.keep_every_steps=4", "stages.0.samples=6000")
+def test_checkpoints_that_stay_and_the_best_one_need_space_too(folder):
+    kept = ("checkpoint.keep=2", "checkpoint.keep_every_steps=4", "evaluation.every_samples=1000")
+    given = scene(folder, *kept, "stages.0.samples=6000")
     read(given)
     (row,) = checkpoints.CHECK.look(given).rows
     means = expected_tokens(given.config, given.shards)
     steps = sum(fewest_steps(stage, 4, PRESETS["tiny"], means) for stage in given.config.stages)
-    assert given.checkpoints == 3 + steps // 4 > 3
+    assert given.checkpoints == 4 + steps // 4 > 4, "the last two, the best, and the one that is being written"
     assert row.found.startswith(f"{given.checkpoints} checkpoints need")
 
 

@@ -93,10 +93,15 @@ def fewest_steps(stage: StageConfig, lanes: int, encoder: EncoderConfig, means: 
 
 
 def kept_checkpoints(config: RunConfig, encoder: EncoderConfig, means: Means | None = None) -> int:
-    """Returns how many checkpoints a run has at most: the newest, those that stay, and one that is being written."""
+    """Returns how many checkpoints a run has at most, by the number of its steps: see `kept_after`."""
+    return kept_after(config, sum(fewest_steps(stage, config.data.lanes, encoder, means) for stage in config.stages))
+
+
+def kept_after(config: RunConfig, steps: int) -> int:
+    """Returns the checkpoints after a number of steps: the newest, those that stay, the best, and one being written."""
     forever = config.checkpoint.keep_every_steps
-    steps = sum(fewest_steps(stage, config.data.lanes, encoder, means) for stage in config.stages) if forever else 0
-    return config.checkpoint.keep + 1 + (steps // forever if forever else 0)
+    best = 1 if config.evaluation.every_samples else 0
+    return config.checkpoint.keep + 1 + best + (steps // forever if forever else 0)
 
 
 def tokens_of_item(stage: StageConfig, modality: Modality, frame_tokens: float) -> float:

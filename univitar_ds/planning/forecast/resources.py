@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.collate import AHEAD
+from univitar_ds.planning.counts.batch import kept_after
 from univitar_ds.planning.forecast.cluster import Cluster, value
 from univitar_ds.planning.forecast.stage import StagePlan
 from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, group_size
@@ -100,10 +101,10 @@ def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
     config = model.config
     size = max(checkpoint_bytes(config, stage, model.counts, place.resolved) for stage in config.stages)
     writers = min(cluster.nodes, max(1, place.sharing // cluster.per_node))
-    every, forever = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    every = config.checkpoint.every_steps
     ends = list(accumulate(own.steps for own in stages))
     count = ends[-1] // every + sum(end % every > 0 for end in ends)  # the end of a stage is saved too
-    kept = config.checkpoint.keep + 1 + (ends[-1] // forever if forever else 0)
+    kept = kept_after(config, ends[-1])
     seconds = size / writers / value("write_rate")
     pause = size / place.sharing / value("copy_rate") if config.checkpoint.asynchronous else seconds
     late = sum(own.steps // every * max(0.0, seconds - pause - every * own.step_s) for own in stages)
