@@ -47,7 +47,8 @@ PANELS = (
     Panel("loss", "Loss", "loss"),
     Panel("loss-parts", "Parts of the loss", r"loss_(?!.*_(image|video)$).+|teacher_agreement"),
     Panel("loss-modality", "Loss of images and videos", "loss_(image|video)"),
-    Panel("evaluation", "Evaluation during training", "eval/.+"),
+    Panel("classes", "Evaluation during training: classification, top-1", r"eval/(?!.*(R@\d|top-5)).+"),
+    Panel("retrieval", "Evaluation during training: retrieval, R@1", r"eval/.*R@1(_.*)?"),
     Panel("gradient", "Norm of the gradient and of its parts", r"grad_norm(_.+)?", logarithmic=True),
     Panel("rate", "Learning rate", "lr"),
     Panel("logits", "Scale and bias of the logits", r"logit_(scale|bias)"),
@@ -177,8 +178,8 @@ def _name_curves(axes: Axes, count: int) -> None:
 
 
 def _label(run: str, name: str) -> str:
-    shown = f"{run}: {name}" if run and name else run or name
-    return _drawable(shown)
+    name = name.removeprefix("eval/")
+    return _drawable(f"{run}: {name}" if run and name else run or name)
 
 
 def _drawable(text: str) -> str:

@@ -62,6 +62,22 @@ def test_the_page_needs_nothing_else_and_shows_curves_results_events_and_example
     assert used <= set(identifiers)
 
 
+def test_evaluations_during_training_have_curves(run_folder, tmp_path):
+    run = run_folder("photos")
+    names = [f"{kind}zero-shot_top-{k}_image" for kind in ("", "trained/") for k in (1, 5)]
+    names += ["image-to-text_R@1_image", "image-to-text_R@10_image"]
+    lines = [
+        {"step": step, "samples_seen": 10 * step, **{f"eval/{name}": 0.01 * step for name in names}} for step in (9, 39)
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = page_of(tmp_path, run)
+    curves = {attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"}
+    for title in ("classification, top-1", "retrieval, R@1"):
+        assert f"Evaluation during training: {title}: photos" in curves
+    assert {name for name in names if name in page.text} == {"zero-shot_top-1_image", "trained/zero-shot_top-1_image"}
+
+
 def test_several_runs_share_curves_and_a_table_and_show_what_differs(run_folder, tmp_path):
     source = SourceConfig(path="s3://key:secret@bucket/shards")
     data = DataConfig(sources=[source], workers=0).model_dump(mode="json")
