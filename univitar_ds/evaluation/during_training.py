@@ -41,7 +41,7 @@ from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.from_stored import build_classifier_of, build_model
 from univitar_ds.model.placement import feature_dtype
 from univitar_ds.tokenization import load_tokenizer
-from univitar_ds.training.checkpoint.whole_weights import Whole, gather_whole, rooms_for_whole
+from univitar_ds.training.checkpoint.whole_weights import Whole, gather_whole, memory_for_whole
 from univitar_ds.training.distributed.process_group import (
     Vote,
     World,
@@ -75,10 +75,10 @@ class DuringTraining:
         share = EvalShare(shards, world.rank, world.size)
         with _together(world):
             classes = ClassList.read(self._run / CLASSES) if self._cfg.objective.classifies else None
-            rooms = rooms_for_whole(engine, dtype, len(self._kinds))
+            memories = memory_for_whole(engine, dtype, len(self._kinds))
         weights = [
-            gather_whole(engine, room, averaged=kind == "averaged")
-            for kind, room in zip(self._kinds, rooms, strict=True)
+            gather_whole(engine, memory, averaged=kind == "averaged")
+            for kind, memory in zip(self._kinds, memories, strict=True)
         ]
         own: _Found = {}
         with _together(world, stopped) as vote:

@@ -32,7 +32,7 @@ from univitar_ds.tasks.linear import linear
 from univitar_ds.tasks.models import OpenedModel, open_model
 from univitar_ds.tasks.packs import at_most, encoded
 from univitar_ds.tasks.peers import OpenedPeer
-from univitar_ds.tasks.probes.attentive import Room, attentive
+from univitar_ds.tasks.probes.attentive import Workspace, attentive
 from univitar_ds.tasks.probes.sgd import linear_sgd
 from univitar_ds.tasks.sources import DataOptions, default_cache, features_cache, probe_sources, test_source
 from univitar_ds.tasks.templates import IMAGENET, read_templates
@@ -240,11 +240,11 @@ def _attentive(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> 
     figures: list[Figure] = []
     device = opened.model.device
     sources, rule = probe_sources(data), at_most(opened, options.max_tokens)
-    room = Room(data.cache or default_cache(), device, opened.reading.token_budget)
+    workspace = Workspace(data.cache or default_cache(), device, opened.reading.token_budget)
     measurable, notes = _measurable(*_listed(opened.setup(texts=False), sources, "label"))
     for modality in (MODALITIES[number] for number in measurable):
         packs = [encoded(opened, source, modality, rule, progress=options.progress) for source in sources]
-        more, said = attentive(*packs, modality, room, epochs=options.epochs, progress=options.progress)
+        more, said = attentive(*packs, modality, workspace, epochs=options.epochs, progress=options.progress)
         figures += more
         notes += said
     return figures, notes or ["no item has a label."]

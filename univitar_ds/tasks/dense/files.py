@@ -50,7 +50,7 @@ class Pair(NamedTuple):
     mask: Path
 
 
-class Labelled(NamedTuple):
+class SegmentedImage(NamedTuple):
     """An upright image (H, W, 3) uint8, and the label of each pixel, (H, W) int16; -1 for pixels without one."""
 
     pixels: np.ndarray
@@ -105,7 +105,7 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(base, name) for name in names)
 
 
-def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> Labelled:
+def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> SegmentedImage:
     """Returns an image and its labels. Args: max_px: maximum number of pixels; ignore: values that are no label.
 
     Raises: SampleError for a damaged or too large file, a label map of colours, or of another size than its image.
@@ -115,7 +115,7 @@ def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> Labelled:
     if labels.shape != pixels.shape[:2]:
         (height, width), (h, w) = labels.shape, pixels.shape[:2]
         raise SampleError("wrong_size", f"its label map has {width} x {height} px, the image {w} x {h}")
-    return Labelled(pixels, labels)
+    return SegmentedImage(pixels, labels)
 
 
 def _content(path: Path) -> bytes:
@@ -155,8 +155,8 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
 
 
 def read_pairs(
-    pairs: Sequence[Pair], read: Callable[[Pair], Labelled], threads: int, bad: list[str]
-) -> Iterator[Labelled]:
+    pairs: Sequence[Pair], read: Callable[[Pair], SegmentedImage], threads: int, bad: list[str]
+) -> Iterator[SegmentedImage]:
     """Yields pairs in order, read ahead by threads. One that cannot be read is left out, and `bad` gets the reason."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
         coming = iter(pairs)

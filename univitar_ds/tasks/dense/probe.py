@@ -27,9 +27,9 @@ from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.dense.files import (
     MOST_LABELS,
-    Labelled,
     MaskOptions,
     Pair,
+    SegmentedImage,
     read_pair,
     read_pairs,
     split_pairs,
@@ -147,10 +147,10 @@ class _Job:
     progress: bool
     bad: list[str] = field(default_factory=list)
 
-    def read(self, pairs: Sequence[Pair], what: str) -> Iterator[Labelled]:
+    def read(self, pairs: Sequence[Pair], what: str) -> Iterator[SegmentedImage]:
         data = self.reading.data
 
-        def read(pair: Pair) -> Labelled:
+        def read(pair: Pair) -> SegmentedImage:
             one = read_pair(pair, data.max_image_px, self.ignore)
             rows, columns = self.views.grid(*one.labels.shape)
             check_area(rows * PATCH, columns * PATCH, data.max_image_px)  # a narrow image that windows enlarge

@@ -38,7 +38,7 @@ Packs = Iterable[tuple[Tensor, Sequence[int], Sequence[str]]]
 
 
 @dataclass(frozen=True)
-class Room:
+class Workspace:
     """Where and how a probe computes: folder for the tokens, device, and maximum number of tokens of a pack."""
 
     folder: Path
@@ -108,16 +108,22 @@ def sweep_logits(heads: Sequence[AttentiveHead], tokens: Tensor, lengths: Sequen
 
 
 def attentive(
-    train_packs: Packs, test_packs: Packs, modality: str, room: Room, *, epochs: int | None = None, progress: bool
+    train_packs: Packs,
+    test_packs: Packs,
+    modality: str,
+    workspace: Workspace,
+    *,
+    epochs: int | None = None,
+    progress: bool,
 ) -> tuple[list[Figure], list[str]]:
     """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and what was left out.
 
-    Without an item in any split it returns nothing. The tokens of the training items lie in a file in `room.folder`,
-    2 bytes a number; those of the test items are scored pack by pack.
+    Without an item in any split it returns nothing. The tokens of the training items are in a file in
+    `workspace.folder`, 2 bytes a number; those of the test items are scored pack by pack.
     Raises: StorageError if the disk is full; DataError as `labelled`.
     """
     recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
-    with TokenStore(room.folder) as store:
+    with TokenStore(workspace.folder) as store:
         labels: list[str] = []
         for tokens, lengths, some in train_packs:
             store.append(tokens, lengths)
@@ -127,10 +133,10 @@ def attentive(
         if not labels and ahead is None:
             return [], []
         names = class_names(labels, modality)
-        store.finish(room.device)
+        store.finish(workspace.device)
         index_of = {name: index for index, name in enumerate(names)}
         classes = torch.tensor([index_of[label] for label in labels])
-        head, said = _chosen(store, classes, len(names), recipe, room, f"{modality}s" if progress else None)
+        head, said = _chosen(store, classes, len(names), recipe, workspace, f"{modality}s" if progress else None)
         scores, found = _scored(head, store, len(names), [] if ahead is None else itertools.chain([ahead], tests))
     both = labelled(_without(labels), _without(found), modality)
     known = [row for row, label in enumerate(found) if label in index_of]
@@ -146,26 +152,26 @@ def _without(labels: list[str]) -> Features:
 
 
 def _chosen(
-    store: TokenStore, classes: Tensor, count: int, recipe: Recipe, room: Room, of: str | None
+    store: TokenStore, classes: Tensor, count: int, recipe: Recipe, workspace: Workspace, of: str | None
 ) -> tuple[AttentiveHead, str]:
     """Returns the head of the rate that is best on the items held out, and a sentence about the choice."""
     learns, checks = divided(classes, HELD_OUT)
-    heads = [AttentiveHead(store.width, count).to(room.device) for _ in recipe.rates]
+    heads = [AttentiveHead(store.width, count).to(workspace.device) for _ in recipe.rates]
     steps, batch = recipe.plan(len(learns))
 
     def loss(pack: _Pack) -> Tensor:
         logits = sweep_logits(heads, store.read(pack.items), [store.lengths[item] for item in pack.items])
-        right = classes[pack.items].to(room.device)
+        right = classes[pack.items].to(workspace.device)
         losses = [F.cross_entropy(one, right, reduction="sum") for one in logits]
         return torch.stack(losses) / pack.of_step
 
     def batches() -> Iterator[list[_Pack]]:
         for rows in row_batches(learns, batch):
-            yield [_Pack(items, len(rows)) for items in store.packs(rows.tolist(), room.token_budget)]
+            yield [_Pack(items, len(rows)) for items in store.packs(rows.tolist(), workspace.token_budget)]
 
     desc = None if of is None else f"attentive probe of {of}"
     train(heads, recipe.rates, recipe, batches(), loss, steps=steps, progress=desc)
-    held_out = _accuracies(heads, store, classes, checks, room)
+    held_out = _accuracies(heads, store, classes, checks, workspace)
     place, said = chosen(recipe.rates, held_out, "top-1", f"{len(checks)} training items held out")
     return heads[place], said
 
@@ -179,11 +185,11 @@ class _Pack(NamedTuple):
 
 @torch.no_grad()
 def _accuracies(
-    heads: Sequence[AttentiveHead], store: TokenStore, classes: Tensor, checks: Tensor, room: Room
+    heads: Sequence[AttentiveHead], store: TokenStore, classes: Tensor, checks: Tensor, workspace: Workspace
 ) -> list[float]:
     """Returns the top-1 accuracy of each head on items held out; not a number without any."""
     hits = torch.zeros(len(heads), dtype=torch.float64)
-    for items in store.packs(checks.tolist(), room.token_budget):
+    for items in store.packs(checks.tolist(), workspace.token_budget):
         logits = sweep_logits(heads, store.read(items), [store.lengths[item] for item in items]).cpu()
         right = (logits.argmax(-1) == classes[items]) & logits.isfinite().all(-1)
         hits += right.double().sum(1)

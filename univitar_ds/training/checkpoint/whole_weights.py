@@ -25,14 +25,14 @@ Whole = Mapping[str, Tensor]
 """Parameters and buffers of a model, by name."""
 
 
-class Room(NamedTuple):
+class WholeMemory(NamedTuple):
     """Memory for the whole parameters of a model, and a buffer for the elements that are gathered at a time."""
 
     whole: dict[str, Tensor]
     buffer: Tensor
 
 
-def rooms_for_whole(engine: Engine, dtype: torch.dtype | None, count: int) -> list[Room]:
+def memory_for_whole(engine: Engine, dtype: torch.dtype | None, count: int) -> list[WholeMemory]:
     """Returns memory for `count` copies of the model's whole parameters, on the device of this rank.
 
     It is apart from `gather_whole`, which communicates: a rank without enough memory fails before. Distillation heads
@@ -44,30 +44,31 @@ def rooms_for_whole(engine: Engine, dtype: torch.dtype | None, count: int) -> li
     most = max((sum(span.length for span in spans) for spans in _buckets(_wanted(engine))), default=0)
     buffer = torch.empty(most, dtype=torch.float32, device=device)
     types = {name: torch.float32 if dtype is None or name in exact else dtype for name in shapes}
-    return [
-        Room({name: torch.empty(shape, dtype=types[name], device=device) for name, shape in shapes.items()}, buffer)
-        for _ in range(count)
-    ]
+
+    def empty() -> dict[str, Tensor]:
+        return {name: torch.empty(shape, dtype=types[name], device=device) for name, shape in shapes.items()}
+
+    return [WholeMemory(empty(), buffer) for _ in range(count)]
 
 
-def gather_whole(engine: Engine, room: Room, *, averaged: bool) -> dict[str, Tensor]:
-    """Fills `room` with the weights of all ranks. All ranks call it.
+def gather_whole(engine: Engine, memory: WholeMemory, *, averaged: bool) -> dict[str, Tensor]:
+    """Fills `memory` with the weights of all ranks. All ranks call it.
 
     Args: averaged: whether to gather the average of the weights, which the engine must keep.
     Returns: the whole parameters, and copies of the model's persistent buffers.
     """
     world = engine.world
     for spans in _buckets(_wanted(engine)):
-        flat = room.buffer[: sum(span.length for span in spans)].zero_()
+        flat = memory.buffer[: sum(span.length for span in spans)].zero_()
         for span, part in zip(spans, flat.split([span.length for span in spans]), strict=True):
             if writes(span.piece, world):
                 _put_own(span, _weights_of(span.piece, averaged=averaged), part)
         if world.size > 1:
             dist.all_reduce(flat)  # each element comes from one rank, zeros from the others: the sum is exact
         for span, part in zip(spans, flat.split([span.length for span in spans]), strict=True):
-            room.whole[span.piece.name].view(-1)[span.begin : span.begin + span.length].copy_(part)
+            memory.whole[span.piece.name].view(-1)[span.begin : span.begin + span.length].copy_(part)
     buffers = persistent_buffers(engine.module).items()
-    return {**room.whole, **{name: value.to(world.device) for name, value in buffers if not name.startswith(HEADS)}}
+    return {**memory.whole, **{name: value.to(world.device) for name, value in buffers if not name.startswith(HEADS)}}
 
 
 def _wanted(engine: Engine) -> list[ParamShard]:

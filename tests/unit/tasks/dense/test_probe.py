@@ -14,7 +14,7 @@ from tests.support.finished import run_config, write_run
 from tests.support.media import encoded
 from univitar_ds.cli.main import main
 from univitar_ds.errors import SampleError
-from univitar_ds.tasks.dense.files import Labelled, MaskOptions, Pair, read_pair, split_pairs
+from univitar_ds.tasks.dense.files import MaskOptions, Pair, SegmentedImage, read_pair, split_pairs
 from univitar_ds.tasks.dense.probe import _Job, _Learned
 
 SIZE = (56, 84)
@@ -132,7 +132,7 @@ def test_values_are_read_as_they_are_and_ignored_ones_have_no_label(tmp_path, dt
     labels = np.array([[0, high, none], [7, none, 0]], dtype)
     write(tmp_path, {"a.png": png(np.zeros((2, 3, 3), np.uint8)), "m.png": png(labels)})
     found = read_pair(Pair(tmp_path / "a.png", tmp_path / "m.png"), 1000, (0, none))
-    assert isinstance(found, Labelled)
+    assert isinstance(found, SegmentedImage)
     assert found.labels.tolist() == [[-1, high, -1], [7, -1, -1]]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.support.closeness import assert_sums_close
 from univitar_ds.errors import DataError, StorageError
 from univitar_ds.tasks.probes import token_store
-from univitar_ds.tasks.probes.attentive import AttentiveHead, Room, attentive, heads_of, sweep_logits
+from univitar_ds.tasks.probes.attentive import AttentiveHead, Workspace, attentive, heads_of, sweep_logits
 from univitar_ds.tasks.probes.token_store import TokenStore
 
 WIDTH = 32
@@ -32,8 +32,8 @@ def packs(items: int, seed: int, signal: float = 8.0, classes: int = 4) -> Itera
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Room:
-    return Room(tmp_path / "cache", torch.device("cpu"), 512)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "cache", torch.device("cpu"), 512)
 
 
 @pytest.mark.numeric
@@ -56,35 +56,35 @@ def test_the_pooling_is_cross_attention_of_each_item():
         assert_sums_close(logits, wanted, 128 * 4 + max(lengths))
 
 
-def test_it_learns_what_one_token_of_an_item_says(room):
-    figures, notes = attentive(packs(240, 0), packs(160, 1), "image", room, epochs=120, progress=False)
+def test_it_learns_what_one_token_of_an_item_says(workspace):
+    figures, notes = attentive(packs(240, 0), packs(160, 1), "image", workspace, epochs=120, progress=False)
     assert figures[0].value > 0.8
     assert (figures[0].n, figures[0].candidates, figures[0].chance) == (160, 4, 0.25)
     assert figures[0].interval[0] < figures[0].value
     assert "24 training items held out" in notes[0]
-    assert list(room.folder.iterdir()) == []
+    assert list(workspace.folder.iterdir()) == []
 
 
-def test_random_tokens_are_at_chance(room):
-    figures, _ = attentive(packs(160, 0, 0.0), packs(320, 1, 0.0), "image", room, epochs=10, progress=False)
+def test_random_tokens_are_at_chance(workspace):
+    figures, _ = attentive(packs(160, 0, 0.0), packs(320, 1, 0.0), "image", workspace, epochs=10, progress=False)
     low, high = figures[0].interval
     assert low - 0.03 < 0.25 < high + 0.03
 
 
-def test_labels_that_the_training_split_lacks_are_left_out(room):
+def test_labels_that_the_training_split_lacks_are_left_out(workspace):
     figures, notes = attentive(
-        packs(32, 0, classes=2), packs(32, 1, classes=4), "image", room, epochs=1, progress=False
+        packs(32, 0, classes=2), packs(32, 1, classes=4), "image", workspace, epochs=1, progress=False
     )
     assert figures[0].n == 16
     assert "16 images have a label that the training split lacks" in notes[1]
 
 
-def test_data_without_labels_is_nothing_and_with_one_class_an_error(room):
-    assert attentive(iter([]), iter([]), "image", room, progress=False) == ([], [])
+def test_data_without_labels_is_nothing_and_with_one_class_an_error(workspace):
+    assert attentive(iter([]), iter([]), "image", workspace, progress=False) == ([], [])
     with pytest.raises(DataError, match="only the label 'class 0'"):
-        attentive(packs(16, 0, classes=1), packs(16, 1), "image", room, progress=False)
+        attentive(packs(16, 0, classes=1), packs(16, 1), "image", workspace, progress=False)
     with pytest.raises(DataError, match="no label"):
-        attentive(iter([]), packs(16, 1), "image", room, progress=False)
+        attentive(iter([]), packs(16, 1), "image", workspace, progress=False)
 
 
 def test_a_store_returns_items_in_any_order_with_mean_0_and_variance_1(tmp_path):
