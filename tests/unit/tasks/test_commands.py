@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tests.support import datasets
-from tests.support.finished import run_config, write_run
 from tests.support.media import encoded, noise, video
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
@@ -22,13 +21,6 @@ pytest.importorskip("sklearn")
 CLASSES = ("cat", "dog", "horse")
 EACH = 4
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tried"
-    write_run(folder, run_config())
-    return folder
 
 
 @pytest.fixture(scope="module")

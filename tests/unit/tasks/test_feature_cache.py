@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.support import datasets
-from tests.support.finished import run_config, write_run
 from tests.support.media import encoded, noise
 from univitar_ds.cli.main import main
 from univitar_ds.errors import CheckpointError
@@ -21,13 +20,6 @@ from univitar_ds.tasks.sources import DataOptions
 
 pytest.importorskip("sklearn")
 COUNT = 12
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tried"
-    write_run(folder, run_config())
-    return folder
 
 
 @pytest.fixture

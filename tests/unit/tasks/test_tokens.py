@@ -7,20 +7,12 @@ import pytest
 from PIL import Image
 
 from tests.support import datasets
-from tests.support.finished import run_config, write_run
 from tests.support.media import encoded, noise
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
 from univitar_ds.tasks.tokens import MostTokens
 
 CLASSES = ("cat", "dog")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tried"
-    write_run(folder, run_config())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.support.datasets import write
-from tests.support.finished import run_config, write_run
 from tests.support.media import encoded
 from univitar_ds.cli.main import main
 from univitar_ds.errors import SampleError
@@ -22,13 +21,6 @@ SIZE = (56, 84)
 
 def png(values: np.ndarray) -> bytes:
     return encoded(Image.fromarray(values), "PNG")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tried"
-    write_run(folder, run_config())
-    return folder
 
 
 def halves(seed: int) -> tuple[np.ndarray, np.ndarray]:
