@@ -248,7 +248,6 @@ def _dense_options(given: dict[str, Any]) -> DenseOptions:
     from univitar_ds.tasks.dense.files import MaskOptions
     from univitar_ds.tasks.dense.probe import DenseOptions
 
-    names = ("data", "split", "train_data", "train_split", "window", "stride")
     masks = MaskOptions(given.get("masks"), given.get("train_masks"), given["mask_suffix"])
     masks = replace(masks, image_suffix=given.get("image_suffix"), ignore=given["ignore"])
-    return DenseOptions(**{name: given[name] for name in names if name in given}, masks=masks)
+    return DenseOptions(masks, given.get("window"), given.get("stride"))

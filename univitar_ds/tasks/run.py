@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +51,9 @@ class TaskOptions:
     show bars on stderr.
 
     `solver`: of the linear probe, lbfgs or sgd; `epochs`: of probes that are trained by gradient descent, None for the
-    default; `max_tokens`: of an item of the attentive probe, None for that of the model; `dense`: data and recipe of
-    the dense probe. `counts`, `by`, `png`: of the sweep over tokens; `by` None: zero-shot if the model has a text
-    tower, else knn.
+    default; `max_tokens`: of an item of the attentive probe, None for that of the model; `dense`: label maps and
+    windows of the dense probe. `counts`, `by`, `png`: of the sweep over tokens; `by` None: zero-shot if the model has a
+    text tower, else knn.
     """
 
     templates: str | None = None
@@ -251,9 +251,8 @@ def _attentive(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> 
 
 
 def _dense(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
-    given = options.dense or DenseOptions(data.data)
-    given = replace(given, epochs=options.epochs, folder=data.cache or default_cache())
-    return dense(opened.model.encoder, opened.reading, given, progress=options.progress)
+    given = options.dense or DenseOptions()
+    return dense(opened.model.encoder, opened.reading, data, given, epochs=options.epochs, progress=options.progress)
 
 
 def _tokens(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ from univitar_ds.tasks.dense.miou import accuracy, constant, counted, intervals,
 from univitar_ds.tasks.dense.views import Views, crop, encode, of_patches, patch_labels
 from univitar_ds.tasks.probes.sweep import Recipe, chosen, linear_heads, row_batches, train
 from univitar_ds.tasks.probes.token_store import RowStore, TokenStore
+from univitar_ds.tasks.sources import DataOptions, default_cache
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Chosen, around the 1e-3 of DINOv2."""
@@ -52,18 +52,11 @@ _CELLS = 1 << 25
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """Data and recipe of the probe, as the options of `eval dense` name them. `window`, `stride`: in pixels."""
+    """Label maps and windows, as the options of `eval dense` name them. `window`, `stride`: in pixels."""
 
-    data: str
-    split: str = "validation"
-    train_data: str | None = None
-    train_split: str = "training"
     masks: MaskOptions = field(default_factory=MaskOptions)
     window: int | None = None
     stride: int | None = None
-    epochs: int | None = None
-    folder: Path = Path(".")
-    """For the tokens of the training images."""
 
 
 class _Splits(NamedTuple):
@@ -75,19 +68,27 @@ class _Splits(NamedTuple):
 
 
 def dense(
-    encoder: UniViTAR, reading: Reading, options: DenseOptions, *, progress: bool
+    encoder: UniViTAR,
+    reading: Reading,
+    data: DataOptions,
+    options: DenseOptions,
+    *,
+    epochs: int | None = None,
+    progress: bool,
 ) -> tuple[list[Figure], list[str]]:
     """Returns mIoU and the accuracy of pixels, with the level of always predicting the most frequent class of the
     scored images as chance, and notes.
 
+    Args: data: its cache gets the tokens of the training images, in files without a name; epochs: None: those of
+        `RECIPE`.
     Raises: ConfigError for options that do not fit; DataError if nothing can be learned; StorageError if the disk is
         full.
     """
     views = Views.of(reading.encoder, options.window, options.stride)
-    splits = _splits(options)
-    recipe = RECIPE if options.epochs is None else replace(RECIPE, epochs=options.epochs, least_steps=1)
-    device = next(encoder.parameters()).device
-    with TokenStore(options.folder) as tokens, RowStore(options.folder, PATCH * PATCH, np.int16) as rows:
+    splits = _splits(data, options.masks)
+    recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
+    device, folder = next(encoder.parameters()).device, data.cache or default_cache()
+    with TokenStore(folder) as tokens, RowStore(folder, PATCH * PATCH, np.int16) as rows:
         job = _Job(encoder, reading, views, options.masks.ignore, device, progress)
         learned = _Learned(tokens, rows, job)
         learned.read(splits.train)
@@ -102,11 +103,10 @@ def dense(
     return _figures(images, f"dense probe ({how})", len(learned.classes)), notes
 
 
-def _splits(options: DenseOptions) -> _Splits:
-    masks = options.masks
-    source, learned = options.data, options.train_data or options.data
-    train, without = split_pairs(learned, options.train_split, masks.train_masks or masks.masks, masks)
-    test, missing = split_pairs(source, options.split, masks.masks, masks)
+def _splits(data: DataOptions, masks: MaskOptions) -> _Splits:
+    learned = data.train_data or data.data
+    train, without = split_pairs(learned, data.train_split, masks.train_masks or masks.masks, masks)
+    test, missing = split_pairs(data.data, data.split, masks.masks, masks)
     if both := {pair.image.resolve() for pair in train} & {pair.image.resolve() for pair in test}:
         raise ConfigError(
             f"the probe would learn from {len(both)} images that it is scored on, such as {min(both)}; name others by "
