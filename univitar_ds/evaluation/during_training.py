@@ -14,8 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from univitar_ds.classes import ClassList
 from univitar_ds.config.run_folder import CLASSES, TOKENIZER
@@ -90,6 +93,10 @@ class DuringTraining:
             return None
         found = {modality: self._gathered(of_modality) for modality, of_modality in own.items()}
         return self._measured(models, classes, shards, found)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._run / TOKENIZER)
 
     def _listed(self) -> list[SourceShard]:
         """Returns the shards of the sources, which rank 0 lists for all ranks."""
@@ -166,7 +173,7 @@ class DuringTraining:
     ) -> tuple[list[Figure], list[str]]:
         if classes is not None:
             return class_figures(found, classes, modality)
-        return figures_of(self._cfg, model, load_tokenizer(self._run / TOKENIZER), found, shards)
+        return figures_of(self._cfg, model, self._tokenizer, found, shards)
 
 
 def _nothing(found: _Found, number: int, notes: Sequence[str]) -> str:
