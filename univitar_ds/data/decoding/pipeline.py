@@ -109,7 +109,9 @@ class Pipeline(Generic[Plan]):
         """
         self._config = config
         self._job_of = job_of
-        self._changed = threading.Condition()
+        # One condition for each kind of thread, because waking threads that cannot continue takes CPU time.
+        self._lock = threading.RLock()  # reentrant: garbage collection may call `_take_back` inside another method
+        self._delivery, self._planning, self._decoding = (threading.Condition(self._lock) for _ in range(3))
         self._waiting: deque[tuple[int, Plan]] = deque()
         self._done: dict[int, _Outcome] = {}
         self._next = 0
@@ -155,8 +157,8 @@ class Pipeline(Generic[Plan]):
         DataError if a shard cannot be read or decoding processes die too often. RuntimeError if the pipeline is
         closed, also by another thread during the call.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._failure is not None or self._next in self._done)
+        with self._lock:
+            self._delivery.wait_for(lambda: self._stopped or self._failure is not None or self._next in self._done)
             if self._stopped:
                 raise RuntimeError("the pipeline is closed")
             if self._failure is not None:
@@ -175,20 +177,21 @@ class Pipeline(Generic[Plan]):
             weakref.finalize(room, self._take_back, slot).atexit = False  # every view of it keeps `room` alive
         else:
             pixels = pixels.copy()
-        with self._changed:
+        with self._lock:
             self._undelivered -= 1
             if not held:
                 self._free.append(slot)
-            self._changed.notify_all()
+            self._decoding.notify()
         return DecodedPack(pack.plan, pixels, pack.failures)
 
     def close(self) -> None:
         """Ends the processes and threads and frees their memory. May be called repeatedly from any thread."""
-        with self._changed:
+        with self._lock:
             if self._stopped:
                 return
             self._stopped = True
-            self._changed.notify_all()
+            for condition in (self._delivery, self._planning, self._decoding):
+                condition.notify_all()
         atexit.unregister(self.close)
         for supervisor in self._supervisors:
             supervisor.stop()
@@ -209,10 +212,10 @@ class Pipeline(Generic[Plan]):
         return self._supervisors[-1].probe(self._config.slots, ProbeJob(items, self._config.max_image_px))
 
     def _take_back(self, slot: int) -> None:
-        with self._changed:
+        with self._lock:
             self._held -= 1
             self._free.append(slot)
-            self._changed.notify_all()
+            self._decoding.notify()
 
     def _draw_plans(self) -> None:
         for number in itertools.count():
@@ -221,12 +224,12 @@ class Pipeline(Generic[Plan]):
             except BaseException as error:  # also StopIteration, which ends the packs
                 self._finish(number, error)
                 return
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or len(self._waiting) < self._config.ahead)
+            with self._lock:
+                self._planning.wait_for(lambda: self._stopped or len(self._waiting) < self._config.ahead)
                 if self._stopped:
                     return
                 self._waiting.append((number, plan))
-                self._changed.notify_all()
+                self._decoding.notify()
 
     def _keep_busy(self, supervisor: WorkerSupervisor) -> None:
         """Keeps one process busy. Gets slot and plan together, so that the oldest plan always gets the next free slot.
@@ -236,14 +239,14 @@ class Pipeline(Generic[Plan]):
         try:
             supervisor.start()
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopped or self._may_decode())
+                with self._lock:
+                    self._decoding.wait_for(lambda: self._stopped or self._may_decode())
                     if self._stopped:
                         return
                     self._undelivered += 1
                     slot = self._free.pop()
                     sequence, plan = self._waiting.popleft()
-                    self._changed.notify_all()
+                    self._planning.notify()
                 self._finish(sequence, self._decode(supervisor, slot, plan))
         except Closed:
             return
@@ -251,6 +254,7 @@ class Pipeline(Generic[Plan]):
             self._fail(error)
 
     def _may_decode(self) -> bool:
+        """Whether a plan, a slot and room ahead are there. Each event adds one of them and so wakes one thread."""
         return bool(self._waiting) and bool(self._free) and self._undelivered < self._config.ahead
 
     def _decode(self, supervisor: WorkerSupervisor, slot: int, plan: Plan) -> _Outcome:
@@ -264,14 +268,15 @@ class Pipeline(Generic[Plan]):
             return error
 
     def _finish(self, sequence: int, outcome: _Outcome) -> None:
-        with self._changed:
+        with self._lock:
             self._done[sequence] = outcome
-            self._changed.notify_all()
+            if sequence == self._next:
+                self._delivery.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._failure = self._failure or error
-            self._changed.notify_all()
+            self._delivery.notify_all()
 
 
 def _used(job: DecodeJob, failures: Sequence[Failure]) -> int:
