@@ -223,6 +223,9 @@ def read_samples_again(
 
 def _read_texts(shard: Shard, group: tar_index.Group, rule: SizeRule) -> _Entry | SampleError:
     def contents_of(members: Sequence[tar_index.Member]) -> list[bytes]:
+        small = [member.content for member in members if member.content is not None]
+        if len(small) == len(members):
+            return small
         read = partial(shard.storage.read_range, shard.path)
         first, end = members[0].offset, members[-1].offset + members[-1].length
         if end - first > _NEAR_BYTES:

@@ -1,4 +1,4 @@
-"""Finds the samples of a tar shard: their offsets and members, without reading content.
+"""Finds the samples of a tar shard: their offsets and members, without reading the content of media.
 
 A sample is a run of consecutive members with the same key: the name up to the first dot after the last slash
 (WebDataset). The bytes of a sample are one range of the shard, which can be read again without the bytes before it.
@@ -22,6 +22,9 @@ HEADER_TEXT_LIMIT = 1 << 20
 TAIL_LIMIT = 1 << 16
 """Maximum size in bytes of the end marker with padding. Tar programs pad to 10 KiB; more zeros replaced samples."""
 
+SMALL = 2048
+"""Maximum size in bytes of members whose content comes with them: a stream has buffered it with their header."""
+
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _WITHOUT_CONTENT = (*_LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
@@ -36,17 +39,18 @@ _RESTORE = "restore the shard or pack it again"
 SORT_HINT = "the members of a sample must follow one another: write the tar sorted by name (tar --sort=name)"
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: extension in lower case ("" if none), offset and length of the content in bytes.
 
-    `link`: whether the member is a hard or symbolic link, which has no content.
+    `link`: whether the member is a hard or symbolic link, which has no content. `content`: the content of a file of at
+    most `SMALL` bytes; None if it is larger, cut off or a link.
     """
 
     extension: str
     offset: int
     length: int
     link: bool = False
+    content: bytes | None = None
 
 
 @dataclass
@@ -76,14 +80,14 @@ class Damage:
     message: str
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     name: str
     kind: bytes
     start: int
     data: int
     length: int
     end: int
+    content: bytes | None
 
 
 class _Lost(Exception):
@@ -171,7 +175,7 @@ def _grouped(events: Iterator[_Entry | Damage]) -> Iterator[Group | Damage]:
             damage = lost = None
         if current is None:
             current = Group(key, event.start, event.end)
-        current.members.append(Member(extension, event.data, 0 if link else event.length, link))
+        current.members.append(Member(extension, event.data, 0 if link else event.length, link, event.content))
         current.end = event.end
     if current is not None:
         yield current
@@ -243,7 +247,9 @@ def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | 
         elif info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
             _damaged(name, position, f"a sparse member {info.name!r}, which shards never need", data)
         else:
-            return _Entry(pax.get("path") or long_name or info.name, info.type, begin, data, length, end)
+            path = pax.get("path") or long_name or info.name
+            content = stream.read(length) if length <= SMALL and info.type in _REGULAR and end <= size else None
+            return _Entry(path, info.type, begin, data, length, end, content)
         position = end
 
 

@@ -347,7 +347,7 @@ def test_only_the_texts_of_a_packed_sample_are_read(packed, size):
     assert (found.size, found.probed) == (MediaSize(**size), False)
     assert found.grid[1:] == (2, 3)
     assert not asked
-    assert shard.storage.bytes_read == len(own_sample(b"", **size)["json"])
+    assert shard.storage.bytes_read == 0  # the scan has read the small .json with its header
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univitar_ds.data.shards import tar_index as module
-from univitar_ds.data.shards.tar_index import BLOCK, TAIL_LIMIT, Damage, group_of_range, groups, split_name
+from univitar_ds.data.shards.tar_index import BLOCK, SMALL, TAIL_LIMIT, Damage, group_of_range, groups, split_name
 from univitar_ds.errors import DataError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -152,6 +152,15 @@ def test_the_error_for_a_compressed_tar_names_the_compression():
         scan(gzip.compress(make(MEMBERS)) + bytes(BLOCK))
 
 
+def test_the_content_of_small_files_comes_with_them():
+    sizes = {"txt": SMALL, "json": 0, "jpg": SMALL + 1}
+    data = make([(f"x.{extension}", bytes([7]) * size) for extension, size in sizes.items()])
+    (group,) = scan(data)
+    assert [(one.extension, one.content) for one in group.members] == [
+        ("txt", bytes([7]) * SMALL), ("json", b""), ("jpg", None),
+    ]  # fmt: skip
+
+
 def test_links_are_members_without_content():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -161,8 +170,8 @@ def test_links_are_members_without_content():
             tar.addfile(info)
     (group,) = scan(buffer.getvalue())
     assert group.key == "l"
-    assert [(member.extension, member.length, member.link) for member in group.members] == [
-        ("jpg", 0, True), ("txt", 0, True),
+    assert [(member.extension, member.length, member.link, member.content) for member in group.members] == [
+        ("jpg", 0, True, None), ("txt", 0, True, None),
     ]  # fmt: skip
 
 
