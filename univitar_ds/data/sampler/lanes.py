@@ -143,12 +143,9 @@ class Stream:
         starved = self._fill()
         candidates = self._candidates(starved)
         tokens = [self._buffer[index].tokens for index in candidates]
-        chosen = packing.choose(
-            tokens,
-            [packing.item_cost(count, self._config.cost) for count in tokens],
-            self._config.token_budget,
-            self._config.cost_budget,
-        )
+        limit = self._config.cost_budget  # without it, `choose` does not use the costs
+        costs = tokens if limit is None else [packing.item_cost(count, self._config.cost) for count in tokens]
+        chosen = packing.choose(tokens, costs, self._config.token_budget, limit)
         leaving = [candidates[number] for number in chosen]
         if starved is not None:
             self._warn_starved(starved, sum(tokens[number] for number in chosen))
