@@ -11,7 +11,9 @@ import threading
 from pathlib import Path
 from urllib.parse import parse_qs
 
+import botocore
 import pytest
+from botocore.loaders import JSONFileLoader
 
 from tests.support.fetches import fetches_ended
 from tests.support.progress import run_watched
@@ -20,10 +22,11 @@ from univitar_ds.data.storage import retry, session, shard_cache
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.s3 import S3Storage
-from univitar_ds.data.storage.s3_client import CHUNK
+from univitar_ds.data.storage.s3_client import CHUNK, ServiceFiles
 from univitar_ds.data.storage.s3_upload import holds
 from univitar_ds.errors import DataError, InstallationError
 
+DESCRIPTIONS = Path(botocore.__file__).parent / "data"
 BLOB = random.Random(0).randbytes(16 * CHUNK)
 PATIENT = {"idle_timeout_s": 20.0, "give_up_s": 300.0}
 SILENCE_S = 1.0
@@ -50,6 +53,33 @@ def storage(url, folder, **more) -> S3Storage:
 
 def gets(request) -> bool:
     return request.method == "GET" and request.key.endswith(".tar")
+
+
+def test_the_client_reads_the_description_of_s3_without_its_documentation():
+    assert ServiceFiles().exists(f"{DESCRIPTIONS}/s3/2006-03-01/service-2")
+    ours = ServiceFiles().load_file(f"{DESCRIPTIONS}/s3/2006-03-01/service-2")
+    theirs = JSONFileLoader().load_file(f"{DESCRIPTIONS}/s3/2006-03-01/service-2")
+
+    def emptied(part):
+        if isinstance(part, list):
+            return [emptied(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        empty = {"documentation": ""} if isinstance(part.get("documentation"), str) else {}
+        return {key: emptied(value) for key, value in part.items()} | empty
+
+    assert ours == emptied(theirs)
+    assert ours != theirs
+
+
+def test_the_client_knows_the_endpoints_of_s3_and_of_no_unrelated_service():
+    ours, theirs = (files.load_file(f"{DESCRIPTIONS}/endpoints") for files in (ServiceFiles(), JSONFileLoader()))
+    for own, whole in zip(ours["partitions"], theirs["partitions"], strict=True):
+        assert own["services"]["s3"] == whole["services"]["s3"]
+        assert "ec2" not in own["services"]
+        assert own["regions"] == whole["regions"]
+    assert not ServiceFiles().exists("/nowhere/x")
+    assert ServiceFiles().load_file("/nowhere/x") is None
 
 
 FAULTS = ["throttle", "refuse", "error", "hang", "drop", "cut", "stall", "short", "reset", "lost"]
