@@ -56,7 +56,7 @@ def test_captions_are_tokenized_while_planning_and_those_of_failed_items_are_omi
 
 @pytest.mark.parametrize(
     ("asked", "prefetch_full_step", "ahead", "shared"),
-    [(None, False, 3, 1), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
+    [(None, False, 3, 2), (None, True, 8, 0), (2, True, 2, 0), (5, False, 5, 0)],
 )
 def test_number_of_packs_decoded_ahead(monkeypatch, asked, prefetch_full_step, ahead, shared):
     made = []
