@@ -183,7 +183,8 @@ def run(title: str, name: str, task: Task, epoch: int, arguments: argparse.Names
     if title.startswith("before"):
         root = arguments.before.resolve()
         python = root / ".venv" / "bin" / "python"
-    request = json.dumps({"name": name, "task": asdict(task), "epoch": epoch, "epochs": arguments.epochs})
+    settings = {key: value for key, value in asdict(task).items() if value != {}}  # an older --before has no `augment`
+    request = json.dumps({"name": name, "task": settings, "epoch": epoch, "epochs": arguments.epochs})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [str(python), str(root / "benchmarks" / "bench_loader.py"), task.shards, "--request", request]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
