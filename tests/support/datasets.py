@@ -46,6 +46,30 @@ def parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def embedded(path: Path, rows: list[dict], names: list[str] | None = None, rows_per_group: int = 2) -> Path:
+    """A Parquet table as `datasets` writes it: the bytes of images, and labels that are numbers of `names`."""
+    import pyarrow
+    from pyarrow import parquet as files
+
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    image_type = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    fields = [("image", image_type), ("label", pyarrow.int64()), ("caption", pyarrow.string())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(fields, metadata=about if names else None))
+    files.write_table(table, path, row_group_size=rows_per_group)
+    return path
+
+
+def parquet_parts(folder: Path) -> Path:
+    """A data set in three Parquet tables with two splits, as on the hub."""
+    rows = [{"image": {"bytes": image(index), "path": f"{index}.jpg"}, "label": index % 2} for index in range(3)]
+    names = ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
+    for name, row in zip(names, rows, strict=True):
+        embedded(folder / "data" / f"{name}.parquet", [row], ["cat", "dog"])
+    return write(folder, {"README.md": "a data set"})
+
+
 def images(count: int = 3, folder: str = "") -> dict[str, bytes]:
     return {f"{folder}{index}.jpg": image(index) for index in range(count)}
 

@@ -61,7 +61,11 @@ LIBRARIES = {
     "jinja2": {"univitar_ds.reporting.page"},
     "wandb": {"univitar_ds.training.logging.trackers"},
     "trackio": {"univitar_ds.training.logging.trackers"},
-    "pyarrow": {"univitar_ds.inference.writing.parts", "univitar_ds.data.importing.table_files"},
+    "pyarrow": {
+        "univitar_ds.inference.writing.parts",
+        "univitar_ds.data.importing.parquet.media",
+        "univitar_ds.data.importing.parquet.table",
+    },
     "sklearn": {"univitar_ds.tasks.linear"},
     "torchao": {"univitar_ds.training.fp8"},
     "onnxscript": {"univitar_ds.convert.program"},

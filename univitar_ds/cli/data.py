@@ -66,6 +66,8 @@ The form of SRC is recognised, or named by --format:
   classes      class folders, train/cat/a.jpg, or cat/a.jpg without splits
   imagefolder  Hugging Face's: metadata.jsonl, .csv or .parquet with file_name, beside the files or in each split
   table        .csv, .tsv, .jsonl, .json (a list of objects) or .parquet; `--format csv` reads any file as CSV
+               (a column of .parquet may hold the files themselves, as Hugging Face's datasets writes them)
+  tables       a folder of .parquet tables, with splits in their names (train-00000-of-00002.parquet)
   coco         a JSON with images and annotations, or a folder with annotations/captions_*.json
   webdataset   a tar, a folder of tars, or a brace range of tars in quotes
   img2dataset  its output folder, of tars or of files
@@ -110,7 +112,7 @@ def _add_pack(data) -> None:
         default="one",
         help="content of a .txt: one caption (default), or one per line",
     )
-    pack.add_argument("--image-key", metavar="NAME", help="column of paths of images or videos in a table")
+    pack.add_argument("--image-key", metavar="NAME", help="column of images or videos, or of their paths, in a table")
     pack.add_argument(
         "--caption-key", metavar="NAME", action="append", default=[], help="column of captions; may be repeated"
     )

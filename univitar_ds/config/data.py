@@ -12,10 +12,10 @@ from univitar_ds.expressions import Condition
 
 
 class TableConfig(Section):
-    """Columns of a source that is a table or an imagefolder; see `univitar-ds data pack --help`."""
+    """Columns of a source that is a table, a folder of tables or an imagefolder; see `univitar-ds data pack --help`."""
 
     image_key: str | None = Field(
-        None, description="column of paths of images or videos; absent: usual names are tried"
+        None, description="column of images or videos, or of their paths; absent: usual names are tried"
     )
     caption_keys: list[str] = Field(
         default_factory=list, description="columns of captions; empty: usual names are tried"

@@ -10,8 +10,8 @@ from typing import Any
 
 from univitar_ds import plugins
 from univitar_ds.data.importing.forms import Format
+from univitar_ds.data.importing.records import Record, Table
 from univitar_ds.data.importing.rows import Collected, Listing, ReadOptions, short
-from univitar_ds.data.importing.table_files import Record, Table
 from univitar_ds.data.importing.tables import Keys, Reading, add_records
 from univitar_ds.errors import DataError, PluginError
 from univitar_ds.plugins import Reader, calling

@@ -44,9 +44,7 @@ def rows(source: str, options: ReadOptions) -> Listing:
     for path in found:
         table = read_table(path)
         reading = Reading(path.parent, path.parent, options.default_split, split_folders=True)
-        add_records(
-            collected, path.relative_to(folder).as_posix(), table, keys_of(path, table.columns, options), reading
-        )
+        add_records(collected, path.relative_to(folder).as_posix(), table, keys_of(path, table, options), reading)
     return collected.listing(folder)
 
 

@@ -53,6 +53,8 @@ FORMATS: dict[str, Format] = {
     "classes": Format("class folders", class_folders.recognises, class_folders.rows, frozenset(["class_names"])),
     # After the others: a folder may have the archive from which it was extracted.
     "webdataset": Format("WebDataset tars", tars.recognises, tars.rows, frozenset(["captions"])),
+    # Nearly last: tables may lie beside the files or tars that they describe.
+    "tables": Format("a folder of Parquet tables", tables.recognises_parts, tables.rows_of_parts, _KEYS | {"images"}),
     **{
         form: Format(f"a table ({form})", _never, partial(tables.rows, form=form), _KEYS | {"images"})
         for form in ("csv", "tsv", "jsonl", "json", "parquet")

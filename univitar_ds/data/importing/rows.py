@@ -25,11 +25,19 @@ _SPLIT_RULE = "is not a name of letters, digits, - and _ (not first), at most 64
 
 
 class Part(NamedTuple):
-    """The bytes of a media file in a tar: path of the tar, first byte, and length in bytes."""
+    """The bytes of a media file in a tar or another file: path of that file, first byte, and length in bytes."""
 
-    tar: str
+    file: str
     offset: int
     length: int
+
+
+class Cell(NamedTuple):
+    """The media in a cell of a table: path of the table, name of the column, and number of the row."""
+
+    file: str
+    column: str
+    row: int
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Row:
     determines it.
 
     A row has captions, a label or both. `set` names the data set of the label, if a source holds several. If `part` is
-    given, the file is in a tar, and `file` consists of the names of the tar and the member.
+    given, the file is in a tar or a table, and `file` consists of their name and that of the member, or the row.
     """
 
     file: str
@@ -47,7 +55,11 @@ class Row:
     label: str | None
     split: str
     set: str | None = None
-    part: Part | None = None
+    part: Part | Cell | None = None
+
+    def place(self, root: Path) -> Path:
+        """Returns the path of the file that holds the bytes: the file itself, its tar or its table."""
+        return root / self.file if self.part is None else Path(self.part.file)
 
 
 @dataclass(frozen=True)
@@ -66,8 +78,8 @@ class ReadOptions:
 
     `format`: a name of `known_formats`; None: the format is recognised. `captions`: whether a .txt has one caption, or
     one per line. `split`: split of rows that name none; None: "train". Names of columns of tables (None and (): usual
-    names are tried): `image_key` of paths of images or videos, `caption_keys`, `label_key`, `split_key`. `images`:
-    folder of the media of a table or COCO file. `class_names`: file with the names of class folders.
+    names are tried): `image_key` of images or videos, or of their paths, `caption_keys`, `label_key`, `split_key`.
+    `images`: folder of the media of a table or COCO file. `class_names`: file with the names of class folders.
     """
 
     format: str | None = None

@@ -13,11 +13,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
+from univitar_ds.data.importing.parquet.table import read_parquet
+from univitar_ds.data.importing.records import Record, Table
 from univitar_ds.data.storage.local import open_regular
 from univitar_ds.errors import DataError
-from univitar_ds.extras import extra
 
 EXTENSIONS = {
     ".csv": "csv",
@@ -40,20 +41,6 @@ _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (cod
 _MARKS += ((codecs.BOM_UTF16_BE, "utf-16"),)
 
 
-class Record(NamedTuple):
-    """A record: the place for messages (`line 3`), and its fields, or the reason why it cannot be read."""
-
-    place: str
-    fields: dict[str, Any] | str
-
-
-class Table(NamedTuple):
-    """The columns of a table, and its records. Records of JSON may lack columns or have others."""
-
-    columns: list[str]
-    records: Iterator[Record]
-
-
 def read_table(path: Path, form: str | None = None) -> Table:
     """Opens a table. `form`: one of the values of `EXTENSIONS`; None: by the name of the file.
 
@@ -65,7 +52,7 @@ def read_table(path: Path, form: str | None = None) -> Table:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; check the path")
     if form == "parquet":
-        return _parquet(path)
+        return read_parquet(path)
     if form == "json":
         return _json(path)
     records = _json_lines(path) if form == "jsonl" else _separated(path, "\t" if form == "tsv" else None)
@@ -196,31 +183,6 @@ def _lines(path: Path, stream: TextIO) -> Iterator[tuple[int, str]]:
         if len(line) == _LINE_LIMIT:
             raise DataError(f"{path}: line {number} has {_LINE_LIMIT} characters or more; is it a text file?")
         yield number, line
-
-
-def _parquet(path: Path) -> Table:
-    with extra("parquet"):
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    try:
-        file = ParquetFile(path)
-        names = file.schema_arrow.names
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{path}: is not a Parquet file that can be read ({error}); restore it") from error
-    return Table(list(names), _parquet_records(path, file))
-
-
-def _parquet_records(path: Path, file: Any) -> Iterator[Record]:
-    from pyarrow import ArrowException
-
-    number = 0
-    try:
-        for batch in file.iter_batches(batch_size=1024):
-            for fields in batch.to_pylist():
-                yield Record(f"row {number}", fields)
-                number += 1
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{path}: is damaged after row {number} ({error}); restore it") from error
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

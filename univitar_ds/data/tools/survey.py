@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,10 @@ from typing import Any
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.paths import written
+from univitar_ds.data.importing.parquet.media import read_cells
 from univitar_ds.data.importing.recognise import FORMATS, read_source
-from univitar_ds.data.importing.rows import ReadOptions, Row
-from univitar_ds.data.media.types import IMAGE_EXTENSIONS, MediaSize
+from univitar_ds.data.importing.rows import Cell, ReadOptions, Row
+from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.captions import BYTES_LIMIT, EXTENSIONS, Texts, read_texts
 from univitar_ds.data.shards.listing import place_of
@@ -44,6 +45,8 @@ MEDIA, MEDIA_S, MEDIA_BYTES = 128, 20.0, 256 << 20
 """Maximum number of media files whose headers are read, seconds for that, and bytes of the files together."""
 LISTING_S = 120.0
 """Maximum number of seconds in which the files of a source are listed."""
+CELL_RUNS = 8
+"""Number of runs of consecutive rows of which media in tables are read; a table is read by row groups."""
 TEXTS = 20_000
 """Maximum number of samples of a list of files whose texts are used."""
 SHARDS, SHARD_TEXTS, SCANNED = 16, 512, 20_000
@@ -101,7 +104,7 @@ def survey(path: str, settings: StorageSettings = LOCAL) -> Survey:
     return _of_rows(path, FORMATS[form or "folder"].title)
 
 
-def training_split(counts: Counts) -> str | None:
+def training_split(counts: Iterable[str | None]) -> str | None:
     """Returns the split to train on: `train`, else the first whose name is not of held-out data, else the first."""
     names = [name for name in counts if name is not None]
     if not names:
@@ -118,15 +121,38 @@ def _may_be_shards(source: SourceConfig) -> bool:
 
 def _of_rows(path: str, title: str) -> Survey:
     listing = _within(LISTING_S, path, lambda: read_source(path, ReadOptions()))
+    split = training_split(dict.fromkeys(row.split for row in listing.rows))
+    rows = [row for row in listing.rows if row.split == split]
+    with tempfile.TemporaryDirectory() as scratch:
+        media = _sizes(path, _jobs(rows, listing.root, Path(scratch)))
+    unnamed: Modality = "video" if media and all(size.kind == "video" for size in media) else "image"
     counts: dict[str | None, Counter[Modality]] = {}
     for row in listing.rows:
-        counts.setdefault(row.split, Counter())[_kind_of(row)] += 1
-    split = training_split(counts)
-    rows = [row for row in listing.rows if row.split == split]
-    jobs = [Job(listing.root / row.file, row.kind, False, row.part) for row in _some(rows, MEDIA)]
+        counts.setdefault(row.split, Counter())[_kind_of(row, unnamed)] += 1
     texts = tuple(Texts(row.captions, row.label, row.set) for row in _some(rows, TEXTS))
     labels = frozenset((row.set, row.label) for row in rows if row.label is not None)
-    return Survey(path, title, counts, True, split, _sizes(path, jobs), texts, packed=False, labels=labels)
+    return Survey(path, title, counts, True, split, media, texts, packed=False, labels=labels)
+
+
+def _jobs(rows: Sequence[Row], root: Path, scratch: Path) -> list[Job]:
+    """Returns the jobs that examine some media. Those in tables are copied to `scratch`, from a few row groups."""
+    starts = _some(range(len(rows)), CELL_RUNS)
+    near = {
+        index: rows[index] for start in starts for index in range(start, min(start + MEDIA // CELL_RUNS, len(rows)))
+    }
+    cells = {row.part: row for row in near.values() if isinstance(row.part, Cell)}
+    if not cells:
+        return [Job(root / row.file, row.kind, False, row.part) for row in _some(rows, MEDIA)]
+    jobs: list[Job] = []
+    left, end = MEDIA_BYTES, time.monotonic() + MEDIA_S
+    for cell, content in read_cells(cells, root, MEDIA_BYTES):
+        if not isinstance(content, SampleError) and (left := left - len(content)) >= 0:
+            file = scratch / f"{len(jobs)}{Path(cells[cell].file).suffix}"
+            file.write_bytes(content)
+            jobs.append(Job(file, None, False))
+        if left < 0 or time.monotonic() > end:
+            break
+    return jobs
 
 
 def _within(seconds: float, path: str, work: Callable[[], Any]) -> Any:
@@ -163,11 +189,12 @@ def _within(seconds: float, path: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def _kind_of(row: Row) -> Modality:
-    """Returns the kind of a row, by the name of its file if the row has none."""
+def _kind_of(row: Row, unnamed: Modality) -> Modality:
+    """Returns the kind of a row, by the name of its file if the row has none; `unnamed` if that is no name of media."""
     if row.kind is not None:
         return "video" if row.kind == "video" else "image"
-    return "image" if row.file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else "video"
+    extension = row.file.rpartition(".")[2].lower()
+    return "image" if extension in IMAGE_EXTENSIONS else "video" if extension in VIDEO_EXTENSIONS else unnamed
 
 
 def _some(items: Sequence[Any], most: int) -> list[Any]:

@@ -30,7 +30,8 @@ from univitar_ds.errors import DataError, SampleError
 
 _BATCH = 4
 _PRELOAD = ("univitar_ds.data.media.video_decode",)
-_MOST_BYTES = 1_000_000_000
+MOST_BYTES = 1_000_000_000
+"""Maximum size of a media file in bytes."""
 _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
 _VIDEO_FRAMES = 16
 _VIDEO_TIMEOUT_S = 10 * DataConfig.model_fields["decode_timeout_s"].default
@@ -108,7 +109,7 @@ def _examine_batch(task: Task, report: Callable[[Any], None]) -> None:
         job: Job = task.job[index]
         size = 0
         with suppress(OSError):  # `examine` reports it
-            size = min(os.stat(job.path).st_size if job.part is None else job.part.length, _MOST_BYTES)
+            size = min(os.stat(job.path).st_size if job.part is None else job.part.length, MOST_BYTES)
         confine(_MAX_PX, size)
         report(_Examined(index, examine(job)))
 
@@ -145,10 +146,10 @@ def examine(job: Job) -> MediaInfo:
 
 def _content(job: Job) -> bytes:
     """Returns the bytes of a file. Raises: SampleError if it is too large or cannot be read."""
-    limit = f"; at most {_MOST_BYTES} fit into a sample"
+    limit = f"; at most {MOST_BYTES} fit into a sample"
     if job.part is None:
-        return read_file(job.path, _MOST_BYTES, limit)
-    if job.part.length > _MOST_BYTES:
+        return read_file(job.path, MOST_BYTES, limit)
+    if job.part.length > MOST_BYTES:
         raise SampleError("too_large", f"the file has {job.part.length} bytes{limit}")
     try:
         return LocalStorage().read_range(*job.part)

@@ -184,7 +184,7 @@ def _fingerprint(path: str, listing: Listing) -> str:
     state = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8)
     for row in listing.rows:
         try:
-            found = os.stat(listing.root / row.file)
+            found = os.stat(row.place(listing.root))
             stamp = [found.st_size, found.st_mtime_ns]
         except OSError:
             stamp = []

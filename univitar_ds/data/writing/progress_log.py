@@ -23,6 +23,8 @@ from univitar_ds.data.writing.examine import MediaInfo
 from univitar_ds.errors import DataError, writing
 
 LOCK = ".pack.lock"
+EXTRACTED = ".pack.media"
+"""Name of the file with the media of tables; see `extract`."""
 SHARD_NAME = re.compile(r".+-(image|video)-\d{6}\.tar")
 _PARTIAL = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|pack\.jsonl)\.partial")
 _FIRST_PARTIAL = ".pack.jsonl.partial"
@@ -69,6 +71,19 @@ class ProgressLog:
         """Returns size and hash of the shard if it was written by this plan, else None."""
         entry = self._entries.get(f"shard {name}")
         return entry if entry is not None and entry["plan"] == plan else None
+
+    def extracted(self, file: str, stamp: list[Any]) -> tuple[int, int] | None:
+        """Returns the first byte and length of media of a table in the file of extracted media; None if it is not
+        there, or its table (size, modification time) has changed."""
+        entry = self._entries.get(f"media {file}")
+        return None if entry is None or entry["stamp"] != stamp else (entry["offset"], entry["length"])
+
+    def extracted_end(self) -> int:
+        """Returns the number of bytes of the file of extracted media that are in use."""
+        return max((e["offset"] + e["length"] for k, e in self._entries.items() if k.startswith("media ")), default=0)
+
+    def add_extracted(self, file: str, stamp: list[Any], offset: int, length: int) -> None:
+        self._add(f"media {file}", {"stamp": stamp, "offset": offset, "length": length})
 
     def begin_shard(self, name: str) -> None:
         """Records the name of a shard before the shard is published.

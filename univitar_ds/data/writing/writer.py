@@ -12,21 +12,23 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from univitar_ds.data.importing.recognise import read_source
-from univitar_ds.data.importing.rows import Listing, Part, ReadOptions, Row
+from univitar_ds.data.importing.rows import Cell, Listing, Part, ReadOptions, Row
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.data.writing.build_manifest import build_manifest
 from univitar_ds.data.writing.destination import Destination, destination_of
 from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
-from univitar_ds.data.writing.progress_log import ProgressLog, open_progress_log
+from univitar_ds.data.writing.extract import extracted, stamp_of
+from univitar_ds.data.writing.progress_log import EXTRACTED, ProgressLog, open_progress_log
 from univitar_ds.errors import DataError, writing
 from univitar_ds.extras import extra
 from univitar_ds.screen import progress_bar
@@ -44,6 +46,8 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
 Sample = tuple[Row, MediaInfo]
+Extract = Callable[[Sequence[Row]], tuple[dict[str, Part], dict[str, str]]]
+"""`extract.extracted` of a source."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def pack_folder(
         raise DataError(f"{workspace} is inside {folder}, which is being packed; choose a folder outside of it")
     with writing(workspace), open_progress_log(workspace, folder) as progress_log:
         destination.claim()
-        found = _examine(listing, progress_log, options)
+        extract = partial(extracted, listing.root, workspace, progress_log, options.progress)
+        found = _examine(listing, progress_log, extract, options)
         samples = [(row, info) for row, info in found if info.fault is None]
         skipped = [{"file": row.file, "reason": info.fault} for row, info in found if info.fault is not None]
         if not samples:
@@ -124,10 +129,13 @@ def pack_folder(
                 f"{skipped[0]['file']}: {skipped[0]['reason']}"
             )
         skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
-        return _write_all(listing.root, destination, samples, skipped, progress_log, options)
+        manifest = _write_all(listing.root, destination, samples, skipped, (progress_log, extract), options)
+        if any(isinstance(row.part, Cell) for row in listing.rows):
+            (workspace / EXTRACTED).unlink(missing_ok=True)
+        return manifest
 
 
-def _examine(listing: Listing, progress_log: ProgressLog, options: PackOptions) -> list[Sample]:
+def _examine(listing: Listing, progress_log: ProgressLog, extract: Extract, options: PackOptions) -> list[Sample]:
     """Returns every row with its result. Files that have not changed since an earlier packing are not opened again."""
     verify, workers = options.verify, options.workers or os.cpu_count() or 1
     folder, rows = listing.root, listing.rows
@@ -136,18 +144,23 @@ def _examine(listing: Listing, progress_log: ProgressLog, options: PackOptions) 
     unknown = []
     for row in rows:
         try:
-            state = os.stat(folder / row.file if row.part is None else row.part.tar)
+            stamps[row.file] = stamp_of(folder, row)
         except OSError:  # a broken link: `examine_all` reports it, but it is not logged
             unknown.append(row)
             continue
-        stamps[row.file] = [state.st_size, state.st_mtime_ns, *(row.part or ())[1:]]
         known = progress_log.info(row, stamps[row.file], verify)
         if known is None:
             unknown.append(row)
         else:
             infos[row.file] = known
+    parts, faults = extract(unknown)
+    for row in unknown:
+        if row.file in faults:
+            infos[row.file] = MediaInfo(faults[row.file])
+            progress_log.add_info(row, stamps[row.file], verify, infos[row.file])
+    unknown = [row for row in unknown if row.file not in faults]
     most = len(unknown) // _FILES_PER_WORKER + 1
-    jobs = [Job(folder / row.file, row.kind, verify, row.part) for row in unknown]
+    jobs = [Job(folder / row.file, row.kind, verify, parts.get(row.file, row.part)) for row in unknown]
     with progress_bar(
         total=len(rows), initial=len(infos), desc="examine", unit="file", disable=not options.progress
     ) as bar:
@@ -196,10 +209,11 @@ def _write_all(
     destination: Destination,
     samples: Sequence[Sample],
     skipped: list[dict[str, str]],
-    progress_log: ProgressLog,
+    work: tuple[ProgressLog, Extract],
     options: PackOptions,
 ) -> dict[str, Any]:
     """Removes the shards of an earlier packing, and writes missing shards and then the manifest."""
+    progress_log, extract = work
     shards = _planned(samples, options.shard_mb)
     identities = [[*_identity(row, found)] for row, found in samples]
     fingerprint = _digest([_LAYOUT, options.shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
@@ -210,20 +224,22 @@ def _write_all(
     there = destination.names()
     for stale in sorted((there & known) - names):
         destination.remove(stale)
+    entries = {shard.name: _written(destination, progress_log, shard) for shard in shards}
+    missing = [row for shard in shards if entries[shard.name] is None for row, _ in shard.samples]
+    parts, _ = extract(missing)
     rows = []
     with progress_bar(total=len(samples), desc="write", unit="sample", disable=not options.progress) as bar:
         for shard in shards:
-            plan = shard.plan()
-            entry = progress_log.shard(shard.name, plan)
-            if entry is None or not destination.holds(shard.name, entry):
-                partial = destination.workspace / f".{shard.name}.partial"
-                entry = {"plan": plan, **_write_shard(folder, partial, shard)}
+            entry = entries[shard.name]
+            if entry is None:
+                unfinished = destination.workspace / f".{shard.name}.partial"
+                entry = {"plan": shard.plan(), **_write_shard(folder, unfinished, shard, parts)}
                 if shard.name in there - known and not destination.holds(shard.name, entry):
                     raise DataError(
                         f"{destination.place} holds {shard.name}, which was not packed there; move it elsewhere"
                     )
                 progress_log.begin_shard(shard.name)
-                destination.publish(partial, shard.name, entry)
+                destination.publish(unfinished, shard.name, entry)
                 progress_log.add_shard(shard.name, entry)
             rows.append(
                 {
@@ -242,8 +258,14 @@ def _write_all(
     return manifest
 
 
-def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
-    """Writes one shard. Returns its size and hash."""
+def _written(destination: Destination, progress_log: ProgressLog, shard: _Shard) -> dict[str, Any] | None:
+    """Returns the entry of a shard that is at the destination already; None if it must be written."""
+    entry = progress_log.shard(shard.name, shard.plan())
+    return entry if entry is not None and destination.holds(shard.name, entry) else None
+
+
+def _write_shard(folder: Path, path: Path, shard: _Shard, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Writes one shard. Returns its size and hash. `parts`: the extracted media of tables by the file of their row."""
     with extra("webdataset"):
         from webdataset import TarWriter  # imports torch, so only if there is a shard to write
 
@@ -253,7 +275,7 @@ def _write_shard(folder: Path, path: Path, shard: _Shard) -> dict[str, Any]:
             for ordinal, (row, found) in enumerate(shard.samples, shard.first):
                 stem = _UNSAFE.sub("_", PurePosixPath(row.file).stem)[:60]
                 key = f"{ordinal:08d}-{stem}"
-                content = _unchanged(folder / row.file, row.part, found)
+                content = _unchanged(folder / row.file, parts.get(row.file, row.part), found)
                 _add(tar, key, found.extension, content)
                 _add(tar, key, "json", _described(row, found, zlib.crc32(content)))
     return {"bytes": hashing.size, "sha256": hashing.state.hexdigest()}
@@ -276,7 +298,9 @@ def _add(tar: TarWriter, key: str, extension: str, content: bytes) -> None:
     tar.write({"__key__": key, extension: content})
 
 
-def _unchanged(path: Path, part: Part | None, found: MediaInfo) -> bytes:
+def _unchanged(path: Path, part: Part | Cell | None, found: MediaInfo) -> bytes:
+    if isinstance(part, Cell):
+        raise DataError(f"{path} can no longer be read in its table; pack again when nothing writes to the table")
     try:
         content = path.read_bytes() if part is None else LocalStorage().read_range(*part)
     except OSError as error:

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from tests.support import datasets, media
-from tests.support.datasets import image, images, lines, parquet, write, write_tar
+from tests.support.datasets import image, images, lines, write, write_tar
 from tests.support.packing import contents, pack, samples_of
 from univitar_ds.data.importing.recognise import FORMATS, format_of, read_source
 from univitar_ds.data.importing.rows import ReadOptions
@@ -25,6 +25,7 @@ SETS = {
     ),
     "classes": (datasets.class_folders, [()] * 3, ["cat", "dog", "cat"], ["train", "train", "val"]),
     "classes-videos": (datasets.class_videos, [()] * 3, ["run", "run", "jump"], ["train"] * 3),
+    "tables": (datasets.parquet_parts, [()] * 3, ["cat", "dog", "cat"], ["train", "train", "test"]),
     "imagefolder": (datasets.imagefolder, CAPTIONS, [None] * 3, ["train", "train", "test"]),
     "coco": (
         datasets.coco,
@@ -298,7 +299,7 @@ def test_columns_are_named_by_options(tmp_path):
             listed(source / "t.jsonl", **{**keys, option: "no"})
     with pytest.raises(DataError, match=r"--caption-key 'no': there is no such column; .*columns pic, a"):
         listed(source / "t.jsonl", **{**keys, "caption_keys": ("a", "no")})
-    with pytest.raises(DataError, match=r"columns pic, a, b, c, d; name the one with paths .*--image-key"):
+    with pytest.raises(DataError, match=r"columns pic, a, b, c, d; name the one with images or videos.*--image-key"):
         listed(source / "t.jsonl")
     with pytest.raises(DataError, match="name the one with captions or labels: --caption-key"):
         listed(source / "t.jsonl", image_key="pic")
@@ -355,10 +356,10 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, name, content, message
         listed(tmp_path / name)
 
 
-def test_a_parquet_with_images_inside_is_refused_with_a_remedy(tmp_path):
-    path = parquet(tmp_path / "t.parquet", [{"image": {"bytes": image(), "path": "a.jpg"}, "caption": "x"}])
+def test_media_in_another_table_than_parquet_are_refused_with_a_remedy(tmp_path):
+    write(tmp_path, {"t.jsonl": lines({"image": {"bytes": "x", "path": "a.jpg"}, "caption": "x"})})
     with pytest.raises(DataError, match="holds the media itself, not paths; export it"):
-        listed(path)
+        listed(tmp_path / "t.jsonl")
 
 
 def test_a_table_with_another_name_is_read_as_its_format_says(tmp_path):
