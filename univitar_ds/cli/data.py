@@ -78,6 +78,7 @@ The form of SRC is recognised, or named by --format:
   univitar-ds data pack videos.parquet data/videos --image-key video --caption-key short --caption-key long
   univitar-ds data pack coco/annotations/captions_val2017.json data/coco-val --images coco/val2017
   univitar-ds data pack 'cc3m/{00000..00331}.tar' data/cc3m --split train
+  univitar-ds data pack s3://bucket/photos data/photos
 
 Paths in a table start in its folder, or in the folder of --images, and must stay in it, absolute ones too; `--images /`
 allows all. Rows of one file are joined. Tables and .txt are UTF-8, or UTF-16 with a byte order mark. Of the .json in
@@ -85,12 +86,16 @@ tars, caption, label and set are kept. Links to folders are followed, and each f
 
 Files, samples and lines of tables that cannot be read are left out and listed in the manifest with the reason; faults
 in our own metadata.jsonl end the command. After an interruption the same command continues where it stopped.
+Objects of s3://bucket/prefix are copied into OUT first and removed at the end (with OUT at s3://, into
+~/.local/state/univitar_ds/pack). Of a table there, the files that it names below its folder are copied.
 A run reads tars as they are and packs other forms itself: data.sources.N.path may be any of them."""
 
 
 def _add_pack(data) -> None:
     pack = add_command(data, "pack", _pack, "turn images and videos in any usual form into shards", _PACK)
-    pack.add_argument("source", type=expand_place, metavar="SRC", help="a folder, table, JSON of COCO, or tars")
+    pack.add_argument(
+        "source", type=expand_place, metavar="SRC", help="a folder, table, JSON of COCO, or tars; also s3://"
+    )
     pack.add_argument(
         "out",
         type=expand_place,

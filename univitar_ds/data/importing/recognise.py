@@ -20,6 +20,7 @@ from univitar_ds.data.importing import (
 from univitar_ds.data.importing.forms import Format
 from univitar_ds.data.importing.own_folder import METADATA
 from univitar_ds.data.importing.rows import Listing, ReadOptions, check_split
+from univitar_ds.data.importing.table_files import EXTENSIONS
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
 from univitar_ds.data.storage.address import check_address
 from univitar_ds.data.storage.base import S3
@@ -87,9 +88,10 @@ def format_of(source: str) -> str | None:
     return next((name for name, form in FORMATS.items() if form.recognises(source)), None)
 
 
-def read_source(source: str | Path, options: ReadOptions) -> Listing:
+def read_source(source: str | Path, options: ReadOptions, copy_of: str | None = None) -> Listing:
     """Returns the samples of a data set in any of `FORMATS`, without opening media files.
 
+    Args: copy_of: the source of which `source` is a copy, for the log.
     Raises: DataError if the source is missing, is not recognised or has nothing to pack, or for an option that its
         format does not use.
     """
@@ -97,15 +99,31 @@ def read_source(source: str | Path, options: ReadOptions) -> Listing:
     if not from_plugins.reads(source):
         check_address(source)
     if source.startswith(S3):
-        raise DataError(f"{source}: only local files are packed; tars at s3:// can be a run's source as they are")
+        raise DataError(
+            f"{source}: only tars and packed folders are read from s3:// as they are; pack the source first "
+            f"(univitar-ds data pack {source} OUT), and give OUT instead"
+        )
     check_split(options.split)
     name = options.format or format_of(source)
     if name is None:
         return own_folder.rows(source, _checked(source, "folder", options))  # raises an error that says what is missing
     options = _checked(source, name, options)
     if options.format is None and name != "folder":
-        _log.info("%s is read as %s (--format %s)", source, known_formats()[name].title, name)
+        _log.info("%s is read as %s (--format %s)", copy_of or source, known_formats()[name].title, name)
     return known_formats()[name].rows(source, options)
+
+
+def files_named(source: str, options: ReadOptions) -> set[str]:
+    """Returns the paths of files that the rows of a table name; none if a source is no table.
+
+    Raises: DataError for a JSON of COCO, which does not say where its images are, or a table that cannot be read.
+    """
+    if options.format in (None, "coco") and coco.recognises(source):
+        raise DataError(f"{source}: is a JSON of COCO, whose images are elsewhere; give the folder that holds both")
+    form = None if options.format == "table" else options.format
+    if form in (None, *EXTENSIONS.values()):
+        return tables.files_named(source, options, form)
+    return set()
 
 
 def _checked(source: str, name: str, options: ReadOptions) -> ReadOptions:

@@ -91,6 +91,14 @@ def rows(source: str, options: ReadOptions, form: str | None = None) -> Listing:
     return collected.listing(path)
 
 
+def files_named(source: str, options: ReadOptions, form: str | None = None) -> set[str]:
+    """Returns the paths in the rows of a table, as they are written. Raises: DataError as `rows`."""
+    table = read_table(Path(source), form)
+    key = keys_of(Path(source), table, options).image
+    values = (record.fields.get(key) for record in table.records if isinstance(record.fields, dict))
+    return {value for value in values if isinstance(value, str) and value}
+
+
 def recognises_parts(source: str) -> bool:
     """Whether a source is a folder with Parquet tables."""
     return Path(source).is_dir() and any(_parts(Path(source), {}))

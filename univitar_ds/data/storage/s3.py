@@ -96,15 +96,41 @@ class S3Storage:
 
     def below(self, prefix: str) -> Sequence[str]:
         """Returns the addresses of all objects below the folder `prefix`, at any depth, without pinning versions."""
+        return [version.url for version, _ in self.versions_below(prefix)]
+
+    def versions_below(self, prefix: str) -> list[tuple[Version, float]]:
+        """Returns version and time of modification (Unix seconds) of all objects below the folder `prefix`, by name."""
         where = address(prefix.rstrip("/") + "/")
-        paths: list[str] = []
+        found: list[tuple[Version, float]] = []
         more: dict[str, str] = {}
         while True:
             page = self.connection.call("list_objects_v2", prefix, Bucket=where["Bucket"], Prefix=where["Key"], **more)
-            paths += [f"{S3}{where['Bucket']}/{row['Key']}" for row in page.get("Contents", ())]
+            found += [
+                self._described(f"{S3}{where['Bucket']}/{row['Key']}", row, "Size") for row in page.get("Contents", ())
+            ]
             if not page.get("IsTruncated"):
-                return sorted(paths)
+                return sorted(found, key=lambda one: one[0].url)
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def copy(self, version: Version, path: Path) -> None:
+        """Writes an object to a local file, which is on the disk when this returns.
+
+        Raises: DataError if the object cannot be read or was replaced; OSError if the file cannot be written.
+        """
+        with path.open("wb") as stream:
+            for piece in self.connection.stream(version, 0, version.size):
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def version_of(self, path: str) -> tuple[Version, float] | None:
+        """Returns present version and time of modification (Unix seconds) of an object; None if there is none."""
+        answer = self.head(path)
+        return None if answer is None else self._described(path, answer, "ContentLength")
+
+    def _described(self, path: str, row: dict[str, Any], size: str) -> tuple[Version, float]:
+        version = Version(path, row.get("ETag", "").strip('"'), row[size], self._settings.endpoint_url or "")
+        return version, row["LastModified"].timestamp()
 
     def present(self, path: str) -> Version | None:
         """Returns the present version of an object, regardless of pins; None if there is no such object.

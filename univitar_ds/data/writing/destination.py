@@ -43,11 +43,8 @@ class Destination(Protocol):
     def remove(self, name: str) -> None:
         """Removes a file if it exists."""
 
-    def fingerprint(self) -> str | None:
-        """Returns the fingerprint in the manifest at the location; None if there is none."""
-
-    def shards(self) -> set[str]:
-        """Returns the names of the shards that the manifest lists."""
+    def manifest(self) -> dict[str, Any]:
+        """Returns the manifest at the location; {} if there is none that can be read."""
 
 
 class LocalFolder:
@@ -81,28 +78,25 @@ class LocalFolder:
     def remove(self, name: str) -> None:
         (self.workspace / name).unlink(missing_ok=True)
 
-    def fingerprint(self) -> str | None:
-        return _manifest(self.workspace).get("fingerprint")
-
-    def shards(self) -> set[str]:
-        return _shards(_manifest(self.workspace))
+    def manifest(self) -> dict[str, Any]:
+        return _manifest(self.workspace)
 
 
 class S3Prefix:
     """Objects under a prefix. A shard is written locally, uploaded, and removed locally after the upload.
 
-    An object with the name of the progress log has a hash of the path of the packed folder. It also shows that packing
+    An object with the name of the progress log has a hash of the path of the packed source. It also shows that packing
     may be in progress.
     """
 
-    def __init__(self, url: str, folder: Path, settings: StorageSettings, state: Path | None) -> None:
+    def __init__(self, url: str, origin: str, settings: StorageSettings, state: Path | None) -> None:
         from univitar_ds.data.storage.s3 import S3Storage
 
         self._url = self.place = url.rstrip("/")
         storage = storage_for(self._url, settings)
         assert isinstance(storage, S3Storage)
         self._storage = storage
-        self._origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+        self._origin = hashlib.sha256(os.fsencode(origin)).hexdigest()
         place = hashlib.sha256(f"{self._origin} {settings.endpoint_url} {self._url}".encode()).hexdigest()[:32]
         self.workspace = (state or _state_folder()) / place
 
@@ -140,11 +134,8 @@ class S3Prefix:
 
         remove(self._storage, self._path(name))
 
-    def fingerprint(self) -> str | None:
-        return _manifest(self._url, self._storage).get("fingerprint")
-
-    def shards(self) -> set[str]:
-        return _shards(_manifest(self._url, self._storage))
+    def manifest(self) -> dict[str, Any]:
+        return _manifest(self._url, self._storage)
 
     def _claimed_by(self) -> str | None:
         try:
@@ -157,9 +148,10 @@ class S3Prefix:
 
 
 def destination_of(
-    out: str | Path, folder: Path, settings: StorageSettings, state: Path | None
+    out: str | Path, origin: str, settings: StorageSettings, state: Path | None
 ) -> LocalFolder | S3Prefix:
-    """Returns the destination at `out`. `state`: the folder of all workspaces (None: in ~/.local/state).
+    """Returns the destination at `out`. `origin`: the path without links, or the address, of the source; `state`: the
+    folder of all workspaces (None: in ~/.local/state).
 
     Raises: DataError for an address without a bucket or with an unsupported scheme.
     """
@@ -170,7 +162,7 @@ def destination_of(
         raise DataError(f"{out}: cannot write to {scheme}://; give {SCHEMES}")
     if not rest.strip("/"):
         raise DataError(f"{out} names no bucket; write s3://BUCKET/PREFIX")
-    return S3Prefix(str(out), folder, settings, state)
+    return S3Prefix(str(out), origin, settings, state)
 
 
 def _state_folder() -> Path:
@@ -186,5 +178,6 @@ def _manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, A
         return {}
 
 
-def _shards(manifest: dict[str, Any]) -> set[str]:
+def shards_of(manifest: dict[str, Any]) -> set[str]:
+    """Returns the names of the shards that a manifest lists."""
     return {row["file"] for row in manifest.get("shards", []) if SHARD_NAME.fullmatch(row["file"])}

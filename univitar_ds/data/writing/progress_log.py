@@ -85,6 +85,25 @@ class ProgressLog:
     def add_extracted(self, file: str, stamp: list[Any], offset: int, length: int) -> None:
         self._add(f"media {file}", {"stamp": stamp, "offset": offset, "length": length})
 
+    def copied(self) -> set[str]:
+        """Returns the names of all objects that were copied from S3."""
+        return {key.removeprefix("copy ") for key in self._entries if key.startswith("copy ")}
+
+    def copied_version(self, name: str) -> str | None:
+        """Returns the ETag of the copy of an object; None if it was not copied."""
+        entry = self._entries.get(f"copy {name}")
+        return None if entry is None else entry["etag"]
+
+    def add_copied(self, name: str, etag: str) -> None:
+        self._add(f"copy {name}", {"etag": etag})
+
+    def packed_from(self) -> str | None:
+        """Returns the digest of the objects from which the last packing was finished."""
+        return self._entries.get("source", {}).get("digest")
+
+    def add_packed_from(self, digest: str) -> None:
+        self._add("source", {"digest": digest})
+
     def begin_shard(self, name: str) -> None:
         """Records the name of a shard before the shard is published.
 
@@ -120,10 +139,11 @@ class ProgressLog:
 
 
 @contextmanager
-def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
-    """Opens the progress log in `out` for packing `folder`. Creates `out`, locks it and removes partial files.
+def open_progress_log(out: Path, origin: str) -> Iterator[ProgressLog]:
+    """Opens the progress log in `out` for packing `origin`, a path without links or an address. Creates `out`, locks
+    it and removes partial files.
 
-    Raises: InUseError if another process is packing into `out`; DataError if its content was not packed from `folder`.
+    Raises: InUseError if another process is packing into `out`; DataError if its content was not packed from `origin`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +158,7 @@ def open_progress_log(out: Path, folder: Path) -> Iterator[ProgressLog]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InUseError(f"another process is packing into {out}; wait for it or stop it") from error
-        header = {"version": _VERSION, "folder": str(folder.resolve()), "decoders": _decoders()}
+        header = {"version": _VERSION, "folder": origin, "decoders": _decoders()}
         with writing(out):
             entries, shards = _entries_of(out / PROGRESS_FILE, header, out)
             for leftover in out.glob(".*.partial"):

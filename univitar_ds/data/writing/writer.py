@@ -13,22 +13,24 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from univitar_ds.data.importing import from_plugins
 from univitar_ds.data.importing.recognise import read_source
-from univitar_ds.data.importing.rows import Cell, Listing, Part, ReadOptions, Row
+from univitar_ds.data.importing.rows import Cell, Listing, Part, ReadOptions, Row, check_split
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
-from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
 from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.data.writing.build_manifest import build_manifest
-from univitar_ds.data.writing.destination import Destination, destination_of
+from univitar_ds.data.writing.destination import Destination, destination_of, shards_of
 from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
 from univitar_ds.data.writing.extract import extracted, stamp_of
 from univitar_ds.data.writing.progress_log import EXTRACTED, ProgressLog, open_progress_log
+from univitar_ds.data.writing.remote_source import RemoteSource, find_source, read_copied, remove_copies
 from univitar_ds.errors import DataError, writing
 from univitar_ds.extras import extra
 from univitar_ds.screen import progress_bar
@@ -92,7 +94,8 @@ def pack_folder(
 ) -> dict[str, Any]:
     """Packs a source into `out`: {split}-{kind}-{000000}.tar and manifest.json. Can be interrupted and run again.
 
-    `folder` is a folder, a table, a JSON of COCO, a tar or a brace range of tars; see `importing.recognise.FORMATS`.
+    `folder` is a folder, a table, a JSON of COCO, a tar or a brace range of tars; see `importing.recognise.FORMATS`. On
+    S3, at s3://bucket/prefix, its objects are copied to the workspace first.
 
     `out` is a local folder or s3://bucket/prefix. For S3, each shard is written locally, uploaded and removed before
     the next one, and the progress log is in a local folder. Two machines must not pack to the same prefix at once.
@@ -111,28 +114,67 @@ def pack_folder(
     options = options or PackOptions()
     if not 0 < options.shard_mb < math.inf:
         raise DataError(f"--shard-mb {options.shard_mb}: shards need a finite size above 0, in 10^6 bytes")
-    listing = listing or read_source(folder, options.reading)
-    folder = Path(folder)
-    destination = destination_of(out, folder, settings, state)
+    remote = None
+    if listing is None and str(folder).startswith(S3) and not from_plugins.reads(str(folder)):
+        check_split(options.reading.split)
+        remote = find_source(str(folder), settings)
+    else:
+        listing = listing or read_source(folder, options.reading)
+    origin = str(Path(folder).resolve()) if remote is None else remote.url
+    destination = destination_of(out, origin, settings, state)
+    _check_apart(destination, origin)
     workspace = destination.workspace
-    if folder.is_dir() and workspace.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{workspace} is inside {folder}, which is being packed; choose a folder outside of it")
-    with writing(workspace), open_progress_log(workspace, folder) as progress_log:
+    with writing(workspace), open_progress_log(workspace, origin) as progress_log:
         destination.claim()
-        extract = partial(extracted, listing.root, workspace, progress_log, options.progress)
-        found = _examine(listing, progress_log, extract, options)
-        samples = [(row, info) for row, info in found if info.fault is None]
-        skipped = [{"file": row.file, "reason": info.fault} for row, info in found if info.fault is not None]
-        if not samples:
-            raise DataError(
-                f"{folder}: none of its {len(skipped)} media files can be read; the first: "
-                f"{skipped[0]['file']}: {skipped[0]['reason']}"
-            )
-        skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
-        manifest = _write_all(listing.root, destination, samples, skipped, (progress_log, extract), options)
-        if any(isinstance(row.part, Cell) for row in listing.rows):
-            (workspace / EXTRACTED).unlink(missing_ok=True)
+        if remote is not None:
+            return _pack_remote(remote, destination, progress_log, options)
+        assert listing is not None
+        return _pack(str(folder), listing, destination, progress_log, options)
+
+
+def _check_apart(destination: Destination, origin: str) -> None:
+    """Raises DataError if the destination is inside the folder that is packed."""
+    place = destination.place if origin.startswith(S3) else str(destination.workspace.resolve())
+    if (place == origin and not os.path.isfile(place)) or place.startswith(f"{origin.rstrip('/')}/"):
+        raise DataError(f"{place} is inside {origin}, which is being packed; choose a folder outside of it")
+
+
+def _pack_remote(
+    remote: RemoteSource, destination: Destination, progress_log: ProgressLog, options: PackOptions
+) -> dict[str, Any]:
+    """Packs a source on S3 from a copy, unless its objects are those of the last packing."""
+    digest = remote.digest(replace(options, workers=None, progress=False))
+    manifest = destination.manifest()
+    shards = manifest.get("shards", [])
+    if progress_log.packed_from() == digest and shards and all(destination.holds(row["file"], row) for row in shards):
         return manifest
+    remote, listing = read_copied(remote, destination.workspace, progress_log, options.reading, options.progress)
+    manifest = _pack(remote.url, listing, destination, progress_log, options)
+    remove_copies(remote, destination.workspace)
+    if remote.is_fixed(options.reading):
+        progress_log.add_packed_from(digest)
+    return manifest
+
+
+def _pack(
+    folder: str, listing: Listing, destination: Destination, progress_log: ProgressLog, options: PackOptions
+) -> dict[str, Any]:
+    """Examines the media of a listing, and writes the shards and the manifest. `folder`: the source, for messages."""
+    workspace = destination.workspace
+    extract = partial(extracted, listing.root, workspace, progress_log, options.progress)
+    found = _examine(listing, progress_log, extract, options)
+    samples = [(row, info) for row, info in found if info.fault is None]
+    skipped = [{"file": row.file, "reason": info.fault} for row, info in found if info.fault is not None]
+    if not samples:
+        raise DataError(
+            f"{folder}: none of its {len(skipped)} media files can be read; the first: "
+            f"{skipped[0]['file']}: {skipped[0]['reason']}"
+        )
+    skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
+    manifest = _write_all(listing.root, destination, samples, skipped, (progress_log, extract), options)
+    if any(isinstance(row.part, Cell) for row in listing.rows):
+        (workspace / EXTRACTED).unlink(missing_ok=True)
+    return manifest
 
 
 def _examine(listing: Listing, progress_log: ProgressLog, extract: Extract, options: PackOptions) -> list[Sample]:
@@ -218,8 +260,9 @@ def _write_all(
     identities = [[*_identity(row, found)] for row, found in samples]
     fingerprint = _digest([_LAYOUT, options.shard_mb, sorted(identities, key=lambda one: one[0]), skipped])
     names = {shard.name for shard in shards}
-    known = progress_log.shards | destination.shards()
-    if destination.fingerprint() != fingerprint:
+    earlier = destination.manifest()
+    known = progress_log.shards | shards_of(earlier)
+    if earlier.get("fingerprint") != fingerprint:
         destination.remove(MANIFEST)  # it would describe shards that change now
     there = destination.names()
     for stale in sorted((there & known) - names):

@@ -86,7 +86,7 @@ def test_every_format_has_a_form_of_data_set_here():
         ("gs://bucket/x", "copy the shards to a disk"),
         ("hf://datasets/x", "download the data set first"),
         ("https://x/0.tar", "download the shards first"),
-        ("s3://bucket/x", "only local files are packed"),
+        ("s3://", "names no bucket; write s3://BUCKET/PREFIX"),
     ],
 )
 def test_an_address_is_refused_with_a_remedy(tmp_path, address, remedy):

@@ -385,7 +385,10 @@ def test_an_address_that_cannot_be_written_is_rejected_and_no_folder_is_created(
 
 def test_two_processes_cannot_pack_into_one_folder_at_once(folder, tmp_path):
     out = tmp_path / "out"
-    with open_progress_log(out, folder), pytest.raises(DataError, match="another process is packing into"):
+    with (
+        open_progress_log(out, str(folder.resolve())),
+        pytest.raises(DataError, match="another process is packing into"),
+    ):
         pack(folder, out)
     pack(folder, out)
 
