@@ -19,7 +19,7 @@ _MODEL = "a run's folder, an export, a folder in any format of convert, s3://...
 EMBED = """Write the embeddings of images and videos to files.
 
 SOURCE: an image or video; a folder, with the folders in it; or shards: a tar, a brace range of tars
-(train-{000..127}.tar), a packed folder; tars and packed folders also on s3://.
+(train-{000..127}.tar), a packed folder. Each may be on s3://.
 
 A row is the joint embedding, a unit vector, or the mean of the tokens if MODEL is an encoder alone. With --tokens it
 is all tokens of the last block. Items are resized to the model's native resolution (its config.json). Of a video, 8
@@ -38,6 +38,7 @@ After an interruption the same command continues with the first unfinished part.
 may be another: the features are the same.
 
   univitar-ds embed runs/photos ~/photos --out photos.safetensors
+  univitar-ds embed runs/photos s3://bucket/photos --out photos.safetensors
   univitar-ds embed export/model data/photos --tokens --out tokens.safetensors --nproc 4"""
 CLASSIFY = """Name the most probable classes of images and videos.
 
@@ -58,7 +59,9 @@ def add_inference(commands) -> None:
     """Adds `embed` and `classify` to `commands`."""
     embed = add_command(commands, "embed", _embed, "write the embeddings of images and videos to files", EMBED)
     embed.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
-    embed.add_argument("sources", nargs="+", type=expand_place, metavar="SOURCE", help="files, folders or shards")
+    embed.add_argument(
+        "sources", nargs="+", type=expand_place, metavar="SOURCE", help="files, folders or shards; also s3://"
+    )
     embed.add_argument("--out", type=expand, required=True, metavar="FILE", help="name.safetensors or name.parquet")
     embed.add_argument("--tokens", action="store_true", help="all tokens instead of one vector per item")
     embed.add_argument("--split", help="split of packed folders (default: all)")

@@ -187,7 +187,7 @@ def settings_of(
         "width": _width(stored, setup.kind),
         "model": digest or digest_of(stored),
         "dtype": None if dtype is None else str(dtype),
-        "sources": fingerprint_of(places),
+        "sources": fingerprint_of(places, StorageSettings.of(reading.data)),
         "part_rows": part_rows,
         **reading_settings(reading),
     }

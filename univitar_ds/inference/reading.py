@@ -27,7 +27,9 @@ from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.listing import Shard
 from univitar_ds.data.shards.samples import Sample, SizeRule, modality_of, read_samples
 from univitar_ds.data.storage.address import storage_for
-from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.data.storage.base import Storage, StorageSettings
+from univitar_ds.data.storage.local import LocalStorage
+from univitar_ds.data.storage.parallel import at_once
 from univitar_ds.errors import ConfigError, DataError, SampleError, UserError
 from univitar_ds.geometry import MODALITIES, PATCH, TUBELET, Modality, token_count
 from univitar_ds.inference.model import UniViTARModel
@@ -307,7 +309,10 @@ def _files(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings:
     """Yields the files of a unit. The content decides whether a file is an image or a video."""
     for begin in range(0, len(unit.files), _READ_AT_ONCE):
         paths = unit.files[begin : begin + _READ_AT_ONCE]
-        opened = [_address(path, rules["image"].max_sample_mb, settings) for path in paths]
+        storages = [storage_for(path, settings) for path in paths]
+        opened = [
+            *at_once(partial(_address, rules["image"].max_sample_mb), [*zip(paths, storages, strict=True)], storages)
+        ]
         sizes = iter(_probed([one for one in opened if isinstance(one, MediaAddress)], probe))
         for path, media in zip(paths, opened, strict=True):
             found = next(sizes) if isinstance(media, MediaAddress) else media
@@ -319,12 +324,12 @@ def _files(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings:
             yield path, found
 
 
-def _address(path: str, max_sample_mb: int, settings: StorageSettings) -> MediaAddress | SampleError:
+def _address(max_sample_mb: int, file: tuple[str, Storage]) -> MediaAddress | SampleError:
     """Returns the address of a whole file; an error for one that is too large, no regular file, or cannot be read."""
+    path, storage = file
     try:
-        storage = storage_for(path, settings)
         length = storage.size(path)
-        if length:
+        if length and isinstance(storage, LocalStorage):  # an object that has a size can be read
             storage.read_range(path, 0, 1)
     except DataError as error:
         return SampleError("unreadable", str(error))

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from univitar_ds.config.data import SourceConfig
@@ -19,9 +20,12 @@ from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from univitar_ds.data.sampler.reader import HINTED, announce
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.listing import Shard
-from univitar_ds.data.shards.manifest import MANIFEST
+from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
 from univitar_ds.data.shards.sources import SourceShard, find_shards, fingerprint
+from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
+from univitar_ds.data.storage.parallel import at_once
+from univitar_ds.data.storage.s3 import S3Storage
 from univitar_ds.errors import ConfigError
 
 MEDIA = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
@@ -60,21 +64,22 @@ def find_places(
     """Returns the places of the sources, in order.
 
     A source is a file; a folder, whose images and videos are taken with those of its subfolders, in the order of their
-    names; or shards: a tar, a brace range of tars, or a folder with tars. Hidden files are left out. A file that
-    several sources name is taken once.
+    names; or shards: a tar, a brace range of tars, or a folder with tars. All may be on S3. Hidden files are left out.
+    A file that several sources name is taken once.
 
-    Args: split: split of packed folders, None for all; shards: whether sources may be shards. If not, any path that is
-        no folder is a file.
+    Args: split: split of packed folders, None for all; shards: whether sources may be shards. If not, any local path
+        that is no folder is a file, and tars in folders are left out.
     Raises: ConfigError if a source does not exist or holds nothing; DataError as `find_shards`.
     """
     found: list[list[str] | str] = []
     seen: set[str] = set()
     for source in sources:
-        if shards and _holds_shards(source):
+        if shards and _holds_shards(source, settings):
             found.append(source)
             continue
-        if os.path.isdir(source):
-            files = list(_files_of(source))
+        remote = source.startswith(S3) and _extension(source) not in MEDIA
+        if remote or os.path.isdir(source):
+            files = _files_on_s3(source, settings) if remote else list(_files_of(source))
             if not files:
                 raise ConfigError(f"{source} holds no image, video or tar; name another folder, or the files")
         elif not source.startswith(S3) and not os.path.lexists(source):
@@ -134,21 +139,17 @@ def count_items(places: Sequence[Place]) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def fingerprint_of(places: Sequence[Place]) -> str:
-    """Returns a hash of the items: names, sizes and times of files; of shards as in a run.
+def fingerprint_of(places: Sequence[Place], settings: StorageSettings = LOCAL) -> str:
+    """Returns a hash of the items: names, sizes and times of files, or ETags on S3; of shards as in a run.
 
-    Raises: DataError if a shard cannot be read.
+    Raises: DataError if a shard cannot be read, or a store does not answer.
     """
     state = hashlib.blake2b(digest_size=16)
     for place in places:
         if not isinstance(place, tuple):
             continue
-        for path in place:
-            try:
-                found = os.stat(path)
-                about = f"{found.st_size} {found.st_mtime_ns}"
-            except OSError:  # on S3, or a file that will be left out
-                about = ""
+        storages = [storage_for(path, settings) for path in place if path.startswith(S3)]
+        for path, about in zip(place, at_once(partial(_state_of, settings), place, storages), strict=True):
             state.update(f"{path}\0{about}\n".encode("utf-8", "surrogateescape"))
     shards = [place for place in places if not isinstance(place, tuple)]
     if shards:
@@ -156,16 +157,32 @@ def fingerprint_of(places: Sequence[Place]) -> str:
     return state.hexdigest()
 
 
-def _holds_shards(source: str) -> bool:
+def _state_of(settings: StorageSettings, path: str) -> str:
+    """Returns a text that changes with a file; "" for a file that will be left out."""
+    if path.startswith(S3):
+        storage = storage_for(path, settings)
+        assert isinstance(storage, S3Storage)
+        return storage.identity(path) or ""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _holds_shards(source: str, settings: StorageSettings) -> bool:
     """Returns whether a source is read as shards. Raises: ConfigError for a folder with tars and images."""
     if _extension(source) == "tar" or source.endswith(f"/{MANIFEST}") or _BRACES.search(source):
         return not os.path.isfile(source) or _extension(source) not in MEDIA
     if source.startswith(S3):
-        return _extension(source) not in MEDIA
-    if not os.path.isdir(source):
+        if _extension(source) in MEDIA:
+            return False
+        names = [path.rpartition("/")[2] for path in storage_for(source, settings).list(source)]
+    elif os.path.isdir(source):
+        names = os.listdir(source)
+    else:
         return False
-    names = os.listdir(source)
-    if MANIFEST in names:
+    if {MANIFEST, PROGRESS_FILE} & set(names):
         return True
     tars = [name for name in names if name.endswith(".tar")]
     media = [name for name in names if _extension(name) in MEDIA]
@@ -208,6 +225,20 @@ def _files_of(folder: str) -> Iterator[str]:
         for name in sorted(names):
             if not name.startswith(".") and _extension(name) in MEDIA:
                 yield os.path.join(parent, name)
+
+
+def _files_on_s3(folder: str, settings: StorageSettings) -> list[str]:
+    """Returns the addresses of images and videos below a folder of S3, without hidden ones, in the order that the same
+    files have on a disk. Raises: DataError if they cannot be listed."""
+    storage = storage_for(folder, settings)
+    assert isinstance(storage, S3Storage)
+    folder = folder.rstrip("/")
+    names = [path.removeprefix(f"{folder}/").split("/") for path in storage.pinned_below(folder)]
+    kept = [
+        parts for parts in names if _extension(parts[-1]) in MEDIA and not any(one.startswith(".") for one in parts)
+    ]
+    kept.sort(key=lambda parts: [*((True, one) for one in parts[:-1]), (False, parts[-1])])
+    return ["/".join([folder, *parts]) for parts in kept]
 
 
 def _not_seen(files: Sequence[str], seen: set[str]) -> Iterator[str]:

@@ -148,6 +148,22 @@ def test_shards_and_files_on_s3_give_the_same_as_on_a_disk(run, tmp_path):
     assert left_out(tmp_path / "s3.safetensors") == {f"{place}/y.png": "unreadable"}
 
 
+def test_a_folder_on_s3_gives_the_same_as_on_a_disk(run, folder, written, tmp_path):
+    with s3_server() as server:
+        place = server.upload(folder, "photos/holiday")
+        server.put("photos/.hidden/x.png", image(28, 28, 1, "PNG"))
+        how = {"token_budget": 30, "s3": S3Config(endpoint_url=server.url)}
+        said = embed(run, [place.removesuffix("/holiday")], tmp_path / "f.safetensors", how=how)
+        assert f"{IMAGES + VIDEOS} rows in f-00000.safetensors" in said
+        again = embed(run, [place.removesuffix("/holiday")], tmp_path / "f.safetensors", how=how)
+        assert "is complete already" in again
+    local, remote = vectors_of(written), vectors_of(tmp_path / "f.safetensors")
+    assert list(remote) == [key.replace(str(folder), place) for key in local]
+    for one, other in zip(local.values(), remote.values(), strict=True):
+        assert torch.equal(one, other)
+    assert left_out(tmp_path / "f.safetensors") == {f"{place}/{name}": kind for name, kind in KINDS.items()}
+
+
 def test_damage_in_a_shard_costs_the_samples_that_it_hits(run, tmp_path):
     write_tar(tmp_path / "x.tar", [(f"k{index}", {"png": image(28, 28, index, "PNG")}) for index in range(6)])
     data = bytearray((tmp_path / "x.tar").read_bytes())

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.s3 import BUCKET, faulty, s3_server
 from tests.support.shards import image, write_demo_shards, write_tar
+from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.inference.sources import Position, Unit, count_items, find_places, fingerprint_of, units
 
@@ -36,6 +38,38 @@ def test_a_folder_gives_its_media_and_those_of_its_folders_by_name(tmp_path):
     os.symlink(tmp_path / "f", tmp_path / "f" / "b" / "circle")
     (places,) = find_places([str(tmp_path / "f")])
     assert [os.path.relpath(path, tmp_path / "f") for path in places] == ["a.mp4", "z.webp", "b/1.png", "b/2.JPG"]
+
+
+def test_a_folder_on_s3_gives_the_same_files_in_the_same_order_for_one_listing_each(tmp_path):
+    folder = scattered_files(tmp_path / "f")
+    with s3_server() as server, faulty(server, lambda request: None) as proxy:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                server.put(f"p/{path.relative_to(folder)}", path.read_bytes())
+
+        def settings(session: str) -> StorageSettings:
+            """Those of a process of its own."""
+            (tmp_path / session).mkdir(exist_ok=True)
+            return StorageSettings(proxy.url, session=str(tmp_path / session))
+
+        place = f"s3://{BUCKET}/p"
+        (places,) = find_places([f"{place}/", f"{place}/a.mp4"], settings("one"))
+        assert [path.removeprefix(f"{place}/") for path in places] == ["a.mp4", "z.webp", "b/1.png", "b/2.JPG"]
+        before = fingerprint_of([places], settings("one"))
+        assert [request.query.partition("list-type")[1] for request in proxy.requests] == ["list-type"] * 2
+        assert fingerprint_of([places], settings("two")) == before
+        server.put("p/b/1.png", b"y")
+        assert fingerprint_of([places], settings("three")) != before
+        gone = (f"{place}/gone.png",)
+        assert fingerprint_of([gone], settings("three")) == fingerprint_of([gone], settings("two"))
+        server.put("p/b/x.tar", b"")
+        with pytest.raises(ConfigError, match=r"holds shards \(x.tar\) beside images or videos \(1.png\)"):
+            find_places([f"{place}/b"], settings("three"))
+        server.delete("p/b/1.png")
+        server.delete("p/b/2.JPG")
+        assert [one.name for one in find_places([f"{place}/b"], settings("three"))] == ["x"]
+        with pytest.raises(ConfigError, match="/none holds no image, video or tar; name another folder"):
+            find_places([f"{place}/none"], settings("three"))
 
 
 def test_sources_keep_their_order(tmp_path):

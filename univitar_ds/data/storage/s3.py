@@ -24,7 +24,7 @@ class S3Storage:
         session = settings.session or session_folder()
         self.connection = Connection(settings)
         self._settings = settings
-        self._pins = Pins(session)
+        self._pins = _pins_of(session, settings.endpoint_url, os.getpid())
         folder = Path(settings.cache_folder or Path(session, "shards"))
         with suppress(OSError):  # the error is raised when the first copy is created
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +97,23 @@ class S3Storage:
     def below(self, prefix: str) -> Sequence[str]:
         """Returns the addresses of all objects below the folder `prefix`, at any depth, without pinning versions."""
         return [version.url for version, _ in self.versions_below(prefix)]
+
+    def pinned_below(self, prefix: str) -> Sequence[str]:
+        """Returns the addresses of all objects below the folder `prefix`, at any depth, and pins their versions."""
+        found = [version for version, _ in self.versions_below(prefix)]
+        for version in found:
+            self._pin(version.url, version.etag, version.size)
+        return [version.url for version in found]
+
+    def identity(self, path: str) -> str | None:
+        """Returns ETag and size of an object as a text, of the pinned version if there is one; None if it does not
+        exist. Raises: DataError if the store does not say."""
+        if self._pins.get(path) is None:
+            answer = self.head(path)
+            if answer is None:
+                return None
+            self._pin(path, answer.get("ETag", ""), answer["ContentLength"])
+        return " ".join(map(str, self._found(path)))
 
     def versions_below(self, prefix: str) -> list[tuple[Version, float]]:
         """Returns version and time of modification (Unix seconds) of all objects below the folder `prefix`, by name."""
@@ -195,6 +212,12 @@ class S3Storage:
 def shared_storage(settings: StorageSettings) -> S3Storage:
     """Returns the storage of this process and `settings`. A forked process must not use its parent's connections."""
     return _storage_of(settings, os.getpid())
+
+
+@cache
+def _pins_of(session: str, endpoint_url: str | None, process: int) -> Pins:
+    """Returns the pins that all storages of a process and store have in common."""
+    return Pins(session)
 
 
 @cache
