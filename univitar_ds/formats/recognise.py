@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 
+from univitar_ds.config.encoder import CONFIG_FILE, read_object
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG
 from univitar_ds.data.storage import address
 from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
@@ -34,6 +35,8 @@ _TENSORS_ALONE = ("universal", "deepspeed", "dcp")
 """Formats that may hold tensors without the configuration of their model."""
 PROGRAM_FILES = {"program": "model.pt2", "onnx": "model.onnx"}
 """Files of the formats that can only be written."""
+PEERS = ("clip", "siglip", "dinov2", "dinov3")
+"""How the `model_type` of models of transformers begins that the commands `eval` measure, for comparison."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """Names of models on the Hugging Face hub: owner/name."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
@@ -84,10 +87,25 @@ def recognised(folder: Path) -> str:
                 f"{folder} holds {name}, which --to {kind} has written and nothing here reads; name the model that it "
                 "was converted from"
             )
+    if (kind := _model_type(folder)) is not None:
+        known = f"only models of this project are read ({', '.join(FORMATS)})"
+        remedy = "name one of them, or the folder of a run"
+        if kind.startswith(PEERS):
+            remedy = f"to compare this one with them, measure it: univitar-ds eval knn {folder} --data SOURCE"
+        raise CheckpointError(f"{folder} holds a model of transformers with model_type {kind!r}; {known}; {remedy}")
     raise CheckpointError(
         f"{folder} holds no model in a known format ({', '.join(FORMATS)}); name a folder with config.json and "
         "weights, or the folder of a run"
     )
+
+
+def _model_type(folder: Path) -> str | None:
+    """Returns the `model_type` in a folder's config.json; None without one."""
+    try:
+        kind = read_object(folder / CONFIG_FILE).get("model_type")
+    except CheckpointError:
+        return None
+    return kind[:60] if isinstance(kind, str) else None
 
 
 def module_of(name: str) -> ModuleType:

@@ -12,8 +12,11 @@ from PIL import Image
 
 from tests.support.closeness import assert_sums_close
 from tests.support.peers import ALONE, SIDE, WHOLE, save_peer
+from univitar_ds.convert.conversion import Options, convert
 from univitar_ds.errors import CheckpointError
+from univitar_ds.formats.recognise import PEERS
 from univitar_ds.inference.embed_files import ModelOptions
+from univitar_ds.peers.families import FAMILIES
 from univitar_ds.peers.model import PeerModel
 from univitar_ds.peers.processing import Dinov3Images
 from univitar_ds.tasks.peers import open_peer
@@ -29,6 +32,23 @@ SENTENCES = ["a photo of the cat", "a small dog", "horse", "the red cat and the 
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("peers")
     return {kind: save_peer(kind, root / kind) for kind in (*WHOLE, *ALONE)}
+
+
+def test_a_peer_is_not_converted_and_the_error_names_what_measures_it(folders, tmp_path):
+    assert all(kind.startswith(PEERS) for kind in FAMILIES)
+    for kind, folder in folders.items():
+        with pytest.raises(CheckpointError) as refused:
+            convert(folder, tmp_path / "out", "release", Options())
+        assert str(refused.value) == (
+            f"{folder} holds a model of transformers with model_type {kind!r}; only models of this project are read "
+            "(run, hf, release, universal, deepspeed, megatron, dcp); to compare this one with them, measure it: "
+            f"univitar-ds eval knn {folder} --data SOURCE"
+        )
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit/config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(CheckpointError, match=r"with model_type 'vit'; only models of this project.*name one of them"):
+        convert(tmp_path / "vit", tmp_path / "out", "release", Options())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
