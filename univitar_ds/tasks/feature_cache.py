@@ -27,7 +27,7 @@ from torch import Tensor
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.data.shards.sources import SourceShard, find_shards
+from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import CheckpointError, StorageError, writing
 from univitar_ds.inference.embed_files import for_places, write_parts
@@ -36,6 +36,7 @@ from univitar_ds.inference.workers import AnySetup, device_of
 from univitar_ds.inference.writing.destination import Destination
 from univitar_ds.owned import is_marked, mark, remove
 from univitar_ds.regular_files import read_bytes
+from univitar_ds.tasks.sources import shards_of
 
 FORMAT = 1
 PART_ROWS = 512
@@ -82,7 +83,7 @@ def features(
     """
     # Texts and labels are read each time, so that all tasks share an entry.
     plain = source.model_copy(update={"class_names": None, "captions": "one"})
-    places = find_shards([plain], StorageSettings.of(setup.reading.data))
+    places = shards_of(plain, StorageSettings.of(setup.reading.data))
     setup = replace(setup, reading=for_places(setup.reading, places))
     settings = {**model.settings(setup, places), "files": _times(places), "versions": _versions()}
     entry = cache / hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -136,7 +137,7 @@ def _held(entry: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("another process computes the same features into %s; waiting for it", entry)
+            logger.info("another process computes the same features into %s; waiting for it", entry)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

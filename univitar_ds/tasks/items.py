@@ -15,13 +15,14 @@ from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.sampler.reader import numbered, read_entries
 from univitar_ds.data.shards.index_cache import shard_samples
 from univitar_ds.data.shards.samples import Sample, SizeRule
-from univitar_ds.data.shards.sources import SourceShard, find_shards, of_modality
+from univitar_ds.data.shards.sources import SourceShard, of_modality
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import SampleError
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.zero_shot import Texts
 from univitar_ds.geometry import MODALITIES, TUBELET, Modality, Resolution
 from univitar_ds.tasks.feature_cache import Vectors
+from univitar_ds.tasks.sources import shards_of
 from univitar_ds.tokenization import caption_id
 
 
@@ -88,9 +89,9 @@ class _AnySize(SizeRule):
 def read_items(source: SourceConfig, settings: StorageSettings) -> list[Items]:
     """Returns the items of each modality, in the order of the shards, with names of classes and all captions.
 
-    Their sizes are not read. Raises: DataError as `find_shards`, or if a shard cannot be read.
+    Their sizes are not read. Raises: DataError as `shards_of`, or if a shard cannot be read.
     """
-    shards = find_shards([source], settings)
+    shards = shards_of(source, settings)
     return [_items(shards, modality) for modality in MODALITIES]
 
 

@@ -179,7 +179,8 @@ def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> 
     """Returns the items of each source by modality. All sources are read before any feature is computed, so that one
     that cannot be used costs no time.
 
-    Args: needs: what an item must have to be measured. Raises: DataError if no item of a source has it.
+    Args: needs: what an item must have to be measured. Raises: DataError if no item of a source has it; ConfigError if
+        two sources have a shard in common.
     """
     settings = StorageSettings.of(setup.reading.data)
     listed = [read_items(source, settings) for source in sources]
@@ -187,6 +188,12 @@ def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> 
         if not any(getattr(sample, needs) for items in both for sample in items.samples):
             split = f", split {source.split}" if source.split else ""
             raise DataError(f"no item has a {needs} in {source.path}{split}; name other data or another split")
+    of_each = [{sample.shard.path for items in both for sample in items.samples} for both in listed]
+    if shared := set.intersection(*of_each) if len(of_each) > 1 else set():
+        raise ConfigError(
+            f"the probe would learn from the items that it is scored on: both are in {min(shared)}, since tars without "
+            "a manifest have no splits; name other tars by --train-data"
+        )
     return listed
 
 

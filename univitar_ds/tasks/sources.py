@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.paths import user_cache
-from univitar_ds.data.writing.packed_sources import packed_source
-from univitar_ds.errors import ConfigError
+from univitar_ds.data.shards.listing import OR_REMOVE
+from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
+from univitar_ds.data.shards.sources import SourceShard, find_shards
+from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.data.writing.packed_sources import packed_sources
+from univitar_ds.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class DataOptions:
 
 def test_source(options: DataOptions) -> SourceConfig:
     """Returns the source of the items that are scored. Folders and tables that are no shards are packed once."""
-    return _source(options.data, options.split, options)
+    return _packed([_Wanted("--split", options.data, options.split)], options)[0]
 
 
 def probe_sources(options: DataOptions) -> tuple[SourceConfig, SourceConfig]:
@@ -44,20 +50,55 @@ def probe_sources(options: DataOptions) -> tuple[SourceConfig, SourceConfig]:
             f"the probe would learn from the items that it is scored on ({options.data}, split {options.split}); name "
             "others by --train-split or --train-data"
         )
-    return _source(options.train_data or options.data, options.train_split, options), test_source(options)
+    learned = _Wanted("--train-split", options.train_data or options.data, options.train_split)
+    train, test = _packed([learned, _Wanted("--split", options.data, options.split)], options)
+    return train, test
 
 
-def _source(place: str, split: str, options: DataOptions) -> SourceConfig:
-    path, names = place, options.class_names
-    listed = os.path.join(place, "classnames.txt")
+def shards_of(source: SourceConfig, settings: StorageSettings) -> list[SourceShard]:
+    """As `find_shards` for one source, with the remedies of a task instead of those of a run file."""
+    try:
+        return find_shards([source], settings)
+    except DataError as error:
+        raise DataError(str(error).replace(OR_REMOVE, "")) from error
+
+
+class _Wanted(NamedTuple):
+    """A split of a data set, and the option that names it."""
+
+    option: str
+    place: str
+    split: str
+
+    def missing(self, splits: Iterable[str]) -> ConfigError:
+        """Returns the error for a split that is not one of `splits`."""
+        found = ", ".join(sorted(splits))
+        return ConfigError(
+            f"{self.option} {self.split}: {self.place} has no split of this name; "
+            + (f"it has {found}: give one of them" if found else "it has none; name other data")
+        )
+
+
+def _packed(wanted: Sequence[_Wanted], options: DataOptions) -> list[SourceConfig]:
+    """Returns the sources of splits. Raises: ConfigError with the option if a folder lacks a split."""
+    found = packed_sources([_source(one, options) for one in wanted], options.cache or default_cache())
+    for one, source in zip(wanted, found, strict=True):
+        if os.path.isfile(os.path.join(source.path, MANIFEST)):
+            splits = {shard["split"] for shard in read_manifest(source.path)["shards"]}
+            if source.split not in splits:
+                raise one.missing(splits)
+    return found
+
+
+def _source(wanted: _Wanted, options: DataOptions) -> SourceConfig:
+    path, names = wanted.place, options.class_names
+    listed = os.path.join(path, "classnames.txt")
     if os.path.isfile(listed):  # CLIP_benchmark: FOLDER/classnames.txt, FOLDER/SPLIT/*.tar
-        folder = os.path.join(place, split)
+        folder = os.path.join(path, wanted.split)
         if not os.path.isdir(folder):
-            found = sorted(entry.name for entry in os.scandir(place) if entry.is_dir())
-            raise ConfigError(f"{place} has no folder {split}, only {', '.join(found) or 'none'}; choose another split")
+            raise wanted.missing(entry.name for entry in os.scandir(path) if entry.is_dir())
         path, names = folder, names or listed
-    source = SourceConfig(path=path, split=split, class_names=names, captions=options.captions)
-    return packed_source(source, options.cache or default_cache())
+    return SourceConfig(path=path, split=wanted.split, class_names=names, captions=options.captions)
 
 
 def default_cache() -> Path:

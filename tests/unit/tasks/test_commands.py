@@ -103,7 +103,7 @@ def test_a_folder_of_clip_benchmark_has_names_and_splits(run, tmp_path, capsys):
     assert by_measure(measured(capsys, "zero-shot", run, "--data", folder))["top-1"]["candidates"] == 3
     assert by_measure(measured(capsys, "knn", run, "--data", folder))["top-1"]["n"] == 6
     assert main(["eval", "knn", str(run), "--data", str(folder), "--split", "val"]) == 2
-    assert "no folder val, only test, train" in capsys.readouterr().err
+    assert "has no split of this name; it has test, train: give one of them" in capsys.readouterr().err
 
 
 def test_a_probe_is_never_scored_on_what_it_learns_from(run, pets, tmp_path, capsys):

@@ -158,15 +158,33 @@ def test_the_least_recently_used_entries_are_removed(run, pets, tmp_path, monkey
     assert len([one for one in cache.iterdir() if one.is_dir()]) == 2
 
 
-def test_a_split_that_does_not_exist_is_reported_before_features_are_computed(run, pets, tmp_path, capsys, packs):
-    """Also one of a packed folder, whose splits are in its manifest."""
+def test_a_split_that_does_not_exist_is_reported_before_features_are_computed(
+    run, pets, tmp_path, capsys, caplog, packs
+):
+    """Also one of a packed folder, and of a folder that is packed: by the names that the user gave, and once."""
     packed = tmp_path / "packed"
     assert main(["data", "pack", str(pets / "test" / "0.tar"), str(packed)]) == 0
+    folders = datasets.class_folders(tmp_path / "folders")
     capsys.readouterr()
-    for data, said in ((pets, "no folder val"), (packed, "has no split 'val'")):
-        given = ["--data", data, "--cache", tmp_path / "c", "--train-data", pets]
-        assert main(["eval", "knn", str(run), *map(str, given), "--split", "val"]) == 2
-        assert said in capsys.readouterr().err
+    for data, has in ((pets, "test, train"), (packed, "train"), (folders, "train, val")):
+        for option in ("--split", "--train-split"):
+            given = {"--data": data, "--cache": tmp_path / "c", "--split": has.split(", ")[-1], option: "nope"}
+            assert main(["eval", "knn", str(run), *(str(one) for pair in given.items() for one in pair)]) == 2
+            said = capsys.readouterr().err
+            lines, _ = [one for one in caplog.messages if one.startswith("source ")], caplog.clear()
+            assert f"error: {option} nope: {data} has no split of this name; it has {has}: give one of them\n" in said
+            assert len(lines) == (data == folders)
+    assert packs == []
+
+
+def test_tars_without_splits_are_not_learned_from_and_scored(run, pets, tmp_path, capsys, packs):
+    members = [(f"{name}.{end}", one) for name in "ab" for end, one in (("jpg", datasets.image()), ("cls", name))]
+    datasets.write_tar(tmp_path / "t/0.tar", members)
+    assert main(["eval", "knn", str(run), "--data", str(tmp_path / "t"), "--cache", str(tmp_path / "c")]) == 2
+    said = capsys.readouterr().err
+    assert f"scored on: both are in {tmp_path}/t/0.tar, since tars without a manifest have no splits" in said
+    assert main(["eval", "knn", str(run), "--data", str(tmp_path / "none"), "--cache", str(tmp_path / "c")]) == 2
+    assert "init SOURCE" not in capsys.readouterr().err
     assert packs == []
 
 

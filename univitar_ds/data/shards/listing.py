@@ -30,6 +30,8 @@ _DECOMPRESS = "samples are read from the middle of shards: decompress first"
 PACKED_SOURCES = "packed-sources"
 """Folder with the packed sources of runs; see `data.writing.packed_sources`."""
 INIT_HINT = "`univitar-ds init SOURCE` prints a run file that fits the data"
+OR_REMOVE = f", or remove the source; {INIT_HINT}"
+"""The end of a message about a source of a run file. Commands without one leave it out."""
 PACK_HINT = "pack the folder first: univitar-ds data pack FOLDER OUT"
 
 
@@ -192,7 +194,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
         present = sorted({row["split"] for row in manifest["shards"]})
         raise DataError(
             f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}; "
-            f"name one of these, or remove the source; {INIT_HINT}"
+            f"name one of these{OR_REMOVE}"
         )
     shards = []
     for row in rows:

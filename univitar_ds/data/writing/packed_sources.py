@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from univitar_ds.config.data import SourceConfig
@@ -56,34 +57,33 @@ def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool 
     Raises: DataError as `writer.pack_folder`, with the source, or if a source would have to be packed although `pack`
         is False; StorageError if the folder cannot be written.
     """
-    place = Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute()
+    packer = _Packer(Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute(), pack)
     if training:
-        sources = _packed(config.data.sources, place, "data.sources", pack)
+        sources = _packed(config.data.sources, packer, "data.sources")
         config = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
-    sources = _packed(config.evaluation.sources, place, "evaluation.sources", pack)
+    sources = _packed(config.evaluation.sources, packer, "evaluation.sources")
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sources": sources})})
 
 
-def _packed(sources: Sequence[SourceConfig], place: Path, key: str, pack: bool) -> list[SourceConfig]:
+def _packed(sources: Sequence[SourceConfig], packer: _Packer, key: str) -> list[SourceConfig]:
     found = []
     for number, source in enumerate(sources):
         try:
-            form = format_to_pack(source)
-            if form is None and source.table is not None:
+            if format_to_pack(source) is None and source.table is not None:
                 raise DataError(f"{source.path} is not a table, so remove {key}.{number}.table")
-            found.append(source if form is None else _pack(source, form, place, pack))
+            found.append(packer.packed(source))
         except DataError as error:
             raise DataError(f"{key}.{number}: {_in_run_file(str(error), f'{key}.{number}')}") from error
     return found
 
 
-def packed_source(source: SourceConfig, folder: Path) -> SourceConfig:
-    """Returns a source that is not part of a run. Packs it once into `folder` if it is not shards.
+def packed_sources(sources: Sequence[SourceConfig], folder: Path) -> list[SourceConfig]:
+    """Returns sources that are not part of a run. Packs those that are not shards once into `folder`.
 
     Raises: DataError or StorageError as `with_packed_sources`.
     """
-    form = format_to_pack(source)
-    return source if form is None else _pack(source, form, (folder / PACKED_SOURCES).absolute(), True)
+    packer = _Packer((folder / PACKED_SOURCES).absolute(), True)
+    return [packer.packed(source) for source in sources]
 
 
 def _in_run_file(text: str, place: str) -> str:
@@ -110,28 +110,50 @@ def format_to_pack(source: SourceConfig) -> str | None:
     return format_of(path)
 
 
-def _pack(source: SourceConfig, form: str, place: Path, pack: bool) -> SourceConfig:
-    path = source.path if "://" in source.path else os.path.abspath(place_of(source))
-    listing = read_source(path, _reading(source, form))
-    name = _UNSAFE.sub("_", os.path.basename(path))[:60]
-    target = place / f"{name}-{_fingerprint(path, listing)}"
-    if _is_whole(target):
-        _log.info(
-            "source %s is %s; it was packed before, and is read from %s", path, known_formats()[form].title, target
+@dataclass
+class _Packer:
+    """Packs sources into folders in `place`. Splits of one source are listed, packed and reported together.
+
+    `pack`: whether sources may be packed now.
+    """
+
+    place: Path
+    pack: bool
+    _targets: dict[tuple[str, ReadOptions], Path] = field(default_factory=dict)
+
+    def packed(self, source: SourceConfig) -> SourceConfig:
+        """Returns the packed source, or `source` if it is shards. Raises: as `with_packed_sources`."""
+        form = format_to_pack(source)
+        if form is None:
+            return source
+        path = source.path if "://" in source.path else os.path.abspath(place_of(source))
+        options = _reading(source, form)
+        target = self._targets.get((path, options))
+        if target is None:
+            target = self._targets[path, options] = self._target(path, options)
+        # Packed labels of class folders are already class names.
+        names = None if form == "classes" else source.class_names
+        return source.model_copy(
+            update={"path": str(target), "name": source.label, "class_names": names, "table": None}
         )
-    elif not pack:
-        raise DataError(
-            f"{path} is {known_formats()[form].title}, which a run packs when it starts; to see the plan of a run "
-            "before, pack it with `univitar-ds data pack`, and name the result as the source"
-        )
-    else:
-        _log.info(
-            "source %s is %s; it is packed once, and then read from %s", path, known_formats()[form].title, target
-        )
-        _pack_into(target, path, listing)
-    # Packed labels of class folders are already class names.
-    names = None if form == "classes" else source.class_names
-    return source.model_copy(update={"path": str(target), "name": source.label, "class_names": names, "table": None})
+
+    def _target(self, path: str, options: ReadOptions) -> Path:
+        """Returns the folder of a packed source, and packs it if there is none."""
+        listing = read_source(path, options)
+        title = known_formats()[str(options.format)].title
+        name = _UNSAFE.sub("_", os.path.basename(path))[:60]
+        target = self.place / f"{name}-{_fingerprint(path, listing)}"
+        if _is_whole(target):
+            _log.info("source %s is %s; it was packed before, and is read from %s", path, title, target)
+        elif not self.pack:
+            raise DataError(
+                f"{path} is {title}, which a run packs when it starts; to see the plan of a run before, pack it with "
+                "`univitar-ds data pack`, and name the result as the source"
+            )
+        else:
+            _log.info("source %s is %s; it is packed once, and then read from %s", path, title, target)
+            _pack_into(target, path, listing)
+        return target
 
 
 def _pack_into(target: Path, path: str, listing: Listing) -> None:
@@ -148,7 +170,7 @@ def _pack_into(target: Path, path: str, listing: Listing) -> None:
         except InUseError:
             if multiprocessing.parent_process() is not None:
                 raise  # a script without `if __name__ == "__main__"`, whose worker would wait for its own parent
-            _log.warning("source %s: another process is packing it into %s; waiting for it", path, target)
+            _log.info("source %s: another process is packing it into %s; waiting for it", path, target)
             wait_until_free(target)
             continue
         if manifest["skipped"]:

@@ -111,7 +111,7 @@ def wait_for(
         if not reported and time.monotonic() - start >= report_after_s:
             reported = True
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("waiting for %s: %s", lock, reason)
+                logger.info("waiting for %s: %s", lock, reason)
         time.sleep(poll_s)
 
 

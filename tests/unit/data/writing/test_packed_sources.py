@@ -99,6 +99,7 @@ def test_two_runs_that_start_at_once_pack_a_source_once(tmp_path, caplog, monkey
     manifest = folder / "manifest.json"
     content = manifest.read_bytes()
     waited = packed_sources.wait_until_free
+    caplog.set_level("INFO")
     endings = [lambda: None, lambda: manifest.write_bytes(content)]
     for written in endings:
         manifest.unlink()
@@ -116,7 +117,10 @@ def test_two_runs_that_start_at_once_pack_a_source_once(tmp_path, caplog, monkey
         monkeypatch.setattr(packed_sources, "wait_until_free", end_and_wait)
         assert source_of(with_packed_sources(config)).path == str(folder)
         assert manifest.read_bytes() == content
-        assert f"another process is packing it into {folder}; waiting" in caplog.text
+        (level,) = [
+            one.levelname for one in caplog.records if f"is packing it into {folder}; waiting" in one.getMessage()
+        ]
+        assert level == "INFO"
 
 
 def test_a_packing_is_waited_for_as_long_as_it_lasts(tmp_path):
@@ -191,3 +195,22 @@ def test_a_cache_folder_with_packed_sources_is_in_use(tmp_path):
     assert not any("data.cache.folder" in line for line in unused_parts(packed))
     shutil.rmtree(tmp_path / "source")
     assert sum(shard.samples for shard in find_shards(packed.data.sources)) == 2
+
+
+def test_splits_of_one_source_are_listed_packed_and_reported_once(tmp_path, caplog, monkeypatch):
+    source = datasets.class_folders(tmp_path / "source")
+    caplog.set_level("INFO")
+    listed, read_source = [], packed_sources.read_source
+
+    def noted(path, options):
+        listed.append(path)
+        return read_source(path, options)
+
+    monkeypatch.setattr(packed_sources, "read_source", noted)
+    both = [{"path": str(source), "split": split} for split in ("train", "val")]
+    config = small_config(tmp_path, tmp_path / "runs", data={"sources": both[:1]}, evaluation={"sources": both[1:]})
+    packed = with_packed_sources(config)
+    assert packed.data.sources[0].path == packed.evaluation.sources[0].path
+    assert [packed.data.sources[0].split, packed.evaluation.sources[0].split] == ["train", "val"]
+    assert listed == [str(source)]
+    assert len([one for one in caplog.messages if one.startswith(f"source {source} ")]) == 1
