@@ -13,9 +13,13 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """An error outside the program that the user can correct."""
+    """An error outside the program that the user can correct.
+
+    `transient`: whether the same may succeed later without a change, as after an outage of a storage.
+    """
 
     exit_code = 2
+    transient = False
 
 
 class ConfigError(UserError):
@@ -83,11 +87,16 @@ _REMEDIES = {
     errno.ELOOP: "a part of this path is a link to itself; name another place",
     errno.EIO: "check the disk and its connection",
     errno.ESTALE: "check the disk and its connection",
+    errno.ETIMEDOUT: "check the disk and its connection",
+    errno.ENOTCONN: "check the disk and its connection",
+    errno.EREMOTEIO: "check the disk and its connection",
 }
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
+"""What network file systems return while a server is down or fails over."""
 
 
 def storage_error(error: OSError, path: object = None, done: str = "used") -> StorageError | None:
-    """Returns a StorageError for an error of the storage; None for other errors.
+    """Returns a StorageError for an error of the storage, `transient` if it may pass; None for other errors.
 
     Args: path: file or folder in the message if `error` has none; done: the participle in "cannot be ...".
     """
@@ -100,7 +109,9 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
     if error.errno == errno.ENAMETOOLONG and name is not None:
         name = "/".join(part if len(part) <= 60 else f"{part[:57]}..." for part in str(name).split("/"))
     place = "a file" if name is None else f"{name}"
-    return StorageError(f"{place} cannot be {done}: {os.strerror(error.errno)}; {remedy}")
+    sentence = StorageError(f"{place} cannot be {done}: {os.strerror(error.errno)}; {remedy}")
+    sentence.transient = error.errno in _TRANSIENT
+    return sentence
 
 
 def shortened(text: str, longest: int = 60) -> str:
@@ -114,12 +125,14 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def writing(path: object) -> Iterator[None]:
-    """Wraps code that writes `path`. Raises: StorageError instead of an OSError of the storage."""
+def writing(path: object, done: str = "written") -> Iterator[None]:
+    """Wraps code that writes `path`. Raises: StorageError instead of an OSError of the storage.
+
+    Args: done: see `storage_error`."""
     try:
         yield
     except OSError as error:
-        sentence = storage_error(error, path, "written")
+        sentence = storage_error(error, path, done)
         if sentence is None:
             raise
         raise sentence from error

@@ -1,5 +1,7 @@
-"""Disks that are full or lost while a run trains, and a run that is taken over: all ranks end, nothing is half."""
+"""Disks that are full or lost while a run trains, and a run that is taken over: all ranks end, nothing is half. Disks
+that fail for a moment: the save is repeated."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,15 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.distributed import run_distributed
 from tests.support.full import resize, small_disk
-from tests.support.runs import metrics, small_config, train_rank
+from tests.support.runs import metrics, rewound, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.errors import UserError
 from univitar_ds.formats import checkpoint_dir
+from univitar_ds.formats.elastic import read_full
 from univitar_ds.run import create_run
 from univitar_ds.run_lock import RunLock
 
@@ -74,6 +78,24 @@ def under_lock(run: Path, word: str) -> list[str]:
     return end_of(run)
 
 
+def with_failing_save(run: Path, times: int) -> list[str]:
+    """As `end_of`, but the second rank cannot write the checkpoint of step 4, so many times."""
+    from univitar_ds.training.checkpoint import saves
+
+    saves.AGAIN_S = 0.05
+    pwrite, failures = os.pwrite, []
+
+    def failing(file, content, offset):
+        if ".tmp-step-00000004" in os.readlink(f"/proc/self/fd/{file}") and len(failures) < times:
+            failures.append(offset)
+            raise OSError(5, os.strerror(5))
+        return pwrite(file, content, offset)
+
+    if os.environ["RANK"] == "1":
+        os.pwrite = failing
+    return end_of(run)
+
+
 def whole(run: Path) -> str:
     last = checkpoint_dir.latest(run / CHECKPOINTS)
     checkpoint_dir.verify(last, checkpoint_dir.read_manifest(last))
@@ -107,6 +129,44 @@ def test_a_log_that_cannot_be_written_ends_all_ranks_with_one_sentence(shards, t
     assert f"cannot be written: {os.strerror(fault)}; " in first[1]
     assert second[0] == "PeerFailure"
     assert whole(run) == "step-00000004"
+
+
+ONE_STAGE = {
+    "image": {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}, "token_budget": 96, "lr": 1e-3,
+}  # fmt: skip
+
+
+def test_a_disk_that_fails_one_rank_for_a_moment_delays_one_save_and_changes_no_bit(shards, tmp_path):
+    config = small_config(shards, tmp_path / "one", stages=[{"name": "images", "samples": 120, **ONE_STAGE}])
+    run = create_run(config, "test", 2)
+    assert run_distributed(with_failing_save, 2, run, 1) == [["", ""]] * 2
+    (event,) = [event for event in events(run) if event["event"] == "save_failed"]
+    assert (event["checkpoint"], event["rank"], event["complete"]) == (4, 1, False)
+    assert "/.tmp-step-00000004/" in event["reason"]
+    assert event["reason"].endswith("cannot be written: Input/output error; check the disk and its connection")
+    (tmp_path / "two").mkdir()
+    resumed = rewound(run, 4, tmp_path / "two" / "small")
+    assert run_distributed(end_of, 2, resumed) == [["", ""]] * 2
+    last = whole(run)
+    assert int(last.removeprefix("step-")) > 4
+    ours, theirs = (read_full(one / CHECKPOINTS / last) for one in (run, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(resumed)]
+    assert events(resumed) == events(run)[: len(events(resumed))]
+
+
+def test_a_disk_that_fails_one_rank_twice_ends_all_ranks_and_the_last_checkpoint_is_whole(shards, tmp_path):
+    run = create_run(small_config(shards, tmp_path), "test", 2)
+    first, second = run_distributed(with_failing_save, 2, run, 2)
+    assert (first[0], second[0]) == ("PeerFailure", "StorageError")
+    for _, said in (first, second):
+        assert "cannot be written: Input/output error; check the disk and its connection; the save was repeated" in said
+    assert whole(run) == "step-00000003"
+    assert [path.name for path in (run / CHECKPOINTS).iterdir() if path.name.startswith(".tmp")] == []
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tmp_path):

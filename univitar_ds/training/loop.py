@@ -183,7 +183,7 @@ class _Trainer:
         self.peak = find_peak(cfg.logging.peak_tflops, self.engine.dtype, world)
         self.saved_step = self.state.progress.step
         self.store = store_of(cfg)
-        self.saves = Saves(world, self._saved, asynchronous=cfg.checkpoint.asynchronous)
+        self.saves = Saves(world, self._saved, asynchronous=cfg.checkpoint.asynchronous, failed=self._not_saved)
         self.staging = Staging(world)
 
     def start(self) -> None:
@@ -618,6 +618,9 @@ class _Trainer:
                 lambda: copied_state(self.engine, content, cursors, self.staging, shares_files=target.shares_files),
             )
         self.saved_step = state.progress.step
+
+    def _not_saved(self, event: dict[str, Any]) -> None:
+        self._note({"step": self.state.progress.step} | event)
 
     def _saved(self, target: Target) -> None:
         self.callbacks.call("on_checkpoint", target.place)

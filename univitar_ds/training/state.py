@@ -33,9 +33,9 @@ class State:
     best_evaluation: dict[str, Any] = field(default_factory=dict)
     """The evaluation with the best result: `step`, `figure` and `value`; empty without one."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Begins of stages, skipped updates, rollbacks, slow ranks and failed evaluations. `step` is the step after which a
-    stage began, whose update was skipped, to which a rollback returned, or after which a rank was found to be slow or
-    an evaluation failed."""
+    """Begins of stages, skipped updates, rollbacks, slow ranks, failed evaluations and saves. `step` is the step after
+    which a stage began, whose update was skipped, to which a rollback returned, or after which a rank was found to be
+    slow or an evaluation or save failed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields except the cursors, which each rank saves separately."""

@@ -127,7 +127,8 @@ class RetryPolicy:
     def failed(self, failure: Failure) -> None:
         """Sleeps before the next attempt.
 
-        Raises: DataError if too little was received for `give_up_s` seconds.
+        Raises: DataError if too little was received for `give_up_s` seconds;
+            `transient` if the store has answered before.
         """
         self._failures += 1
         if failure.throttled:
@@ -138,11 +139,13 @@ class RetryPolicy:
         if waited >= limit:
             came = f"only {self._came} bytes" if self._came else "nothing"
             reached = "" if self._limiter.reached else "; the store has never answered: check data.s3.endpoint_url"
-            raise DataError(
+            error = DataError(
                 f"{self._url}: {came} received in {waited:.0f} s and {self._failures} attempts, the last one: "
                 f"{failure.reason} (data.s3.give_up_s is {self._give_up_s:g}){reached}"
                 + ("; wait until the store recovers and resume, or raise data.s3.give_up_s" if not reached else "")
             )
+            error.transient = self._limiter.reached
+            raise error
         self._limiter.warn("%s: %s; trying again (attempt %d)", self._url, failure.reason, self._failures + 1)
         pause = random.uniform(0, min(FIRST_PAUSE_S * 2 ** min(self._failures, 20), LONGEST_PAUSE_S))
         pause = max(pause, min(failure.retry_after_s, LONGEST_PAUSE_S))

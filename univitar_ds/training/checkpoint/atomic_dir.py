@@ -36,7 +36,15 @@ from univitar_ds.formats.checkpoint_dir import (
 )
 from univitar_ds.owned import clear, foreign, remove
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
+from univitar_ds.training.checkpoint.protocol import (
+    CHUNK_BYTES,
+    Entry,
+    NotAsWritten,
+    Part,
+    Retention,
+    Target,
+    manifest_of,
+)
 
 TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}({LATEST}|{BEST}|(gone-)?step-\d{{8,}})")
@@ -85,9 +93,10 @@ class LocalFolder(Target):
         return Entry(part.name, part.offset, len(content), digest.hexdigest())
 
     def check(self, entries: Sequence[Entry]) -> None:
-        found = part_faults(self._temporary, entries)
+        with writing(self._temporary, "read"):
+            found = part_faults(self._temporary, entries)
         if found:
-            raise CheckpointError(
+            raise NotAsWritten(
                 f"{self._temporary}: {'; '.join(found)} right after writing; check the disk, and that all ranks share "
                 "it"
             )
@@ -96,6 +105,7 @@ class LocalFolder(Target):
         with writing(self.folder):
             still_ours(self._root.parent)
             _publish(self._root, self._temporary, self.folder, manifest_of(entries))
+            self.published = True
             folders = {step_of(folder.name): folder for folder in complete(self._root)}
             best = folders.get(self._retention.best)
             if best is not None and named_in(self._root / BEST) != best.name:  # before the earlier one is removed

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from univitar_ds.errors import CheckpointError
 from univitar_ds.training.distributed.process_group import (
     World,
     all_ranks_or_none,
@@ -68,6 +69,12 @@ class Retention(NamedTuple):
         return [step for step in older if step != self.best and (self.every_steps is None or step % self.every_steps)]
 
 
+class NotAsWritten(CheckpointError):
+    """Raised if a file differs right after it was written."""
+
+    transient = True
+
+
 class AbandonedError(Exception):
     """Ends the writing of a checkpoint that is abandoned."""
 
@@ -80,6 +87,8 @@ class Target(ABC):
 
     shares_files = True
     """Whether several ranks may write parts of one file."""
+    published = False
+    """On rank 0: whether the checkpoint is complete and the latest one. Only outdated ones may remain to be removed."""
 
     def __init__(self) -> None:
         self._abandoned = threading.Event()
@@ -94,7 +103,7 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, entries: Sequence[Entry]) -> None:
-        """Compares what is stored with its entries. Raises: CheckpointError if something differs."""
+        """Compares what is stored with its entries. Raises: NotAsWritten if something differs."""
 
     @abstractmethod
     def publish(self, entries: Sequence[Entry]) -> None:
@@ -112,6 +121,11 @@ class Target(ABC):
     def abandon(self) -> None:
         """Makes a `put` that is running in another thread raise AbandonedError soon."""
         self._abandoned.set()
+
+    def pause(self, seconds: float) -> None:
+        """Waits. Raises: AbandonedError as soon as `abandon` is called."""
+        self._abandoned.wait(seconds)
+        self.check_wanted()
 
     def check_wanted(self) -> None:
         """Raises: AbandonedError after `abandon`."""

@@ -17,11 +17,19 @@ from pathlib import Path
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.run_folder import CHECKPOINT_FILES, CHECKPOINTS
 from univitar_ds.data.storage.s3_upload import holds, put_bytes, put_content, put_if, remove
-from univitar_ds.errors import CheckpointError, DataError, StorageError, writing
+from univitar_ds.errors import DataError, StorageError, writing
 from univitar_ds.formats.checkpoint.store import CheckpointStore
 from univitar_ds.formats.checkpoint_dir import BEST, LATEST, MANIFEST, named_in, step_of
 from univitar_ds.run_lock import still_ours
-from univitar_ds.training.checkpoint.protocol import CHUNK_BYTES, Entry, Part, Retention, Target, manifest_of
+from univitar_ds.training.checkpoint.protocol import (
+    CHUNK_BYTES,
+    Entry,
+    NotAsWritten,
+    Part,
+    Retention,
+    Target,
+    manifest_of,
+)
 
 _WRITTEN = re.compile("|".join(CHECKPOINT_FILES))
 
@@ -66,7 +74,7 @@ class S3Folder(Target):
         with self._storing():
             for entry in entries:
                 if not holds(self._storage, self._url(self._name, entry.name), entry.bytes, entry.sha256):
-                    raise CheckpointError(
+                    raise NotAsWritten(
                         f"{self._url(self._name, entry.name)} is missing or altered right after writing; let only one "
                         "run write there, and resume"
                     )
@@ -78,6 +86,7 @@ class S3Folder(Target):
             put_if(self._storage, self._url(self._name, MANIFEST), manifest.encode(), None)
             put_if(self._storage, self._url(LATEST), f"{self._name}\n".encode(), self._latest)
             replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # job scripts resume if it exists
+            self.published = True
             names = {step_of(name): name for name in self._store.complete()}
             best = names.get(self._retention.best)
             if best is not None and named_in(self._run / CHECKPOINTS / BEST) != best:
@@ -109,4 +118,6 @@ class S3Folder(Target):
         try:
             yield
         except DataError as error:
-            raise StorageError(f"the checkpoint of step {self._step} was not saved: {error}") from error
+            sentence = StorageError(f"the checkpoint of step {self._step} was not saved: {error}")
+            sentence.transient = error.transient
+            raise sentence from error

@@ -14,12 +14,20 @@ from univitar_ds.training.checkpoint.protocol import (
     Job,
     Target,
     proceed,
-    save_now,
     saving,
 )
-from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, known_to_all
+from univitar_ds.training.distributed.process_group import (
+    PeerFailure,
+    World,
+    all_ranks_or_none,
+    gather_json,
+    known_to_all,
+)
 
 logger = logging.getLogger(__name__)
+
+AGAIN_S = 30.0
+"""Seconds after which a save is repeated that the storage has failed in a way that may pass."""
 
 
 class Saves:
@@ -28,10 +36,21 @@ class Saves:
     A thread writes the files and reads them back. When all ranks are `ready`, the next step begins the next job of the
     save; the ranks agree on that in a message that each step sends anyway. `done` is called with the target of each
     completed save.
+
+    If the storage fails on any rank in a way that may pass (`UserError.transient`), the whole checkpoint is written
+    again after `AGAIN_S`, once, from the same copy of the training state. `failed` is called on all ranks with the
+    event. Any other error, and a second one, is raised.
     """
 
-    def __init__(self, world: World, done: Callable[[Target], None], *, asynchronous: bool) -> None:
-        self._world, self._done, self._asynchronous = world, done, asynchronous
+    def __init__(
+        self,
+        world: World,
+        done: Callable[[Target], None],
+        *,
+        asynchronous: bool,
+        failed: Callable[[dict[str, Any]], None] = lambda event: None,
+    ) -> None:
+        self._world, self._done, self._failed, self._asynchronous = world, done, failed, asynchronous
         self._flight: _Flight | None = None
 
     @property
@@ -54,30 +73,34 @@ class Saves:
                     step,
                 )
             self.finish()
-        jobs = saving(target, content(), self._world)
-        if not self._asynchronous:
-            save_now(jobs, self._world)
-            self._done(target)
-            return
-        self._flight = _Flight(target, step, jobs, next(jobs))
-        self._wait()  # all ranks wait for `Target.begin`: without its success the training must not continue
+        self._flight = _Flight(target, step, content(), self._world, in_thread=self._asynchronous)
+        if self._asynchronous:
+            self._wait()  # all ranks wait for `Target.begin`: without its success the training must not continue
+        else:
+            self.finish()
 
     def ready(self) -> bool:
-        """Whether this rank has done its current job of a save."""
-        return self._flight is not None and self._flight.work.succeeded
+        """Whether this rank has done its current job of a save, or could not and may try again."""
+        return self._flight is not None and self._flight.work.done and self._flight.fatal is None
 
     def raise_failed(self) -> None:
-        """Raises the error of this rank's current job. Must be called within `all_ranks_or_none`."""
-        if self._flight is not None and self._flight.work.done:
-            self._flight.work.result()
+        """Raises the error of this rank's current job if it ends the run. Must be called within `all_ranks_or_none`."""
+        if self._flight is not None and self._flight.work.done and self._flight.fatal is not None:
+            raise self._flight.fatal
 
     def advance(self) -> None:
-        """Begins the next job of a save, after all ranks were `ready`."""
+        """Begins the next job of a save, or the save again, after all ranks were `ready`. Raises: as `begin`."""
         flight = self._flight
         assert flight is not None
-        job = proceed(flight.jobs, flight.work.result())
+        try:
+            with all_ranks_or_none(self._world):
+                result = flight.work.result()
+        except Exception as error:
+            job = self._again(flight, error)
+        else:
+            job = proceed(flight.jobs, result)
         if job is not None:
-            flight.work = _Work(job)
+            flight.start(job)
             return
         self._flight = None
         self._done(flight.target)
@@ -108,10 +131,25 @@ class Saves:
     def _wait(self) -> None:
         flight = self._flight
         assert flight is not None
-        with all_ranks_or_none(self._world):
-            flight.work.wait()
-            flight.work.result()
+        flight.work.wait()
         self.advance()
+
+    def _again(self, flight: _Flight, error: Exception) -> Job | None:
+        """Returns the first job of another attempt, after an error that all ranks know. All ranks call it.
+
+        Returns: None if the checkpoint is complete and only outdated ones could not be removed; the next save does it.
+        Raises: `error` if another attempt cannot help, or this was one already.
+        """
+        own = None if isinstance(error, PeerFailure) else [str(error), _transient(error)]
+        found = gather_json([own, flight.target.published], self._world)
+        reasons = {rank: reason for rank, (reason, _) in enumerate(found) if reason is not None}
+        published = found[0][1]
+        if not all(transient for _, transient in reasons.values()) or (flight.repeated and not published):
+            raise error
+        rank, (reason, _) = next(iter(reasons.items()))
+        event = {"event": "save_failed", "checkpoint": flight.step, "rank": rank, "reason": reason}
+        self._failed(event | {"complete": published, **({} if published else {"again_after_s": AGAIN_S})})
+        return None if published else flight.repeat(self._world)
 
     def _abandon(self) -> None:
         flight, self._flight = self._flight, None
@@ -126,42 +164,75 @@ class Saves:
 class _Flight:
     """A save that is being written."""
 
-    def __init__(self, target: Target, step: int, jobs: Any, first: Job) -> None:
-        self.target, self.step, self.jobs = target, step, jobs
-        self.work = _Work(first)
+    def __init__(self, target: Target, step: int, content: Content, world: World, *, in_thread: bool) -> None:
+        self.target, self.step = target, step
+        self._content, self._in_thread = content, in_thread
+        self.repeated = False
+        self.jobs = saving(target, content, world)
+        self.start(next(self.jobs))
+
+    def start(self, job: Job) -> None:
+        """Begins a job."""
+        note = f"; the save was repeated once, {AGAIN_S:g} s after it had failed before" if self.repeated else ""
+        self.work = _Work(job, note, in_thread=self._in_thread)
+
+    def repeat(self, world: World) -> Job:
+        """Returns the first job of another attempt to write the same checkpoint, which begins with a pause."""
+        self.jobs.close()
+        self.jobs, self.repeated = saving(self.target, self._content, world), True
+        first = next(self.jobs)
+
+        def job() -> Any:
+            self.target.pause(AGAIN_S)
+            return first()
+
+        return job
+
+    @property
+    def fatal(self) -> BaseException | None:
+        """The error of this rank's job if it ends the run."""
+        error = self.work.error
+        passes = error is not None and _transient(error) and (not self.repeated or self.target.published)
+        return None if passes else error
+
+
+def _transient(error: BaseException) -> bool:
+    return getattr(error, "transient", False)
 
 
 class _Work:
-    """A job in a daemon thread, which does not keep the process alive."""
+    """A job in a daemon thread, which does not keep the process alive, or done at once. Args: note: ends the message of
+    an error that may pass."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, note: str, *, in_thread: bool) -> None:
+        self._job, self._note = job, note
         self._result: Any = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._over = threading.Event()
-        threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
+        if in_thread:
+            threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
+        else:
+            self._run()
 
     @property
     def done(self) -> bool:
         return self._over.is_set()
-
-    @property
-    def succeeded(self) -> bool:
-        return self.done and self._error is None
 
     def wait(self) -> None:
         self._over.wait()
 
     def result(self) -> Any:
         """Returns what the work returned, or raises its error."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self._result
 
     def _run(self) -> None:
         try:
             self._result = self._job()
         except BaseException as error:
-            self._error = error
+            if self._note and _transient(error):
+                error.args = (f"{error}{self._note}",)
+            self.error = error
         finally:
             self._over.set()

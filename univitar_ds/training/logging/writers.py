@@ -193,6 +193,8 @@ def event_text(event: dict[str, Any]) -> str:
     if event["event"] == "evaluation_failed":
         rank, reason = event["rank"], event["reason"].removesuffix(".")
         return f"step {event['step']}: rank {rank} could not evaluate: {reason}; the training continues"
+    if event["event"] == "save_failed":
+        return _save_text(event)
     if event["event"] == "slow_rank":
         return (
             f"step {event['step']}: rank {event['rank']} on {event['host']} slows the others down, mostly by "
@@ -202,8 +204,19 @@ def event_text(event: dict[str, Any]) -> str:
     return f"stage {event['stage']} begins after step {event['step']}, {event['samples_seen']} samples"
 
 
+def _save_text(event: dict[str, Any]) -> str:
+    """Returns a failed save as a sentence."""
+    rank, saved, reason = event["rank"], event["checkpoint"], event["reason"].removesuffix(".")
+    if event["complete"]:
+        return f"the checkpoint of step {saved} is complete, but outdated ones were not removed: {reason}"
+    return (
+        f"step {event['step']}: rank {rank} could not save the checkpoint of step {saved}: {reason}; the training "
+        f"continues, the earlier checkpoints stay, and this one is written again in {event['again_after_s']:g} s"
+    )
+
+
 def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
-    """Writes events.jsonl: stages that began, skipped updates, rollbacks, slow ranks and failed evaluations."""
+    """Writes events.jsonl: stages that began, skipped updates, rollbacks, slow ranks, failed evaluations and saves."""
     replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
 
 

@@ -180,6 +180,7 @@ def test_a_store_that_always_throttles_is_an_error_after_give_up_s(server, tmp_p
         one = storage(proxy.url, tmp_path, give_up_s=3.0)
         with pytest.raises(DataError, match=r"d\.tar: .*503.*give_up_s is 3\b.*or raise data\.s3\.give_up_s") as caught:
             one.size(url)
+        assert caught.value.transient
         waited_s, attempts = map(int, re.search(r"in (\d+) s and (\d+) attempts", str(caught.value)).groups())
         assert waited_s >= 3
         assert attempts == len(proxy.requests)  # one, if a loaded machine takes all the time for it

@@ -213,9 +213,27 @@ def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tm
             (tmp_path / ".tmp-step-00000001" / part.name).write_text("rot")
             return entry
 
-    with pytest.raises(CheckpointError, match=r"rank00000\.json has 3 bytes instead of 16.*all ranks share it"):
+    with pytest.raises(CheckpointError, match=r"json has 3 bytes instead of 16.*all ranks share it") as caught:
         save(tmp_path, 1, target=Rotting)
+    assert caught.value.transient
     assert checkpoint_dir.latest(tmp_path) is None
+
+
+def test_a_disk_that_fails_is_told_from_one_that_is_full(tmp_path, monkeypatch):
+    for fault, passes in [(5, True), (116, True), (28, False), (13, False)]:
+
+        class Failing(LocalFolder):
+            def check(self, entries, fault=fault):
+                monkeypatch.setattr(atomic_dir, "part_faults", lambda *_: fails(fault))
+                super().check(entries)
+
+        with pytest.raises(StorageError, match=r"\.tmp-step-00000001 cannot be read: ") as found:
+            save(tmp_path, 1, target=Failing)
+        assert found.value.transient == passes
+
+
+def fails(fault):
+    raise OSError(fault, os.strerror(fault))
 
 
 def test_the_manifest_has_sizes_and_hashes(tmp_path):

@@ -15,8 +15,10 @@ from univitar_ds.errors import CheckpointError, StorageError
 from univitar_ds.formats.checkpoint.store import CheckpointStore, store_of
 from univitar_ds.formats.checkpoint_dir import read_manifest, verify
 from univitar_ds.formats.run import find_checkpoint
+from univitar_ds.training.checkpoint import saves
 from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving
 from univitar_ds.training.checkpoint.s3_folder import S3Folder
+from univitar_ds.training.checkpoint.saves import Saves
 from univitar_ds.training.distributed.process_group import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -42,8 +44,8 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def store_at(url, name=None) -> CheckpointStore:
-    settings = StorageSettings(endpoint_url=url, idle_timeout_s=1.0, give_up_s=20.0)
+def store_at(url, name=None, give_up_s=20.0) -> CheckpointStore:
+    settings = StorageSettings(endpoint_url=url, idle_timeout_s=1.0, give_up_s=give_up_s)
     return CheckpointStore(f"s3://{BUCKET}/{name or f'runs{next(numbers)}/small'}", settings)
 
 
@@ -157,8 +159,26 @@ def test_a_store_that_refuses_uploads_ends_the_save_with_a_sentence_and_the_last
         save(run, store_at(proxy.url, prefix), 2)
     assert "the checkpoint of step 2 was not saved: " in str(caught.value)
     assert "access was refused (the store answered 403" in str(caught.value)
+    assert not caught.value.transient
     assert_whole(store, 1)
     save(run, store, 2)
+    assert_whole(store, 2)
+
+
+@pytest.mark.parametrize("left", range(5))
+def test_a_save_is_repeated_after_an_outage_of_the_store_wherever_that_begins(server, run, monkeypatch, left):
+    """`left`: uploads before the store answers no more; it is back when the save has failed."""
+    monkeypatch.setattr(saves, "AGAIN_S", 0.01)
+    store = store_at(server.url)
+    save(run, store, 1)
+    prefix, puts, events = key(store, "").rstrip("/"), itertools.count(), []
+    silent = lambda one: "throttle" if one.method == "PUT" and next(puts) >= left and not events else None  # noqa: E731
+    with faulty(server, silent) as proxy:
+        target = S3Folder(run, store_at(proxy.url, prefix, give_up_s=0.3), 2, Retention(2))
+        saver = Saves(ALONE, lambda _: None, asynchronous=False, failed=events.append)
+        saver.begin(target, 2, lambda: content(2))
+    (event,) = events
+    assert (event["event"], event["complete"]) == ("save_failed", False)
     assert_whole(store, 2)
 
 

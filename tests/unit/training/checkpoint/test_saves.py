@@ -10,6 +10,7 @@ import torch
 
 from tests.support.progress import wait_until
 from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.training.checkpoint import saves as saves_module
 from univitar_ds.training.checkpoint.protocol import Content, Entry, Part, Target
 from univitar_ds.training.checkpoint.saves import Saves
 from univitar_ds.training.distributed import process_group
@@ -21,17 +22,22 @@ PIECES = 3
 
 
 class Slow(Target):
-    """Writes when `may_write` is set; `fails` names the method that fails."""
+    """Writes when `may_write` is set; `fails` names the method that fails, the first `passes_after` times in a way
+    that may pass."""
 
-    def __init__(self, fails=None):
+    def __init__(self, fails=None, passes_after=0):
         super().__init__()
         self.calls, self.threads, self.fails, self.may_write = [], set(), fails, threading.Event()
+        self.passes_after, self.failures = passes_after, 0
 
     def _note(self, name):
         self.calls.append(name)
         self.threads.add(threading.current_thread())
-        if self.fails == name:
-            raise StorageError(f"the disk fails in {name}")
+        if self.fails == name and (not self.passes_after or self.failures < self.passes_after):
+            self.failures += 1
+            error = StorageError(f"the disk fails in {name}")
+            error.transient = self.passes_after > 0
+            raise error
 
     @property
     def place(self):
@@ -165,6 +171,87 @@ def test_a_rank_that_fails_alone_waits_for_no_disk_and_its_thread_stops_writing(
     wait_until(lambda: "checkpoint" not in names(), "the end of the thread")
     assert target.calls == ["begin"]
     assert completed == []
+
+
+@pytest.fixture
+def events(monkeypatch):
+    monkeypatch.setattr(saves_module, "AGAIN_S", 0.01)
+    return []
+
+
+def again(step, reason):
+    return {
+        "event": "save_failed", "checkpoint": step, "rank": 0, "reason": reason, "complete": False,
+        "again_after_s": 0.01,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("piece", ["begin", "put tensors", "check tensors", "put index", "publish tensors,index"])
+def test_a_failure_that_passes_writes_the_same_checkpoint_again_as_a_whole(completed, events, piece, asynchronous):
+    target = Slow(fails=piece, passes_after=1)
+    target.may_write.set()
+    copies = []
+    saves = Saves(ALONE, completed.append, asynchronous=asynchronous, failed=events.append)
+    saves.begin(target, 4, lambda: copies.append(4) or content())
+    saves.finish()
+    assert events == [again(4, f"the disk fails in {piece}")]
+    assert (completed, copies) == ([target], [4])
+    place = WHOLE.index(piece)
+    assert target.calls == WHOLE[: place + 1] + WHOLE
+    other = Slow(fails="begin", passes_after=1)
+    other.may_write.set()
+    saves.begin(other, 8, content)
+    saves.finish()
+    assert events[1:] == [again(8, "the disk fails in begin")], "each save has a second attempt"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_failure_that_does_not_pass_ends_the_run_and_says_that_it_was_tried_twice(completed, events, asynchronous):
+    target = Slow(fails="put tensors", passes_after=2)
+    target.may_write.set()
+    saves = Saves(ALONE, completed.append, asynchronous=asynchronous, failed=events.append)
+    with pytest.raises(StorageError, match=r"fails in put tensors; the save was repeated once, 0\.01 s after it had"):
+        run(saves, target)
+    assert (completed, len(events), target.calls[-1]) == ([], 1, "clear")
+
+
+def test_the_training_goes_on_between_the_attempts_and_a_run_that_ends_there_does_not_wait(saves, completed, events):
+    saves_module.AGAIN_S = 3600.0
+    target = Slow(fails="put tensors", passes_after=1)
+    target.may_write.set()
+
+    def training():
+        with saves.settled():
+            saves.begin(target, 4, content)
+            wait_until(saves.ready, "the failure")
+            assert step(saves)
+            assert not step(saves)
+            saves._world = World(0, 2, 0, torch.device("cpu"))  # this rank ends alone
+            raise CheckpointError("of this rank")
+
+    with pytest.raises(CheckpointError, match="of this rank"):
+        training()
+    wait_until(lambda: "checkpoint" not in names(), "the end of the thread")
+    assert completed == []
+
+
+class Published(Slow):
+    def publish(self, entries):
+        self.published = True
+        super().publish(entries)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_complete_checkpoint_is_not_written_again_if_outdated_ones_cannot_be_removed(completed, events, asynchronous):
+    target = Published(fails=WHOLE[-1], passes_after=1)
+    target.may_write.set()
+    saves = Saves(ALONE, completed.append, asynchronous=asynchronous, failed=events.append)
+    saves.begin(target, 4, content)
+    saves.finish()
+    assert (completed, target.calls) == ([target], WHOLE)
+    (event,) = events
+    assert (event["complete"], "again_after_s" in event) == (True, False)
 
 
 def names():
