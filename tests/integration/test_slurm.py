@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.closeness import assert_sums_close
 from tests.support.distributed import run_distributed
 from tests.support.finished import run_config, write_run
 from tests.support.processes import marked
 from tests.support.progress import wait_until
-from tests.support.runs import metrics, samples, small_config, train_rank
+from tests.support.runs import TERMS, metrics, samples, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from tests.support.slurm import ROOT, Cluster, cluster, missing
 from univitar_ds.config.load import dump_config, load_config
@@ -267,6 +268,68 @@ def test_a_cancelled_run_has_saved_and_stays_cancelled(slurm, whole):
     assert job.ends()[:2] == ("CANCELLED", 0)
     (saved,) = saved_steps(job.run)
     assert saved >= reached
+
+
+FOUR_LANES = ["data.lanes=4", "stages.0.samples=720", "stages.1.samples=30", "data.workers=0"]
+
+
+def test_a_chain_of_jobs_with_2_then_1_then_4_ranks_is_one_run(slurm, whole):
+    """Each job waits for the one before it; the first two lose their nodes in the middle."""
+    chain, given = [], {"CONFIG": str(whole.parent / "run.yaml")}
+    for nodes, tasks in [(2, 1), (1, 1), (2, 2)]:
+        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
+        options += [f"--dependency=afterany:{chain[-1].number}"] if chain else []
+        log = whole.parent / f"chain-{len(chain)}.log"
+        job = Job(
+            slurm, whole.parent / "chain", overrides=FOUR_LANES if not chain else (), options=options, log=log, **given
+        )
+        chain.append(job)
+    for job in chain[:2]:
+        trained(job)
+        slurm.run("scancel", job.number)
+        assert job.ends()[:2] == ("CANCELLED", 0)
+    assert chain[2].ends() == ("COMPLETED", 0, "0:0"), chain[2].log.read_text()[-3000:]
+
+    config = load_config(whole.parent / "run.yaml", ["name=four", *FOUR_LANES])
+    undisturbed, run = create_run(config, "test", 2), chain[0].run
+    assert run_distributed(train_rank, 2, undisturbed) == [True, True]
+    saved = saved_steps(run)
+    assert len(saved) == 3
+    ranks = [
+        json.loads((folder / "state.json").read_text())["world_size"]
+        for folder in checkpoint_dir.complete(run / CHECKPOINTS)
+    ]
+    assert sorted(set(ranks)) == [1, 2, 4]
+    assert samples(run) == samples(undisturbed)
+    ours, theirs = metrics(run), metrics(undisturbed)
+    assert [line["step"] for line in ours] == list(range(1, len(theirs) + 1))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_sums_close(one["loss"], other["loss"], one["step"] * TERMS, f"loss of step {one['step']}")
+        assert one["samples_seen"] == other["samples_seen"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["completed"], summary["ranks"]) == (True, 4)
+
+
+def test_a_second_job_on_the_folder_of_a_run_is_refused_and_the_first_goes_on(slurm, whole):
+    given = {"CONFIG": str(whole.parent / "run.yaml")}
+    overrides = ["data.lanes=2", "data.workers=0", "stages.0.samples=1000000"]  # goes on until it is ended
+    first = Job(slurm, whole.parent / "held", overrides=overrides, options=["--nodes=1"], **given)
+    trained(first)
+    log = whole.parent / "second.log"
+    second = Job(slurm, first.run, overrides=overrides, options=["--nodes=1"], log=log, **given)
+    assert second.ends() == ("FAILED", 0, "2:0")
+    sentence = next(line for line in log.read_text().splitlines() if line.startswith("error: "))
+    assert f"{first.run} is in use" in sentence
+    assert f"job {first.number}" in sentence
+    trained(first)
+    assert first.slurm.job(first.number)["JobState"] == "RUNNING"
+    slurm.run("scancel", first.number)
+    assert first.ends()[:2] == ("CANCELLED", 0)
+    last = checkpoint_dir.latest(first.run / CHECKPOINTS)
+    checkpoint_dir.verify(last, checkpoint_dir.read_manifest(last))
+    steps = [line["step"] for line in metrics(first.run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert int(last.name.removeprefix("step-")) == steps[-1]
 
 
 def test_a_fault_of_the_user_ends_the_job_with_its_sentence(slurm, tmp_path):
