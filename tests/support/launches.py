@@ -101,11 +101,15 @@ def block_launches(monkeypatch, config: EncoderConfig, tokens: int) -> tuple[Lau
     return forward, backward
 
 
-def kept_bytes(monkeypatch, config: EncoderConfig, tokens: int) -> int:
-    """Returns the bytes that the forward pass of a block keeps for its backward pass, without parameters."""
-    block = layers.Block(config, "auto").bfloat16()
+def kept_bytes(
+    monkeypatch, config: EncoderConfig, tokens: int, block: torch.nn.Module | None = None, dtype=torch.bfloat16
+) -> int:
+    """Returns the bytes that the forward pass of a block keeps for its backward pass, without parameters.
+
+    Args: block: default: a whole one."""
+    block = (layers.Block(config, "auto") if block is None else block).to(dtype)
     own = {one.untyped_storage().data_ptr() for one in block.parameters()}
-    x = torch.zeros(tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     spans = CuSeqlens((tokens,), torch.tensor([0, tokens], dtype=torch.int32))
     kept: dict[int, Tensor] = {}
 

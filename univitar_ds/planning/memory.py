@@ -24,18 +24,29 @@ from typing import Any, Literal
 
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.geometry import PATCH
-from univitar_ds.model.blocks.activations import FUSED, Kind, bytes_of_block, bytes_per_token
+from univitar_ds.model.blocks.activations import FUSED, SELECTIVE, SPLIT, Kept, Kind, bytes_of_block, bytes_per_token
 
 FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
 """What runs the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
 REDUCED_AT_ONCE = 500_000_000
 """Gradients that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
-_BLOCK = {"fused": FUSED, "compiled": (13, 3), "plain": (20, 6)}
-"""What a block keeps for its backward pass, in values of a token: multiples of (D, F), counted. On a CPU attention runs
-item by item, so that two copies of its result exist; plain torch keeps what the other two recompute."""
-_PLAIN_BF16 = (29, 11)
-"""The same of plain torch in bf16, which keeps float32 copies."""
+_BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
+    "fused": {2: FUSED, 4: FUSED},
+    "compiled": {2: Kept(6, 7, 3), 4: Kept(6, 7, 3)},
+    "plain": {2: Kept(12, 17, 11), 4: Kept(8, 12, 6)},
+}
+"""What a block keeps for its backward pass, by the bytes of a value, counted. On a CPU attention runs item by item, so
+that two copies of its result exist. Plain torch keeps what the other two recompute, in bf16 as float32 copies."""
+_SPLIT_BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
+    "fused": SPLIT,
+    "compiled": {2: Kept(6, 15, 11), 4: Kept(6, 11, 6)},
+    "plain": {2: Kept(12.5, 15, 11), 4: Kept(8.25, 11, 6)},
+}
+"""The same with tensor parallelism, whose norms over a split width run in plain torch everywhere."""
+_SPLIT_GRADIENTS = {2: 6, 4: 4}
+"""Gradients of a feed-forward layer of which a rank has a part, in values of this part, by the bytes of a value. Those
+of its norm are in float32."""
 _TEXT = (8, 2)
 """What a text block keeps, in multiples of (D, F): its input, two norms, queries, keys, values, the attention's result,
 their sum; both sides of the activation function."""
@@ -69,7 +80,8 @@ class StepLoad:
 
     `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of a pack; `items`: of a pack; `packs`: of the rank;
     `kept`: packs whose graphs are in memory together; `kind`: recomputation; `texts`: of all ranks; `chunk`: texts
-    that are compared at a time; `trains_encoder`: whether blocks get gradients.
+    that are compared at a time; `trains_encoder`: whether blocks get gradients; `tensor`: ranks that share the weights
+    of a block.
     """
 
     encoder: EncoderConfig
@@ -85,6 +97,7 @@ class StepLoad:
     teacher: TeacherMemory | None = None
     kept: int = 1
     trains_encoder: bool = True
+    tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -174,36 +187,40 @@ def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
     return {name: _sum([always, *parts]) for name, parts in found.items()}
 
 
-def kept_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
+def kept_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels, tensor: int = 1) -> float:
     """Returns the bytes that an encoder keeps for a token between its forward and backward pass.
 
-    Args: width: bytes of a value.
+    Args: width: bytes of a value; tensor: ranks that share the weights of a block.
     """
-    return bytes_per_token(encoder, kind, width=width, block=_block(kernels, width))
+    return bytes_per_token(encoder, kind, width=width, tensor=tensor, block=_block(kernels, width, tensor))
 
 
-def backward_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels) -> float:
+def backward_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels, tensor: int = 1) -> float:
     """Returns the bytes of a token that the backward pass of a block adds: what it computes again, and gradients.
 
-    The peak is at the gradient of the feed-forward gate: two tensors of F and two of D.
+    The peak is at the gradient of the feed-forward gate: two tensors of F and two of D, in plain torch four of F.
+    Args: as `kept_bytes`.
     """
     across, inner = encoder.hidden_size, encoder.inner_width
-    gradients = width * (2 * across + (4 if kernels == "plain" else 2) * inner)
+    of_inner = _SPLIT_GRADIENTS[width] if tensor > 1 else 4 if kernels == "plain" else 2
+    gradients = width * (2 * across + of_inner * inner / tensor)
+    block = bytes_of_block(encoder, width=width, tensor=tensor, block=_block(kernels, width, tensor))
+    if kind == "selective" and tensor > 1:
+        return gradients + block - SELECTIVE.bytes(encoder, width=width, tensor=tensor)
     if kind == "selective":
         return gradients + width * (5 * across + inner)
-    again = bytes_of_block(encoder, width=width, block=_block(kernels, width)) - 2 * width * across if kind else 0
-    return gradients + again
+    return gradients + (block - 2 * width * across if kind else 0)
 
 
-def _block(kernels: Kernels, width: int) -> tuple[int, int]:
-    return _PLAIN_BF16 if (kernels, width) == ("plain", 2) else _BLOCK[kernels]
+def _block(kernels: Kernels, width: int, tensor: int) -> Kept:
+    return (_BLOCK if tensor == 1 else _SPLIT_BLOCK)[kernels][width]
 
 
 def encoder_kept(load: StepLoad, states: States) -> float:
     """Returns the bytes of the encoder's activations of a pack between forward and backward pass, with its pooling."""
     if not load.trains_encoder:
         return 0.0
-    kept = kept_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels)
+    kept = kept_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels, tensor=load.tensor)
     return load.tokens * (kept + _pooling(load, states))
 
 
@@ -211,7 +228,7 @@ def encoder_backward(load: StepLoad, states: States) -> float:
     """Returns the bytes of a pack that the backward pass of the last block adds. The pooling's are freed by then."""
     if not load.trains_encoder:
         return 0.0
-    added = backward_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels)
+    added = backward_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels, tensor=load.tensor)
     return load.tokens * (added - _pooling(load, states))
 
 

@@ -95,8 +95,8 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
         notes.append(f"the time of an update is that of AdamW, and the run has optimizer.kind {config.optimizer.kind}")
     if config.model.tensor_parallel > 1:
         notes.append(
-            "with model.tensor_parallel, activations are counted as if each GPU had all heads and the whole "
-            "feed-forward width, and the token-wise operations of its blocks as if they were fused"
+            "with model.tensor_parallel, the time of token-wise operations is that of fused ones, and norms over a "
+            "width that is split are not fused; memory counts them as they are"
         )
     teacher = None if config.objective.teacher is None else _teacher(config, ranks, notes)
     start = open_start(config)

@@ -94,7 +94,7 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
 def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kept: int = 1) -> StepLoad:
     """Returns what a rank computes in a step of full packs with as many items as a pack can have.
 
-    With tensor parallelism activations are counted whole. With sequence parallelism `items` are those of one rank.
+    With sequence parallelism `items` are those of one rank.
 
     Args: kept: packs whose graphs are in memory together. With fewer lanes than ranks, a rank has one pack.
     """
@@ -120,6 +120,7 @@ def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kep
         teacher=model.teacher if stage.distill.ever else None,
         kept=min(kept, packs),
         trains_encoder="blocks" in parts or "patch_embedding" in parts,
+        tensor=config.model.tensor_parallel,
     )
 
 

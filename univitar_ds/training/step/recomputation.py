@@ -45,12 +45,13 @@ def recomputation_of(cfg: RunConfig, stage: StageConfig, engine: Engine, memory:
     free = USABLE * memory.usable() - memory.used() - RESERVED_PER_PARAMETER * _parameters(engine)
     free -= _text_bytes(cfg, stage, engine, width)
     free = float(gather_numbers([free], engine.world).min())
-    config, ranks = engine.module.vision.config, cfg.model.sequence_parallel
+    config, ranks, tensor = engine.module.vision.config, cfg.model.sequence_parallel, cfg.model.tensor_parallel
     tokens = stage.token_budget * (1 - stage.patch_dropout) / ranks
-    kind = least_recomputation(config, tokens, free, width=width)
+    kind = least_recomputation(config, tokens, free, width=width, tensor=tensor)
     if engine.world.is_main:
-        needs = [f"{NAMES[kind]} {bytes_of_pack(config, kind, tokens, width=width) / 1e9:.1f}" for kind in LADDER]
-        fits = bytes_of_pack(config, kind, tokens, width=width) <= free
+        sizes = {one: bytes_of_pack(config, one, tokens, width=width, tensor=tensor) for one in LADDER}
+        needs = [f"{NAMES[one]} {size / 1e9:.1f}" for one, size in sizes.items()]
+        fits = sizes[kind] <= free
         logger.log(
             logging.INFO if fits else logging.WARNING,
             "stage %s recomputes %s (checkpoint_every auto): %.1f GB are free, and a pack of %d tokens needs, "

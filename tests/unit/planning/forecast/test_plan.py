@@ -14,10 +14,12 @@ from univitar_ds.planning.forecast.items import items_of
 from univitar_ds.planning.forecast.plan import plan_model, plan_run, scaling
 from univitar_ds.planning.forecast.resources import checkpoints
 from univitar_ds.planning.forecast.stage import muon_of
+from univitar_ds.planning.forecast.step_load import load_of, states_of
 from univitar_ds.planning.forecast.sweep import best_of, candidates, stage_named, sweep
 from univitar_ds.planning.forecast.text import plan_object, plan_text
 from univitar_ds.planning.gpus import GPUS
-from univitar_ds.planning.sizes import checkpoint_bytes
+from univitar_ds.planning.memory import encoder_kept
+from univitar_ds.planning.sizes import checkpoint_bytes, encoder_of
 
 GROUPS = ("tensor", "sequence")
 
@@ -78,6 +80,14 @@ def test_groups_of_gpus_share_weights_or_packs_and_exchange_messages_within_bloc
     kept = [one.stages[0].peak.parts["encoder activations"] / one.stages[0].kept for one in (plan, sequence)]
     assert plan.stages[0].kind == sequence.stages[0].kind == 0
     assert kept[1] == pytest.approx(kept[0] / 2)
+    encoder = encoder_of(plan.model.description)
+    of_token = 24 * (6 * 1024 + (14 * 1024 + 11 * encoder.inner_width) / 2) * 2 + 24 * 4 * 16 / 2 + 4 * 1024 * 2
+    assert (encoder.hidden_size, encoder.num_attention_heads) == (1024, 16)
+    loads = (
+        load_of(tensor.model, tensor.config.stages[0], 32, 0),
+        states_of(tensor.model, tensor.config.stages[0], tensor.place),
+    )
+    assert encoder_kept(*loads) == pytest.approx(loads[0].tokens * of_token)
     for one, messages in ((tensor, 4), (sequence, 2)):
         stage = one.stages[0]
         assert (stage.packs, stage.pairs) == (2 * plan.stages[0].packs, plan.stages[0].pairs)
