@@ -116,7 +116,7 @@ def _largest(
     model, place = PlannedModel(config, description, counts), Placement(ranks.size, ranks.node, resolved)
     kinds = [wanted_recomputation(config, stage) for stage in config.stages]
     needs = [
-        peak_of(model, stage, place, 1 if kind == "auto" else kind).bytes
+        peak_of(model, stage, place, 1 if kind == "auto" else kind, evaluates=True).bytes
         for stage, kind in zip(config.stages, kinds, strict=True)
     ]
     needed = max(needs)

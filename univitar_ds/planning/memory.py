@@ -10,6 +10,7 @@ A step holds what stays between steps (`sizes.memory_of_rank`), and adds:
 | encoder backward | activations of the encoder, what its last block recomputes and its gradients, buckets |
 | gradients | the last bucket being reduced, with ZeRO-1 all gradients |
 | update | the optimizer's copies; on a CPU two temporaries of AdamW; five copies of parts of Muon's matrices |
+| evaluation | between two steps: whole weights of each kind, the buffer in which they are gathered, a pack's forward |
 
 The prediction is the largest of them. `tests/pretence/test_memory.py` compares it with the real step on a simulated
 GPU, `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
@@ -29,6 +30,10 @@ from univitar_ds.model.blocks.activations import FUSED, SELECTIVE, SPLIT, Kept, 
 FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
 """What runs the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
+EVALUATION = "evaluation"
+"""The moment between two steps at which the run evaluates."""
+GATHERED_AT_ONCE = 1 << 25
+"""Elements of whole weights that are gathered at a time, see `training.checkpoint.whole_weights`."""
 REDUCED_AT_ONCE = 500_000_000
 """Gradients that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
 _BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
@@ -75,13 +80,23 @@ class TeacherMemory:
 
 
 @dataclass(frozen=True)
+class EvaluationLoad:
+    """What an evaluation while a run trains holds: `weights`, numbers of all its copies; `tokens` and bytes of `pixels`
+    of a pack."""
+
+    weights: int
+    tokens: int
+    pixels: float
+
+
+@dataclass(frozen=True)
 class StepLoad:
     """What a rank computes in a step.
 
     `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of a pack; `items`: of a pack; `packs`: of the rank;
     `kept`: packs whose graphs are in memory together; `kind`: recomputation; `texts`: of all ranks; `chunk`: texts
     that are compared at a time; `trains_encoder`: whether blocks get gradients; `tensor`: ranks that share the weights
-    of a block.
+    of a block; `evaluation`: None if it is not counted.
     """
 
     encoder: EncoderConfig
@@ -98,6 +113,7 @@ class StepLoad:
     kept: int = 1
     trains_encoder: bool = True
     tensor: int = 1
+    evaluation: EvaluationLoad | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,8 @@ class Peak:
     parts: Mapping[str, float]
     by_moment: Mapping[str, float] = field(default_factory=dict)
     """Total bytes at each moment."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    """The parts during an evaluation; empty if none is counted."""
 
     @property
     def bytes(self) -> float:
@@ -159,7 +177,7 @@ def peak(load: StepLoad, states: States) -> Peak:
     found = moments(load, states)
     sizes = {moment: sum(parts.values()) for moment, parts in found.items()}
     moment = max(sizes, key=sizes.__getitem__)
-    return Peak(moment, found[moment], sizes)
+    return Peak(moment, found[moment], sizes, found.get(EVALUATION, {}))
 
 
 def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
@@ -184,7 +202,22 @@ def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
     if load.teacher is not None:
         found["teacher"] = [before, running, {"teacher": _teacher_forward(load, states)}]
     found["encoder backward"].append({"text tower": -text})  # its own graph is freed by then
-    return {name: _sum([always, *parts]) for name, parts in found.items()}
+    moments_of_step = {name: _sum([always, *parts]) for name, parts in found.items()}
+    if load.evaluation is None:
+        return moments_of_step
+    return {
+        **moments_of_step,
+        EVALUATION: _sum([_between(states), teacher, _evaluation(load, load.evaluation, states)]),
+    }
+
+
+def _evaluation(load: StepLoad, own: EvaluationLoad, states: States) -> dict[str, float]:
+    """Returns the bytes that an evaluation adds: weights in bfloat16 on a GPU, and a block's forward pass without
+    gradient: input, sum and norm, and gate, up and their norm, in plain torch another of these."""
+    width = 2 if states.kernels == "fused" else FP32
+    block = 3 * load.encoder.hidden_size + (4 if states.kernels == "plain" else 3) * load.encoder.inner_width
+    copies = {"weights of the evaluation": own.weights * width + GATHERED_AT_ONCE * FP32}
+    return {**copies, "encoder activations": own.tokens * block * width, "pixels": own.pixels}
 
 
 def kept_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels, tensor: int = 1) -> float:

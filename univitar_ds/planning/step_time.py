@@ -320,7 +320,7 @@ def _loss(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> float
     if ranks == 1:
         return computed
     messages = 2 * ranks * _of("latency") if method.ring else 2 * _latency(ranks)
-    return computed + messages + 2 * texts * work.embed_dim * FP32 / _link(gpu, ranks, method.node)
+    return computed + messages + 2 * texts * work.embed_dim * FP32 / link_rate(gpu, ranks, method.node)
 
 
 def _sharing(work: Work, gpu: Gpu, method: Method, packs: int, again: float) -> float:
@@ -344,7 +344,7 @@ def _muon(muon: MuonWork, gpu: Gpu, ranks: int, method: Method) -> float:
     """Returns the seconds of Muon's iterations, and of the exchange of its matrices."""
     rate = _of("fp32_share") * gpu.peak.value if muon.fp32 else gpu.products.value
     computed = max(muon.flops / rate, muon.iterations * MUON_LAUNCHES * _of("launch"))
-    return computed + (muon.bytes / _link(gpu, ranks, method.node) + 2 * _latency(ranks) if ranks > 1 else 0.0)
+    return computed + (muon.bytes / link_rate(gpu, ranks, method.node) + 2 * _latency(ranks) if ranks > 1 else 0.0)
 
 
 def step_bytes(parameters: int, zero: int, passes: int, backwards: int) -> dict[str, int]:
@@ -368,7 +368,7 @@ def _collectives(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int, c
     once = min(packs, method.kept_packs) if packs > 1 else 1
     sizes = step_bytes(work.parameters, method.zero, 2 * packs - once, packs)
     moved = sum(sizes.values()) + sizes.get("allreduce", 0)  # a ring that reduces for all sends everything twice
-    waits = max(0.0, moved / _link(gpu, ranks, method.node) - _of("overlap") * compute)
+    waits = max(0.0, moved / link_rate(gpu, ranks, method.node) - _of("overlap") * compute)
     return waits + method.update_collectives * _latency(ranks)
 
 
@@ -376,7 +376,7 @@ def _latency(ranks: int) -> float:
     return _of("latency") * math.log2(max(2, ranks))
 
 
-def _link(gpu: Gpu, ranks: int, node: int) -> float:
+def link_rate(gpu: Gpu, ranks: int, node: int) -> float:
     """Returns the bytes/s of a large collective. Across nodes, all ports of a node carry one ring.
 
     Args: node: GPUs of a machine.

@@ -2,9 +2,11 @@
 
 import csv
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import bench_plan_memory
 from benchmarks.bench_recompute import GRIDS, TOKENS, Counter
@@ -15,6 +17,8 @@ from univitar_ds.model.blocks.activations import LADDER
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.planning.memory import (
+    GATHERED_AT_ONCE,
+    EvaluationLoad,
     States,
     StepLoad,
     TeacherMemory,
@@ -25,6 +29,7 @@ from univitar_ds.planning.memory import (
     peak,
     pixel_bytes,
 )
+from univitar_ds.training.checkpoint import whole_weights
 
 P = 1_000_000
 TEXT = TextShape(hidden=64, layers=2, inner=256, length=16)
@@ -144,6 +149,55 @@ def test_an_update_on_a_cpu_has_temporaries_and_an_offloaded_one_nothing_on_the_
 def test_pixels_of_a_video_are_those_of_two_frames_a_token():
     assert pixel_bytes(10, video=False) == 10 * 14 * 14 * 3
     assert pixel_bytes(10, video=True) == 2 * pixel_bytes(10, video=False)
+
+
+def test_an_evaluation_holds_the_states_the_copies_of_all_weights_and_a_forward_pass():
+    own = EvaluationLoad(weights=2 * P, tokens=512, pixels=99.0)
+    evaluated = replace(LOAD, evaluation=own, teacher=TeacherMemory(width=32, layers=2, weights=500.0))
+    parts = peak(evaluated, STATES).evaluation
+    assert parts["weights of the evaluation"] == 2 * P * 2 + GATHERED_AT_ONCE * 4
+    assert (parts["weights"], parts["optimizer"], parts["teacher"]) == (PARTS["weights"], PARTS["optimizer"], 500)
+    assert "gradients" not in parts, "ZeRO-2 has them in a step only"
+    encoder = PRESETS["0.3b"]
+    assert parts["encoder activations"] == 512 * 2 * 3 * (encoder.hidden_size + encoder.inner_width)
+    assert parts["pixels"] == 99, "of its own pack"
+    large = peak(replace(evaluated, evaluation=replace(own, weights=10**11)), STATES)
+    assert (large.moment, large.parts) == ("evaluation", large.evaluation)
+    assert "evaluation" not in peak(LOAD, STATES).by_moment
+
+
+def test_the_copies_of_an_evaluation_are_those_that_it_makes():
+    shapes = {"vision.a": (300, 70), "text.b": (50,), "logit_scale": ()}
+    pieces = [SimpleNamespace(name=name, shape=shape, slice=None) for name, shape in shapes.items()]
+    engine = SimpleNamespace(
+        module=nn.Module(), world=SimpleNamespace(device=torch.device("cpu")), pieces=lambda: iter(pieces)
+    )
+    made = whole_weights.memory_for_whole(engine, torch.bfloat16, 2)
+    assert sum(one.nbytes for memory in made for one in memory.whole.values()) == 2 * 2 * (300 * 70 + 50 + 1)
+    assert made[0].buffer is made[1].buffer
+    assert whole_weights.AT_ONCE == GATHERED_AT_ONCE
+
+
+def test_plain_torch_has_no_more_values_in_a_forward_pass_than_an_evaluation_is_foreseen_to_have():
+    for hidden, inner in ((128, 1152), (128, 2304)):
+        encoder = EncoderConfig(hidden, 2, 4, inner)
+        model, patches = UniViTAR(encoder), torch.zeros(TOKENS, 1176)
+        with torch.inference_mode(), Most([*model.parameters(), patches]) as counter:
+            model(patches, GRIDS)
+        plain = replace(STATES, kernels="plain")
+        load = replace(LOAD, encoder=encoder, evaluation=EvaluationLoad(0, TOKENS, 0.0))
+        assert counter.most == pytest.approx(peak(load, plain).evaluation["encoder activations"], rel=0.04)
+
+
+class Most(Counter):
+    """Counts the largest number of bytes that are alive after an operation."""
+
+    most = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(operation, types, args, kwargs)
+        self.most = max(self.most, self.alive())
+        return result
 
 
 def test_parts_of_muons_matrices_are_there_five_times_in_an_update():

@@ -30,6 +30,12 @@ ASSUMPTIONS = {
     "worker_bytes": Assumption(
         80e6, "bytes", "measured", "of a decoding process, without pixels (docs/performance.md)"
     ),
+    "evaluation_items": Assumption(
+        50_000, "items", "chosen", "of evaluation.sources, where no manifest on this machine has their number"
+    ),
+    "evaluation_start": Assumption(
+        10, "s", "chosen", "of an evaluation while a run trains, for listing sources, starting decoders, and figures"
+    ),
     "write_rate": Assumption(1e9, "bytes/s of a machine", "chosen", "to the folder of checkpoints"),
     "copy_rate": Assumption(
         10e9, "bytes/s of a GPU", "chosen", "of a checkpoint to host memory; half of what a PCIe 4 x16 link carries"

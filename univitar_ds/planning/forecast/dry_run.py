@@ -43,7 +43,7 @@ def step_lines(model: PlannedModel, place: Placement, means: Means) -> Iterator[
     gpu = this_gpu() if place.on_gpu else None
     for stage in config.stages:
         kind = fitting_recomputation(model, stage, place, room)
-        found = peak_of(model, stage, place, kind)
+        found = peak_of(model, stage, place, kind, evaluates=True)
         parts = sorted(found.parts.items(), key=lambda part: -part[1])
         sums = ", ".join(f"{name} {amount(size)}" for name, size in parts if size > 0.01 * found.bytes)
         yield f"{stage.name}: {amount(found.bytes)} of a rank in '{found.moment}', checkpoint_every {kind}: {sums}"

@@ -14,6 +14,7 @@ from univitar_ds.planning.checks import Inputs, check_teacher, foreseen_model, o
 from univitar_ds.planning.counts.batch import Means
 from univitar_ds.planning.deepspeed_auto import Choice, Ranks, choose
 from univitar_ds.planning.forecast.cluster import Cluster, of_ranks
+from univitar_ds.planning.forecast.evaluations import Evaluations, evaluated_items, evaluations
 from univitar_ds.planning.forecast.items import items_of, known_means
 from univitar_ds.planning.forecast.resources import Checkpoints, HostNeeds, Reading, checkpoints, host_needs, reading
 from univitar_ds.planning.forecast.stage import StagePlan, placement, plan_stage
@@ -24,7 +25,7 @@ from univitar_ds.planning.forecast.step_load import (
     teacher_memory,
     with_lanes,
 )
-from univitar_ds.planning.memory import TeacherMemory
+from univitar_ds.planning.memory import EVALUATION, TeacherMemory
 from univitar_ds.planning.sizes import amount, count_parameters
 from univitar_ds.plugins import OPTIMIZERS, load_plugins
 
@@ -49,12 +50,14 @@ class Plan:
     host: HostNeeds
     checkpoints: Checkpoints
     reading: Reading
+    evaluations: Evaluations | None = None
     notes: Sequence[str] = ()
 
     @property
     def hours(self) -> float:
-        """Hours of training, and of waiting for checkpoints."""
-        return sum(stage.hours for stage in self.stages) + self.checkpoints.hours
+        """Hours of training, of waiting for checkpoints, and of evaluations while the run trains."""
+        waited = self.checkpoints.hours + (0.0 if self.evaluations is None else self.evaluations.hours)
+        return sum(stage.hours for stage in self.stages) + waited
 
     @property
     def gpu_hours(self) -> float:
@@ -70,7 +73,12 @@ class Plan:
             kind = next(kind for kind in LADDER if own.budgets[kind] == fits)
             largest = max(item.tokens for item in own.items)
             remedy = f"set stages.{place}.token_budget to at most {fits:,} with checkpoint_every: {kind}"
-            if fits < largest:
+            if own.peak.moment == EVALUATION and fits >= stage.token_budget:
+                remedy = (
+                    f"lower evaluation.token_budget ({self.config.evaluation.token_budget:,}), shard the training "
+                    "state over more GPUs, or evaluate after training only (evaluation.every_samples: null)"
+                )
+            elif fits < largest:
                 remedy = "use more GPUs (--nodes), GPUs with more memory (--gpu), or a smaller encoder"
             elif own.budgets.get(own.kind, 0) >= stage.token_budget:  # fits with one pack's graph in memory
                 remedy = f"lower objective.grad_cache_keep ({own.kept}), or set it to auto"
@@ -111,7 +119,7 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
         notes.append(f"{_CLASSES:,} classes are assumed, since the sources cannot be read here")
     width = None if teacher is None else teacher.width
     counts = count_parameters(config, description, teacher_width=width, classes=classes)
-    return PlannedModel(config, description, counts, teacher), notes
+    return PlannedModel(config, description, counts, teacher, evaluated_items(config)), notes
 
 
 def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
@@ -176,6 +184,7 @@ def plan_model(
         host=host_needs(model, stages, cluster, place),
         checkpoints=checkpoints(model, stages, cluster, place),
         reading=reading(config, stages),
+        evaluations=evaluations(model, stages, cluster),
         notes=notes,
     )  # fmt: skip
 

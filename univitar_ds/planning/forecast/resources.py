@@ -74,7 +74,7 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
         memory_of_rank(model.config, stage, counts, sharing, place.resolved).host for stage in model.config.stages
     )
     busy = max(
-        sum(one.share * _cpu_seconds(model.config, own.name, one.modality) for one in own.items)
+        sum(one.share * cpu_seconds(model.config, own.name, one.modality) for one in own.items)
         * own.pairs / readers / own.step_s
         for own in stages
     )  # fmt: skip
@@ -124,7 +124,8 @@ def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:
     return Reading(samples, size, size / value("shard_bytes"), remote)
 
 
-def _cpu_seconds(config: RunConfig, stage: str, modality: str) -> float:
+def cpu_seconds(config: RunConfig, stage: str, modality: str) -> float:
+    """Returns the seconds of a core that an item of a stage takes to be read, decoded and resized."""
     if modality == "image":
         return value("image_cpu")
     frames = next(one.video_frames for one in config.stages if one.name == stage)

@@ -121,7 +121,7 @@ def plan_stage(
         kind=kind,
         kept=kept,
         packs=packs,
-        peak=peak_of(model, stage, place, kind, kept),
+        peak=peak_of(model, stage, place, kind, kept, evaluates=True),
         step=mean,
         mfu=flops / sum(mean.values()) / cluster.gpu.peak.value,
         flops=flops * cluster.ranks,

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from univitar_ds.config.deepspeed import lanes_per_rank, sharing_ranks
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.geometry import Modality
 from univitar_ds.model.blocks.activations import LADDER, Kind
 from univitar_ds.model.config import compiles
 from univitar_ds.planning.counts.batch import pack_sizes
-from univitar_ds.planning.memory import Kernels, Peak, States, StepLoad, TeacherMemory, TextShape, peak, pixel_bytes
+from univitar_ds.planning.memory import (
+    EvaluationLoad,
+    Kernels,
+    Peak,
+    States,
+    StepLoad,
+    TeacherMemory,
+    TextShape,
+    peak,
+    pixel_bytes,
+)
 from univitar_ds.planning.sizes import Counts, compute_width, encoder_of, gradient_width, memory_of_rank
 from univitar_ds.training.engine.optim import trained_parts
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A run's model: `description` as `ContrastiveModel.description`; `teacher`: None without one."""
+    """A run's model: `description` as `ContrastiveModel.description`; `teacher`: None without one; `evaluated`: number
+    of samples of an evaluation by modality, empty if unknown."""
 
     config: RunConfig
     description: Mapping[str, Any]
     counts: Counts
     teacher: TeacherMemory | None = None
+    evaluated: Mapping[Modality, int] = field(default_factory=dict)
+
+    @property
+    def evaluated_kinds(self) -> int:
+        """Number of kinds of weights, averaged and trained ones, that the run evaluates while it trains."""
+        settings = self.config.evaluation
+        if not settings.every_samples or not settings.sources:
+            return 0
+        return 1 + (self.config.optimizer.ema_decay is not None)
 
 
 def group_size(config: RunConfig) -> int:
@@ -124,6 +145,15 @@ def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kep
     )
 
 
+def evaluation_of(model: PlannedModel) -> EvaluationLoad | None:
+    """Returns what an evaluation while the run trains holds on a rank; None without one."""
+    if not model.evaluated_kinds:
+        return None
+    video = any(stage.video_ratio > 0 for stage in model.config.stages)
+    budget = model.config.evaluation.token_budget
+    return EvaluationLoad(model.evaluated_kinds * model.counts.total, budget, pixel_bytes(budget, video=video))
+
+
 def text_shape(model: PlannedModel, *, trained: bool) -> TextShape | None:
     """Returns the text tower of a model, None for a classifier. Captions are taken to be as long as they can be."""
     text = model.description.get("text")
@@ -135,9 +165,17 @@ def text_shape(model: PlannedModel, *, trained: bool) -> TextShape | None:
     return TextShape(text["hidden_size"], text["num_hidden_layers"], text["intermediate_size"], length, trained)
 
 
-def peak_of(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, kept: int = 1) -> Peak:
-    """Returns the memory of a rank at the moment of a stage's step that needs most."""
-    return peak(load_of(model, stage, place.ranks, kind, kept), states_of(model, stage, place))
+def peak_of(
+    model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, kept: int = 1, *, evaluates: bool = False
+) -> Peak:
+    """Returns the memory of a rank at the moment of a stage that needs most.
+
+    Args: evaluates: whether evaluations between steps count too, whose memory depends on neither `kind` nor budget.
+    """
+    load = load_of(model, stage, place.ranks, kind, kept)
+    if evaluates:
+        load = replace(load, evaluation=evaluation_of(model))
+    return peak(load, states_of(model, stage, place))
 
 
 def fitting_recomputation(model: PlannedModel, stage: StageConfig, place: Placement, room: float) -> Kind:

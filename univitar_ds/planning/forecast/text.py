@@ -57,6 +57,11 @@ def plan_object(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()
             "bytes": plan.checkpoints.bytes, "seconds": plan.checkpoints.seconds, "pause_s": plan.checkpoints.pause,
             "count": plan.checkpoints.count, "disk_bytes": plan.checkpoints.disk, "hours": plan.checkpoints.hours,
         },
+        "evaluations": None if plan.evaluations is None else {
+            "count": plan.evaluations.count, "items": dict(plan.evaluations.items), "source": plan.evaluations.source,
+            "parts_s": dict(plan.evaluations.parts), "seconds": plan.evaluations.seconds,
+            "hours": plan.evaluations.hours,
+        },
         "reading": {
             "samples": plan.reading.samples, "bytes": plan.reading.bytes, "requests": plan.reading.requests,
             "s3": plan.reading.remote,
@@ -88,6 +93,7 @@ def _stage_object(stage: StagePlan) -> dict[str, Any]:
         "memory_total_bytes": stage.peak.bytes,
         "memory_moment": stage.peak.moment,
         "memory_of_moments_bytes": dict(stage.peak.by_moment),
+        "memory_of_evaluation_bytes": dict(stage.peak.evaluation),
         "step_s": stage.step_s,
         "step_parts_s": dict(stage.step),
         "mfu": stage.mfu,
@@ -160,6 +166,10 @@ def _memory(plan: Plan, stage: StagePlan) -> Iterator[str]:
     )
     for name, size in sorted(stage.peak.parts.items(), key=lambda part: -part[1]):
         yield f"    {name:<22} {amount(size):>10}"
+    if stage.peak.evaluation:
+        own = sorted(stage.peak.evaluation.items(), key=lambda part: -part[1])
+        listed = ", ".join(f"{name} {amount(size)}" for name, size in own)
+        yield f"during an evaluation: {amount(sum(stage.peak.evaluation.values()))}: {listed}"
     yield (
         f"checkpoint_every: {stage.kind} (recomputes {NAMES.get(stage.kind, f'every {stage.kind}th block')}); "
         f"grad_cache_keep: {stage.kept} of {stage.packs} packs"
@@ -176,11 +186,25 @@ def _whole(plan: Plan) -> Iterator[str]:
         f"{made.pause:.3g} s; {made.count:,} are written ({duration(made.hours)} of waiting), and {amount(made.disk)} "
         "of disk hold those that are kept while one is written"
     )
+    yield from _evaluations(plan)
     read = plan.reading
     where = "from S3" if read.remote else "from shards"
     yield (
         f"{read.samples:,.0f} samples, {amount(read.bytes)} {where} in {read.requests:,.0f} requests"
         + f", {amount(read.bytes / max(plan.hours, 1e-9) / 3600)}/s"
+    )
+
+
+def _evaluations(plan: Plan) -> Iterator[str]:
+    own = plan.evaluations
+    if own is None:
+        return
+    items = " and ".join(f"{count:,} {modality}s" for modality, count in own.items.items())
+    parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in own.parts.items())
+    kinds = "averaged and trained weights" if own.kinds > 1 else "trained weights"
+    yield (
+        f"{own.count:,} evaluations while it trains, of {items} ({own.source}), {kinds}: {own.seconds:.3g} s each "
+        f"({parts}), {duration(own.hours)} together; captions are not counted, nor is the evaluation after training"
     )
 
 
@@ -240,6 +264,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     for zero, ratios in HOST_RATIOS.items():
         found = ", ".join(f"{ratio} at {ranks:,} ranks" for ranks, ratio in ratios.items())
         yield f"host_ratio {zero}: {found} (measured: benchmarks/results/bench_host.csv)"
+    if plan.evaluations is not None:
+        yield "evaluations reach the MFU of the last stage with their modality (chosen)"
     yield from assumption_lines(plan.cluster, dict(own))
 
 

@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import cache
 
 import pytest
 
+from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import load_config
 from univitar_ds.errors import ConfigError
+from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.planning.forecast.cluster import cluster_of, of_ranks
+from univitar_ds.planning.forecast.evaluations import evaluated_items
 from univitar_ds.planning.forecast.items import items_of
 from univitar_ds.planning.forecast.plan import plan_model, plan_run, scaling
 from univitar_ds.planning.forecast.resources import checkpoints
@@ -103,6 +107,44 @@ def test_groups_of_gpus_share_weights_or_packs_and_exchange_messages_within_bloc
     assert plan.stages[0].group_messages == 0
     with pytest.raises(ConfigError, match=r"need a multiple of 2 GPUs, and --nodes 3 x --gpus-per-node 1 are 3"):
         plan_model(tensor.model, cluster_of(3, 1, "h100"), {})
+
+
+EVALUATED = ("evaluation.every_samples=10_000_000", "evaluation.sources=[{path: s3://bucket/held-out}]")
+
+
+def test_evaluations_while_a_run_trains_are_counted_in_memory_and_time(tmp_path):
+    plan, evaluated = planned(), planned(4, "h100", *EVALUATED, "optimizer.ema_decay=0.999")
+    assert plan.evaluations is None
+    own = evaluated.evaluations
+    assert own.count == sum(stage.samples for stage in plan.config.stages) // 10_000_000
+    assert (own.items, own.source, own.kinds) == ({"image": 50_000}, "assumed", 2)
+    assert evaluated.hours == pytest.approx(
+        sum(stage.hours for stage in evaluated.stages) + evaluated.checkpoints.hours + own.count * own.seconds / 3600
+    )
+    last = evaluated.stages[-1]
+    linear, square = (number / 3 for number in cost_coefficients(encoder_of(plan.model.description)))
+    flops = 2 * math.ceil(50_000 / 32) * 1024 * (linear + square * 1500)
+    computed, decoded = flops / (last.mfu * 989e12), math.ceil(50_000 / 32) * 0.75e-3 / plan.config.data.workers
+    assert own.parts["embedding"] == pytest.approx(max(computed, decoded))
+    count = evaluated.model.counts.total
+    for stage in evaluated.stages:
+        assert stage.peak.evaluation["weights of the evaluation"] == 2 * 2 * count + (1 << 25) * 4
+    text = plan_text(evaluated, [evaluated])
+    assert "evaluations while it trains, of 50,000 images (assumed), averaged and trained weights" in text
+    assert "during an evaluation: " in text
+    assert "evaluation_items: 5e+04 items (chosen" in text
+    assert plan_object(evaluated, [])["evaluations"]["hours"] == own.hours
+    assert plan_object(plan, [])["evaluations"] is None
+    shards = write_demo_shards(tmp_path / "shards", images=8, videos=4, shards=1)
+    known = load_config("univitar_0p3b", [EVALUATED[0], f"evaluation.sources=[{{path: {shards}}}]"])
+    assert evaluated_items(known) == {"image": 8, "video": 4}
+
+
+def test_an_evaluation_that_does_not_fit_has_a_remedy_of_its_own():
+    plan = planned(1, "h100", *EVALUATED, "evaluation.token_budget=9_000_000")
+    assert re.search(
+        r"stage fixed224 needs .*; lower evaluation\.token_budget \(9,000,000\), .*every_samples: null", plan.misfit()
+    )
 
 
 def test_muon_counts_its_iterations_on_the_gpu_with_most_matrices():
