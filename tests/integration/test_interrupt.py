@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 BIN = Path(sys.executable).parent
 TRAIN = [str(BIN / "univitar-ds"), "train", "--config", "run.yaml", "stages.0.samples=100000", "logging.every_steps=1"]
 LONG = [*TRAIN, "checkpoint.every_steps=100000", "data.lanes=2", "data.workers=1", "evaluation.sources=[]"]
-AT_ONCE = "SIGINT: leaving at once, the last checkpoint stays"
+AT_ONCE = "SIGINT: exiting immediately, the last checkpoint stays"
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,8 @@ def build_training(cfg: RunConfig, run: Path, world: World) -> tuple[Engine, Sta
     checkpoint).
 
     All ranks call it; the caller closes the engine.
-    Raises: CheckpointError on all ranks if the checkpoint is damaged or was written with another configuration.
+    Raises: CheckpointError if the checkpoint is damaged or was written with another configuration, PeerFailure on a
+        rank that found no error.
     """
     startup.phase("building the model")
     groups = groups_of(cfg, world)
@@ -98,7 +99,7 @@ def _build(cfg: RunConfig, run: Path, groups: Groups, last: _Last) -> tuple[Engi
 
 
 def _start(cfg: RunConfig, run: Path) -> StoredModel | None:
-    """Opens the weights that a new run starts from: the run's own copy, or the folder in the configuration."""
+    """Opens the weights that a new run starts from: the run's own copy, or what `model.init_from` names."""
     if cfg.model.init_from is None:
         return None
     source = run / START if (run / START).is_dir() else cfg.model.init_from
@@ -122,7 +123,8 @@ def _build_model(
 
 
 def _split(model: ContrastiveModel | ClassificationModel, groups: Groups) -> None:
-    """Gives a model on the CPU this rank's slices of the weights, and this rank's parts of packs."""
+    """Replaces the weights of the encoder, on the CPU, by this rank's tensor-parallel slices, and sets the group that
+    shares packs."""
     if groups.tensor.size > 1:
         from univitar_ds.model.blocks.tensor_parallel import split_encoder  # imports Megatron-Core, which takes seconds
 
@@ -131,7 +133,9 @@ def _split(model: ContrastiveModel | ClassificationModel, groups: Groups) -> Non
 
 
 class _Last(NamedTuple):
-    """The last checkpoint of a run, if it has one. `fetch` returns the path of a file that is not in `folder` yet."""
+    """The last checkpoint of a run, if it has one.
+
+    For a checkpoint on S3, `fetch` downloads a file into `folder` and returns its path."""
 
     folder: Path | None = None
     place: str | Path = ""
@@ -140,7 +144,7 @@ class _Last(NamedTuple):
 
 @contextmanager
 def _last_checkpoint(cfg: RunConfig, run: Path, world: World) -> Iterator[_Last]:
-    """Yields the last checkpoint. Copies of a stored one are removed after the body.
+    """Yields the last checkpoint. Files that were downloaded from S3 are removed after the body.
 
     Rank 0 chooses the checkpoint for all ranks, since a shared disk may not show it to all ranks at the same time."""
     name, store = None, store_of(cfg)
@@ -163,10 +167,10 @@ def _last_checkpoint(cfg: RunConfig, run: Path, world: World) -> Iterator[_Last]
 
 
 def _read_saved(cfg: RunConfig, run: Path, last: _Last) -> dict:
-    """Returns the state of the run in a checkpoint, without tensors and cursors, and its number of updates: that of
-    the steps without those whose update was skipped.
+    """Returns the state of the run in a checkpoint, without tensors and cursors, and the number of optimizer updates,
+    which excludes steps whose update was skipped.
 
-    Raises: CheckpointError if it cannot be read, or if a key that affects the result differs from `cfg`."""
+    Raises: CheckpointError if the checkpoint cannot be read, or if a key that affects the result differs from `cfg`."""
     saved = {**read_state(last.folder), "updates": read_updates(last.folder)}
     before = check_config(saved["config"], str(last.place))
     changed = changed_result(before, before_extension(before, cfg))

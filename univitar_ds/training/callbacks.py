@@ -1,4 +1,4 @@
-"""The callbacks of a run's plugins, and plugins that all ranks import."""
+"""Imports a run's plugins on all ranks, and calls their callbacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from univitar_ds.training.distributed.process_group import World, all_ranks_or_n
 def load_on_all_ranks(entries: Sequence[str], world: World) -> None:
     """Imports a run's plugins. All ranks call it.
 
-    Raises: PluginError on all ranks if one cannot import a plugin, or has another version of it than rank 0.
+    Raises: PluginError on a rank that cannot import a plugin, and PeerFailure on the others; PluginError on all ranks
+        if one of them has another version of a plugin than rank 0.
     """
     if not entries:
         plugins.load_plugins(())
@@ -33,8 +34,8 @@ class Callbacks:
     """The callbacks of the loaded plugins: all of them on rank 0, none on other ranks.
 
     An error in a callback is not raised immediately, since other ranks would wait for this rank. It is kept until all
-    ranks call `raise_failed` in `all_ranks_or_none`. After it only `on_checkpoint` of other callbacks is called: a save
-    that was in flight is completed before the run ends.
+    ranks call `raise_failed` in `all_ranks_or_none`. After an error, only `on_checkpoint` of the other callbacks is
+    still called, since a save in flight is completed before the run ends.
     """
 
     def __init__(self, world: World) -> None:

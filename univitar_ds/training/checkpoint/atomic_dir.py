@@ -6,7 +6,7 @@
 
 `manifest.json` has the size and sha256 of every other file. If a process is killed at any time, the complete folders
 stay, and `latest` has the name of a complete folder. `_sweep` removes unfinished folders, which it recognizes by their
-names, but no file that is not part of a checkpoint. `atomic_write.move_into_place` renames folders and `latest`.
+names; files that are not part of a checkpoint stay. All renames go through `atomic_write.move_into_place`.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class LocalFolder(Target):
         if free < needed:
             raise StorageError(
                 f"{self._root} cannot be written: {free / 1e6:,.1f} MB are free there, and the checkpoint of step "
-                f"{self._step} takes {needed / 1e6:,.1f} MB; free some space there and resume, if checkpoints fill "
-                f"the disk with a lower checkpoint.keep ({self._retention.last})"
+                f"{self._step} takes {needed / 1e6:,.1f} MB; free some space there and resume; if checkpoints fill "
+                f"the disk, lower checkpoint.keep ({self._retention.last})"
             )
 
     def put(self, part: Part) -> Entry:
@@ -108,7 +108,7 @@ class LocalFolder(Target):
             self.published = True
             folders = {step_of(folder.name): folder for folder in complete(self._root)}
             best = folders.get(self._retention.best)
-            if best is not None and named_in(self._root / BEST) != best.name:  # before the earlier one is removed
+            if best is not None and named_in(self._root / BEST) != best.name:  # before the earlier best is removed
                 _point(self._root, BEST, best)
             for step in self._retention.outdated(folders):
                 if step != self._step:
@@ -124,7 +124,7 @@ def _publish(root: Path, temporary: Path, target: Path, files: dict[str, Any]) -
     write_json(temporary / MANIFEST, {"version": 1, "files": files})
     if target.is_symlink():
         raise CheckpointError(f"{target} is a symbolic link; remove it and resume")
-    if target.exists() and not _remove(target):  # complete, but not in `latest`
+    if target.exists() and not _remove(target):  # complete, but `latest` does not name it
         raise CheckpointError(f"{target} contains files that are not part of a checkpoint; move them and resume")
     move_into_place(temporary, target, durable=True)
     _point(root, LATEST, target)
@@ -139,7 +139,7 @@ def _point(root: Path, name: str, target: Path) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:
-    """Writes `value` as JSON to the disk. Returns `path`."""
+    """Writes `value` as JSON and syncs the file to disk. Returns `path`."""
     path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
     sync(path)
     return path
@@ -148,8 +148,8 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> Path:
 def _remove(folder: Path) -> bool:
     """Removes a complete folder. The folder is renamed first, so that a crash leaves no partial folder under its name.
 
-    Returns: whether the whole folder is removed. Files that are not part of a checkpoint stay in a folder of this
-    name.
+    Returns: whether the whole folder is removed. If it has files that are not part of a checkpoint, they stay under
+    this name.
     """
     if folder.is_symlink():
         return False
@@ -176,7 +176,9 @@ def _sweep(root: Path) -> None:
 
 
 def _cleared(folder: Path) -> bool:
-    """Clears a temporary folder. Returns whether it is removed; a `.tmp-gone-` folder that stays loses this prefix."""
+    """Removes the files of a checkpoint from a temporary folder, and the folder if it is then empty.
+
+    Returns: whether the folder is removed. A `.tmp-gone-` folder that stays loses this prefix."""
     names = dict(CHECKPOINT_FILES)
     with suppress(CheckpointError):
         names |= {re.escape(name): None for name in read_manifest(folder)}  # also files of an earlier format

@@ -36,7 +36,7 @@ class Trained:
 
 
 def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
-    """Reads the last checkpoint of a run's folder, or one checkpoint.
+    """Reads the model in the last checkpoint of a run's folder, or in one checkpoint.
 
     Args: path, weights: see `formats.run.read`.
     Raises: CheckpointError if the checkpoint or the average is missing, or the checkpoint is damaged or does not fit
@@ -51,5 +51,5 @@ def open_trained(path: str | Path, weights: Weights | None = None) -> Trained:
         return Trained(run, stored.path, config, None, model, stored.origin["averaged"], classes)
     tokenizer = load_tokenizer(run / TOKENIZER)
     stored = run_format.read(Path(path), weights)
-    # The run's attention back end may support half precision only.
+    # `build_model` selects an attention back end for float32: the run's own may support half precision only.
     return Trained(run, stored.path, config, tokenizer, build_model(stored), stored.origin["averaged"])

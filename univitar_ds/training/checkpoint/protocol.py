@@ -1,8 +1,8 @@
-"""How all ranks write one checkpoint: what each of them does alone, and what they exchange in between.
+"""How all ranks write one checkpoint: the jobs that each rank runs alone, and the messages between them.
 
-`saving` yields the work of this rank piece by piece. The caller runs it, at once or in a thread, and continues only
-when all ranks have done their piece, so that the same code saves while the training waits and while it runs. The ranks
-exchange messages only where they continue, in the thread of the training, which alone may communicate.
+`saving` is a generator of this rank's jobs. The caller runs each job, directly or in a thread, and resumes the
+generator when all ranks have finished theirs, so that the same code serves synchronous and asynchronous saves. The
+generator sends messages only when it is resumed, in the training thread, the only one that may communicate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from univitar_ds.training.distributed.process_group import (
 )
 
 CHUNK_BYTES = 8 << 20
-"""Bytes that are written and hashed at once. A thread that does so needs the GIL only between two chunks."""
+"""Bytes that are written and hashed at once. The writing thread needs the GIL only between two chunks."""
 
 
 class Part(NamedTuple):
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What was written of a file: `bytes` bytes from byte `offset`."""
+    """A written part of a file: `bytes` bytes from byte `offset`."""
 
     name: str
     offset: int
@@ -48,23 +48,23 @@ class Content(NamedTuple):
 
     parts: Sequence[Part]
     share: Any
-    """What rank 0 needs from this rank for `merge`, as JSON."""
+    """JSON value of this rank that `merge` needs on rank 0."""
     merge: Callable[[list[Any]], Iterable[Part]]
-    """Called on rank 0 with the shares of all ranks, by rank. Returns further parts."""
+    """Called on rank 0 with the shares of all ranks, by rank. Returns further parts of the checkpoint."""
     needed: int
     """Bytes of the parts of all ranks."""
 
 
 class Retention(NamedTuple):
-    """Which checkpoints are kept: the newest `last`, all whose step is a multiple of `every_steps`, and that of step
-    `best`."""
+    """Which checkpoints are kept: the newest `last`, every one whose step is a multiple of `every_steps`, and the one
+    of step `best`."""
 
     last: int
     every_steps: int | None = None
     best: int | None = None
 
     def outdated(self, steps: Iterable[int]) -> list[int]:
-        """Returns the steps of the checkpoints that are not kept. Args: steps: of all checkpoints."""
+        """Returns the steps of the checkpoints to remove. Args: steps: of all checkpoints."""
         older = sorted(steps)[: -self.last]
         return [step for step in older if step != self.best and (self.every_steps is None or step % self.every_steps)]
 
@@ -76,13 +76,14 @@ class NotAsWritten(CheckpointError):
 
 
 class AbandonedError(Exception):
-    """Ends the writing of a checkpoint that is abandoned."""
+    """Raised in the thread that writes a checkpoint after the checkpoint was abandoned."""
 
 
 class Target(ABC):
     """The destination of one checkpoint. Its methods do not communicate with other ranks.
 
-    All of them raise the UserError of their storage. `begin`, `publish` and `clear` are called on rank 0 alone.
+    `begin`, `publish` and `clear` are called on rank 0 only.
+    Raises: StorageError in any method but `clear` if the storage fails.
     """
 
     shares_files = True
@@ -103,7 +104,7 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, entries: Sequence[Entry]) -> None:
-        """Compares what is stored with its entries. Raises: NotAsWritten if something differs."""
+        """Compares stored parts with their entries. Raises: NotAsWritten if one differs."""
 
     @abstractmethod
     def publish(self, entries: Sequence[Entry]) -> None:
@@ -111,7 +112,7 @@ class Target(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Removes what a failed save has left. Raises nothing."""
+        """Removes the files of a failed save. Raises nothing."""
 
     @property
     @abstractmethod
@@ -138,9 +139,10 @@ Jobs = Generator[Job, Any, None]
 
 
 def saving(target: Target, content: Content, world: World) -> Jobs:
-    """Yields the jobs of this rank one by one. The result of a job is sent back once all ranks have done theirs.
+    """Yields the jobs of this rank one by one. The caller sends the result of each job back once all ranks have
+    finished theirs.
 
-    All ranks run it. If one rank fails before the last piece, the checkpoints that exist stay as they are.
+    All ranks run it. If a rank fails before the last job, existing checkpoints stay unchanged.
     """
     try:
         yield lambda: target.begin(content.needed) if world.is_main else None
@@ -175,7 +177,7 @@ def save_now(jobs: Jobs, world: World) -> None:
 
 
 def run_one(jobs: Jobs, job: Job, world: World) -> Job | None:
-    """Runs one piece on all ranks and returns the next one, None after the last. Raises: as `save_now`."""
+    """Runs one job on all ranks. Returns the next job, None after the last. Raises: as `save_now`."""
     try:
         with all_ranks_or_none(world):
             result = job()
@@ -186,7 +188,7 @@ def run_one(jobs: Jobs, job: Job, world: World) -> Job | None:
 
 
 def proceed(jobs: Jobs, result: Any) -> Job | None:
-    """Returns the next piece of work, None after the last. Args: result: of the piece that all ranks have done."""
+    """Returns the next job, None after the last. Args: result: of this rank's job, which all ranks have finished."""
     try:
         return jobs.send(result)
     except StopIteration:

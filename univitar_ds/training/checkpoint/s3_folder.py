@@ -1,8 +1,8 @@
-"""Writes checkpoints to S3, each rank its own object from memory.
+"""Writes checkpoints to S3. Each rank uploads an object of its own from memory.
 
-A store cannot rename objects, so the manifest is written last: a checkpoint without one does not exist. It is written
-only where there is none, and `latest` only instead of the version that was there when the save began; if another run
-writes to the same place, one of them stops. The manifest of a checkpoint is also the first to be removed.
+S3 cannot rename objects, so the manifest is written last: without a manifest there is no checkpoint. Both the manifest
+and `latest` are written conditionally, the manifest only if there is none, `latest` only if it is unchanged since the
+save began. If two runs write to the same place, one of them therefore stops. A removal begins with the manifest.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class S3Folder(Target):
         return Entry(part.name, 0, len(content), digest.hexdigest())
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Downloads nothing: the store has compared what it received with the checksum."""
+        """Downloads nothing: the store compared the bytes with the checksum when it received them."""
         with self._storing():
             for entry in entries:
                 if not holds(self._storage, self._url(self._name, entry.name), entry.bytes, entry.sha256):
@@ -85,7 +85,7 @@ class S3Folder(Target):
         with self._storing():
             put_if(self._storage, self._url(self._name, MANIFEST), manifest.encode(), None)
             put_if(self._storage, self._url(LATEST), f"{self._name}\n".encode(), self._latest)
-            replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # job scripts resume if it exists
+            replace_text(self._run / CHECKPOINTS / LATEST, f"{self._name}\n")  # job scripts resume if this file exists
             self.published = True
             names = {step_of(name): name for name in self._store.complete()}
             best = names.get(self._retention.best)
@@ -103,7 +103,7 @@ class S3Folder(Target):
                 self._remove(self._name)
 
     def _remove(self, name: str) -> None:
-        """Removes the objects of a checkpoint, the manifest first, and no others."""
+        """Removes the objects of a checkpoint, the manifest first. Other objects at its address stay."""
         urls = self._storage.below(self._url(name))
         for url in sorted(urls, key=lambda url: url != self._url(name, MANIFEST)):
             if _WRITTEN.fullmatch(url.removeprefix(f"{self._url(name)}/")):
@@ -114,7 +114,7 @@ class S3Folder(Target):
 
     @contextmanager
     def _storing(self) -> Iterator[None]:
-        """Raises: StorageError instead of the DataError of a store."""
+        """Raises: StorageError instead of a DataError of the body."""
         try:
             yield
         except DataError as error:

@@ -34,8 +34,8 @@ class Saves:
     """The saves of a run, one at a time. All ranks make the same calls in the same order.
 
     A thread writes the files and reads them back. When all ranks are `ready`, the next step begins the next job of the
-    save; the ranks agree on that in a message that each step sends anyway. `done` is called with the target of each
-    completed save.
+    save; the ranks agree on that in a message that each step sends in any case. `done` is called with the target of
+    each completed save.
 
     If the storage fails on any rank in a way that may pass (`UserError.transient`), the whole checkpoint is written
     again after `AGAIN_S`, once, from the same copy of the training state. `failed` is called on all ranks with the
@@ -62,7 +62,7 @@ class Saves:
         """Begins a save, and completes it unless `asynchronous`. Waits for an earlier save that is still being written.
 
         Args: content: copies the training state. Called once the earlier save no longer needs its copy.
-        Raises: the rank's own error or PeerFailure, also of the earlier save.
+        Raises: the rank's own error, or PeerFailure for an error of another rank; also for the earlier save.
         """
         if self._flight is not None:
             if self._world.is_main:
@@ -75,12 +75,12 @@ class Saves:
             self.finish()
         self._flight = _Flight(target, step, content(), self._world, in_thread=self._asynchronous)
         if self._asynchronous:
-            self._wait()  # all ranks wait for `Target.begin`: without its success the training must not continue
+            self._wait()  # for `Target.begin` on all ranks: if it fails, the training must not continue
         else:
             self.finish()
 
     def ready(self) -> bool:
-        """Whether this rank has done its current job of a save, or could not and may try again."""
+        """Whether this rank has finished its current job of a save, without an error or with one that may pass."""
         return self._flight is not None and self._flight.work.done and self._flight.fatal is None
 
     def raise_failed(self) -> None:
@@ -112,9 +112,9 @@ class Saves:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Completes a save in flight if the body raises an error that all ranks know, so that all of them are here.
+        """Completes the save in flight if the body raises an error that all ranks raise, and abandons it otherwise.
 
-        A rank that ends alone does not wait, since its storage may hang; the next launch removes what it left."""
+        A rank that ends alone does not wait, since its storage may hang; the next launch removes its files."""
         try:
             yield
         except Exception as error:
@@ -122,7 +122,7 @@ class Saves:
                 try:
                     self.finish()
                 except Exception as failure:
-                    if str(failure) != str(error):  # not the reason for which the run ends
+                    if str(failure) != str(error):  # another error than the one that ends the run
                         logger.warning("the checkpoint in flight was not completed: %s", failure)
             raise
         finally:
@@ -222,7 +222,7 @@ class _Work:
         self._over.wait()
 
     def result(self) -> Any:
-        """Returns what the work returned, or raises its error."""
+        """Returns the result of the job, or raises its error."""
         if self.error is not None:
             raise self.error
         return self._result

@@ -1,12 +1,12 @@
-"""Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks reads the ranges that
-each rank needs.
+"""Elastic checkpoints: every rank writes the flat shards that it owns, and any number of ranks can load them, each the
+ranges that it needs.
 
     node00000.safetensors   "<parameter>/<kind>" of each rank of a node, 1-D, see `formats.checkpoint.shared_file`; kind
                             is fp32, ema, frozen, or the name of a moment: exp_avg and exp_avg_sq of AdamW,
                             momentum_buffer of Muon, a plugin's own
     index.json              pieces: {<parameter>: {shape, kinds: {<kind>: dtype}, parts: [[rank, start, length], ...]}},
                             cursors: {<lane>: cursor}, files: {<file that ranks share>: [rank, ...]}; with tensor
-                            parallelism a piece has slices: [run, count] too (`formats.slices`), and `start` counts
+                            parallelism a piece also has slices: [run, count] (`formats.slices`), and `start` counts
                             elements as if the slices were concatenated
     buffers.safetensors     buffers of the model, by name
     state.json              progress and settings of the run, optimizer, number of ranks, versions
@@ -118,7 +118,7 @@ def copied_state(
     for rank, place in all_places.items():
         if place.name != rank_file(rank):
             files.setdefault(place.name, []).append(rank)
-    share = _share(pieces, world, copy.deepcopy(cursors))  # sent later, while training changes them
+    share = _share(pieces, world, copy.deepcopy(cursors))  # sent later, while training changes the cursors
     # `merge` must not hold the pieces, which keep the engine's memory alive.
     shapes = {piece.name: list(piece.shape) for piece in pieces}
     slices = {piece.name: [piece.slice.run, piece.slice.count] for piece in pieces if piece.slice is not None}
@@ -135,15 +135,15 @@ def _node() -> int:
 
 
 def writes(piece: ParamShard, world: World) -> bool:
-    """Whether a checkpoint has a piece from this rank. Only rank 0 writes a frozen parameter that all ranks have."""
+    """Whether this rank writes a piece to checkpoints. Only rank 0 writes a frozen parameter that all ranks have."""
     shared = FROZEN in piece.tensors and piece.length == math.prod(piece.shape)
     return piece.written and piece.length > 0 and not (shared and world.rank)
 
 
 def _share(pieces: Sequence[ParamShard], world: World, cursors: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the part of the index that rank 0 does not know: which pieces this rank has written.
+    """Returns this rank's part of the index: the pieces that it writes, and its cursors.
 
-    `written`: [number of the piece, start, length, number of its kinds], since names and kinds are long."""
+    `written`: [index of the piece, start, length, index into `kinds`]; names in place of indices would be long."""
     kinds: list[dict[str, str]] = []
     written = []
     for number, piece in enumerate(pieces):
@@ -163,8 +163,7 @@ def _merged(
 ) -> dict[str, Any]:
     """Returns the index of a checkpoint.
 
-    Args: shapes: of all parameters, in order; slices: [run, count] of those that ranks have in slices; shares: of all
-    ranks.
+    Args: shapes: of all parameters, in order; slices: [run, count] of tensor-parallel parameters; shares: of all ranks.
     """
     entries = [
         {"shape": shape, "kinds": {}, "parts": [], **({"slices": slices[name]} if name in slices else {})}
@@ -194,10 +193,13 @@ def load_checkpoint(
 ) -> Saved:
     """Loads a checkpoint of any number of ranks and any ZeRO stage into `engine`. All ranks call it.
 
-    Args: stage_transition: whether trained and frozen parameters may differ between engine and checkpoint. Parameters
-    that are newly trained get moments as at the start of a run, and their average starts at their value. fetch: see
-    `ElasticReader`; it verifies what it fetches.
-    Raises: CheckpointError on all ranks if a file is damaged or the checkpoint is from another model.
+    Args:
+        stage_transition: whether parameters may be trained in the engine and frozen in the checkpoint, or vice versa.
+            Parameters that are newly trained get moments as at the start of a run, and their average starts at their
+            value.
+        fetch: see `ElasticReader`; verifies the files that it downloads.
+    Raises: CheckpointError if a file is damaged or the checkpoint is from another model, PeerFailure on a rank that
+        found no error.
     """
     world = engine.world
     if fetch is None:
@@ -222,7 +224,7 @@ def load_checkpoint(
 
 
 def _source(kind: str, saved: Collection[str]) -> str | None:
-    """Returns the saved kind from which `kind` is loaded; None if it is a moment that starts at its initial value."""
+    """Returns the saved kind from which `kind` is loaded; None for a moment that starts at its initial value."""
     if kind in saved or not saved:
         return kind
     if kind == FROZEN:
@@ -231,10 +233,10 @@ def _source(kind: str, saved: Collection[str]) -> str | None:
 
 
 def _verify_shared(folder: Path, world: World) -> None:
-    """Verifies the files of a checkpoint, each rank a share of the files.
+    """Verifies the files of a checkpoint. Each rank reads a share of them.
 
-    Rank 0 reads the manifest, since other ranks may not see it yet, and sends each rank its share.
-    Raises: CheckpointError, PeerFailure."""
+    Rank 0 reads the manifest, since a shared disk may not show it to other ranks yet, and sends each rank its share.
+    Raises: CheckpointError on a rank that finds damage, PeerFailure on the others."""
     manifest: dict[str, dict[str, Any]] = {}
     with all_ranks_or_none(world):
         if world.is_main:
@@ -253,7 +255,8 @@ def _verify_shared(folder: Path, world: World) -> None:
 def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) -> None:
     """Compares the parameters and buffers of the engine's model with those of the checkpoint.
 
-    Raises: CheckpointError that lists missing, unexpected, misshapen and differently frozen parameters."""
+    Raises: CheckpointError that lists parameters that are missing, unexpected, of another shape, or frozen in only one
+        of the two."""
     pieces = {piece.name: piece for piece in engine.pieces()}
     buffers = {name: tuple(b.shape) for name, b in persistent_buffers(engine.module).items()}
     saved_buffers = {name: tuple(b.shape) for name, b in reader.buffers().items()}
@@ -271,7 +274,7 @@ def _check_model(engine: Engine, reader: ElasticReader, stage_transition: bool) 
         n for n, p in pieces.items() if n in reader.kinds and (FROZEN in p.tensors) != (FROZEN in reader.kinds[n])
     ]
     if frozen and not stage_transition:
-        faults.append(f"{_names(sorted(frozen))} trained in one and frozen in the other")
+        faults.append(f"{_names(sorted(frozen))} trained in one of them and frozen in the other")
     if differ := _other_moments(pieces, reader):
         raise CheckpointError(
             f"{reader.folder} has other moments of the optimizer than this run: {differ}; resume with the version of "

@@ -32,7 +32,8 @@ class Staging:
 
         The tensors may change as soon as it returns.
         """
-        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # aligned, as the library does
+        # As safetensors orders them: tensors of larger elements first, so that each one is aligned.
+        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
         header, begin = {}, 0
         for name in order:
             tensor, end = tensors[name], begin + tensors[name].nbytes
@@ -54,6 +55,6 @@ class Staging:
 
     def _of(self, size: int) -> Tensor:
         if self._memory is None or len(self._memory) < size:
-            self._memory = None  # freed before more is asked for
+            self._memory = None  # frees the old memory before the allocation
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
         return self._memory[:size]

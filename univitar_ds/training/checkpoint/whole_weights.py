@@ -1,6 +1,6 @@
-"""Gathers the whole weights of a model from the shards of all ranks, as a checkpoint would have them, without files.
+"""Gathers the whole weights of a model from the shards of all ranks, with the values that a checkpoint would have.
 
-Every rank gets all weights. They are copies: the engine and its weights stay as they are.
+Every rank gets copies of all weights; the engine does not change. Nothing is written to files.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class WholeMemory(NamedTuple):
 def memory_for_whole(engine: Engine, dtype: torch.dtype | None, count: int) -> list[WholeMemory]:
     """Returns memory for `count` copies of the model's whole parameters, on the device of this rank.
 
-    It is apart from `gather_whole`, which communicates: a rank without enough memory fails before. Distillation heads
-    are left out, which only training uses.
-    Args: dtype: of the copies; None: float32. `exact_parameters` of the model are float32 at any rate.
+    It is separate from `gather_whole`, which communicates, so that a rank without enough memory fails before the first
+    collective. Distillation heads, which only training uses, are left out.
+    Args: dtype: of the copies; None: float32. The model's `exact_parameters` are always float32.
     """
     exact, device = set(getattr(engine.module, "exact_parameters", ())), engine.world.device
     shapes = {piece.name: piece.shape for piece in _wanted(engine)}
@@ -64,7 +64,7 @@ def gather_whole(engine: Engine, memory: WholeMemory, *, averaged: bool) -> dict
             if writes(span.piece, world):
                 _put_own(span, _weights_of(span.piece, averaged=averaged), part)
         if world.size > 1:
-            dist.all_reduce(flat)  # each element comes from one rank, zeros from the others: the sum is exact
+            dist.all_reduce(flat)  # one rank has each element, the others zeros: the sum is exact
         for span, part in zip(spans, flat.split([span.length for span in spans]), strict=True):
             memory.whole[span.piece.name].view(-1)[span.begin : span.begin + span.length].copy_(part)
     buffers = persistent_buffers(engine.module).items()
@@ -84,7 +84,9 @@ class _Span(NamedTuple):
 
 
 def _buckets(pieces: Sequence[ParamShard]) -> Iterator[list[_Span]]:
-    """Yields spans of all parameters, of at most `AT_ONCE` elements together. A parameter in slices stays whole."""
+    """Yields lists of spans that cover all parameters, with at most `AT_ONCE` elements each.
+
+    A tensor-parallel parameter is not divided: a list that has only such a parameter may exceed the limit."""
     bucket: list[_Span] = []
     held = 0
     for span in (span for piece in pieces for span in _spans(piece)):
@@ -111,7 +113,7 @@ def _weights_of(piece: ParamShard, *, averaged: bool) -> Tensor:
 
 
 def _put_own(span: _Span, own: Tensor, into: Tensor) -> None:
-    """Copies what this rank has of a span to its places in `into`, (span.length,)."""
+    """Copies this rank's elements of a span to their positions in `into`, (span.length,)."""
     piece = span.piece
     if piece.slice is not None:
         part = into.new_zeros(span.length // piece.slice.count)

@@ -1,7 +1,7 @@
-"""Sends an error of one rank to all ranks, also those that wait for it in a collective, which cannot be interrupted.
+"""Sends an error of one rank to all ranks, also to those that wait for it in a collective, which cannot be interrupted.
 
-Without it they wait for the timeout of the process group, ten minutes, unless a launcher ends them. A thread of each
-rank looks once a second for a message in the store of the process group, through a connection of its own.
+Otherwise they would wait for the timeout of the process group, ten minutes, unless a launcher ends them. A thread of
+each rank checks once a second for a message in the store of the process group, through a connection of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from univitar_ds.training.distributed.process_group import World, known_to_all
 
 LOOK_S = 1.0
 GRACE_S = 2.0
-"""Seconds in which a rank that has heard of an error may end by itself, for example because it has the same error."""
+"""Seconds that the failing rank gives the others to end. Until LOOK_S before, a rank that has read the error may end by
+itself, for example because it raises the same error."""
 HEARD_S = 5.0
 """Maximum time that a rank with an error waits until the other ranks have read it."""
 _FAULT, _HEARD = "fault", "heard"
@@ -34,9 +35,9 @@ _FAULT, _HEARD = "fault", "heard"
 def ending_together(world: World) -> Iterator[None]:
     """Ends all ranks within seconds if the body raises on one of them. All ranks run the body.
 
-    The rank that fails raises its error, after the others have read it. The others end with its exit code; rank 0 names
-    the rank, its machine and the error. Errors that all ranks know already, as those of `all_ranks_or_none`, are only
-    raised.
+    The rank that fails raises its error, after the others have read it. The others end with its exit code; rank 0
+    prints the rank, its machine and the error. Errors that all ranks raise, as those of `all_ranks_or_none`, are not
+    sent.
     """
     if world.size == 1:
         yield
@@ -54,7 +55,7 @@ def ending_together(world: World) -> Iterator[None]:
 
 
 class _Alarm:
-    """Listens until `stop`."""
+    """Listens for the error of another rank until `stop`."""
 
     def __init__(self, world: World) -> None:
         self._world, self._stopped = world, threading.Event()
@@ -81,7 +82,7 @@ class _Alarm:
                 if self._store.add(_HEARD, 0) >= self._world.size:
                     break
                 time.sleep(0.1)
-            time.sleep(GRACE_S)  # the end of this rank breaks the others' connections, with errors of their own
+            time.sleep(GRACE_S)  # when this rank ends, collectives of the others fail with misleading errors
 
     def _listen(self) -> None:
         with suppress(dist.DistError):

@@ -1,11 +1,11 @@
 """Groups of the ranks of a run: those that compute packs together, and those that have packs of their own.
 
-Ranks are numbered so that the ranks of a machine split the weights of a block, whose messages are the most:
+Tensor parallelism sends the most data, so its ranks are consecutive and thus share a machine:
 
     rank = (reader * sequence_parallel + part of the pack) * tensor_parallel + slice of the weights
 
-Every rank of a reader reads the same lanes. The ranks with the same slice, over all readers and parts of packs, are the
-data-parallel group: each has other items of a step, ZeRO shards over them, and the loss is over their items.
+Every rank of a reader reads the same lanes. The ranks with the same slice of the weights, over all readers and parts of
+packs, are a data-parallel group. ZeRO shards over it, and the loss is computed over the items of all its ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from univitar_ds.training.distributed.process_group import PEER_TIMEOUT, World
 class Groups:
     """The groups of this rank.
 
-    `world`: all ranks; `data`: the data-parallel group, `world` itself without tensor parallelism; `tensor` and
-    `sequence`: the ranks with the other slices of the weights, and with the other parts of the packs.
+    `world`: all ranks; `data`: the data-parallel group, `world` itself without tensor parallelism; `tensor`: the ranks
+    whose slices make up the weights; `sequence`: the ranks whose parts make up a pack. All of them include this rank.
     """
 
     world: World
@@ -38,17 +38,17 @@ class Groups:
 
     @classmethod
     def alone(cls, world: World) -> Groups:
-        """Returns the groups of a run in which each rank has packs and whole weights of its own."""
+        """Returns the groups of a run without tensor and sequence parallelism."""
         return cls(world, world)
 
     @property
     def writes(self) -> bool:
-        """Whether this rank reports what is equal on the ranks that have the other slices of the weights."""
+        """Whether this rank reports values that are equal on all ranks of `tensor`."""
         return self.tensor.rank == 0
 
     @property
     def first_reader(self) -> bool:
-        """Whether this rank reports the packs that the ranks of its group read."""
+        """Whether this rank reports the packs, which all ranks of its reader read."""
         return self.writes and self.sequence.rank == 0
 
     def lanes(self, config: RunConfig) -> list[int]:
@@ -65,9 +65,10 @@ class Groups:
 class ModelParallel:
     """The argument `mpu` of `deepspeed.initialize`, with the names of Megatron's `parallel_state` that DeepSpeed calls.
 
-    DeepSpeed 0.19 asks for `model_parallel`, which Megatron-Core's `parallel_state` no longer has, and for
-    `tensor_model_parallel`. ZeRO shards over the data-parallel group; the norm of a gradient counts parameters with
-    `tensor_model_parallel` on every rank, and others on the first rank of each tensor-parallel group.
+    DeepSpeed 0.19 calls both the methods `*_model_parallel_*`, which Megatron-Core's `parallel_state` no longer has,
+    and `*_tensor_model_parallel_*`. ZeRO shards over the data-parallel group. The gradient norm counts parameters that
+    have the attribute `tensor_model_parallel` on every rank, and the others on the first rank of each tensor-parallel
+    group.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -99,7 +100,7 @@ class ModelParallel:
 def groups_of(config: RunConfig, world: World) -> Groups:
     """Returns the groups of this rank in a run. All ranks call it; the process groups are created once.
 
-    Raises: ConfigError if the ranks cannot be divided so.
+    Raises: ConfigError if the number of ranks does not fit the configuration.
     """
     packs_per_rank(config, world.size)
     tensor, sequence = config.model.tensor_parallel, config.model.sequence_parallel
@@ -127,6 +128,8 @@ def _groups(everybody: dist.ProcessGroup, world: World, tensor: int, sequence: i
 
 
 def own_group(all_ranks: Iterable[range], rank: int) -> dist.ProcessGroup:
-    """Creates groups of ranks, which all ranks must do in the same order. Returns that of this rank."""
+    """Creates a process group of each range of ranks, and returns the one that has `rank`.
+
+    All ranks of the run must call it with the same ranges in the same order."""
     created = {ranks: dist.new_group(list(ranks), timeout=PEER_TIMEOUT) for ranks in all_ranks}
     return next(group for ranks, group in created.items() if rank in ranks)

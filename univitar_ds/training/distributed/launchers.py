@@ -28,9 +28,9 @@ _OTHERS = re.compile(
 
 
 def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
-    """Removes all variables by which launchers number processes. Returns the names of the removed variables.
+    """Removes all variables in which launchers number processes. Returns the names of the removed variables.
 
-    Called by a process that starts its own ranks, since DeepSpeed and torch would read the variables in these ranks.
+    Called by a process that starts ranks of its own, in which DeepSpeed and torch would read these variables.
     """
     names = sorted(n for n in environment if n in RANK_NAMES or _MPI.fullmatch(n) or _OTHERS.fullmatch(n))
     for name in names:
@@ -41,7 +41,7 @@ def forget_launchers(environment: MutableMapping[str, str]) -> list[str]:
 def is_rank(environment: MutableMapping[str, str]) -> bool:
     """Returns whether a launcher, `srun` included, started this process as a rank. If so, all RANK_NAMES are set.
 
-    MPI's variables are always removed, since DeepSpeed compares them with RANK_NAMES.
+    The variables of MPI are removed in any case, since DeepSpeed compares them with RANK_NAMES.
     Raises: ConfigError if the variables are incomplete, contradict each other or are not numbers.
     """
     for name in RANK_NAMES:

@@ -17,7 +17,7 @@ from univitar_ds.training.distributed.preemption import Stop, say
 STARTED_BY = "UNIVITAR_DS_STARTED_BY"
 """Variable in the ranks that `univitar-ds` starts, with the `Process.text` of the process that the user started."""
 _RUNNER = b"deepspeed"
-"""Part of the command of DeepSpeed's parent processes, which do not end their child processes either."""
+"""Part of the command line of DeepSpeed's launcher processes, which do not end their child processes either."""
 _POLL_S = 0.5
 _SIGNAL_S = 1.0
 """Seconds in which a signal to the launcher may also reach this rank (a terminal that closes); the rank then saves."""
@@ -33,11 +33,11 @@ def end_with_launchers(stop: Stop) -> None:
 
 
 def _launchers() -> Iterator[Process]:
-    """Yields the processes that this rank must not outlive, except a shell or a user's script."""
+    """Yields the processes that this rank must not outlive: launchers, but no shell or script of the user."""
     own = os.environ.get(STARTED_BY)
     if own is not None:
         yield Process.from_text(own)
-    elif not any(name in os.environ for name in LAUNCHED):  # the parent starts and ends ranks
+    elif not any(name in os.environ for name in LAUNCHED):  # the parent is a shell, a script or srun
         return
     pid = os.getppid()
     while (process := Process.of(pid)) is not None:
@@ -54,5 +54,5 @@ def _watch(launchers: list[Process], stop: Stop) -> None:
     if stop.requested:
         time.sleep(_SAVE_S)
     if os.environ.get("RANK", "0") == "0":
-        say("the process that started the ranks is gone: leaving at once, the last checkpoint stays")
+        say("the process that started the ranks has ended: exiting immediately, the last checkpoint stays")
     os._exit(1)

@@ -14,8 +14,8 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def free_ports(count: int = 1) -> list[int]:
     """Returns `count` different ports that no process of this machine uses now.
 
-    The process that is to use a port opens it seconds later. The system gives ports of the ephemeral range to every
-    outgoing connection, so the ports are chosen at random below that range.
+    The process that will use a port opens it seconds later. Meanwhile the system may give any port of the ephemeral
+    range to an outgoing connection, so the ports are chosen at random below that range.
     """
     choice = random.SystemRandom()
     below = range(_FIRST, _first_ephemeral())

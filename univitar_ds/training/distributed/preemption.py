@@ -55,14 +55,14 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In this context a first signal only sets `requested`, which the body checks."""
+        """In this context the first signal only sets `requested`, which the body checks."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
 
-    def tell(self, number: int) -> None:
+    def receive(self, number: int) -> None:
         """Responds to a signal."""
         now = time.monotonic()
         if self.requested and number == signal.SIGHUP:  # after Ctrl-C a user may close the terminal
@@ -82,7 +82,7 @@ class Stop:
         if self._leaving is not None:
             self._leaving()
         if not self.quiet:
-            say(f"{signal.Signals(number).name}: leaving at once, the last checkpoint stays{self.remedy}")
+            say(f"{signal.Signals(number).name}: exiting immediately, the last checkpoint stays{self.remedy}")
         release_all()
         os._exit(128 + number)
 
@@ -136,4 +136,4 @@ def _read_signals(read: int, stop: Stop) -> None:
     while numbers := os.read(read, 64):
         for number in numbers:
             if number in SIGNALS:
-                stop.tell(number)
+                stop.receive(number)

@@ -1,4 +1,7 @@
-"""The process group of a run: start, exchanges between ranks, and common failure. Uses only torch.distributed."""
+"""The process group of a run: its start, exchanges of small values, and errors that end all ranks.
+
+Uses only torch.distributed. Functions without a note on groups are for the `World` of the whole run.
+"""
 
 from __future__ import annotations
 
@@ -29,35 +32,35 @@ FIRST_TIMEOUT = timedelta(hours=1)
 HEARD_TIMEOUT = timedelta(seconds=30)
 """Maximum time that rank 0 waits after a failure until the other ranks have read it."""
 SLICE = timedelta(seconds=10)
-"""Interval at which a wait is repeated, since each request detects whether the store still exists."""
+"""Seconds after which a wait is repeated, since each new request detects whether the store still exists."""
 DEVICES = Path("/dev")
 _calls = itertools.count()
 """Number of calls of `rank_zero_first`, the same on all ranks: each call has its own keys in the store."""
 _waits = itertools.count()
-"""Number of calls of `wait_for_all`, as `_calls`."""
+"""Number of calls of `wait_for_all`, the same on all ranks."""
 
 
 class PeerFailure(UserError):
-    """Raised on a rank that ends because another rank failed. The other rank reports the reason."""
+    """Raised on a rank that ends because another rank failed. The other rank raises the error itself."""
 
     all_ranks_know = True
 
 
 def known_to_all(error: Exception) -> bool:
-    """Whether all ranks end for the same reason, by the error's class or because `all_ranks_or_none` raised it."""
+    """Whether all ranks raise for the same reason: a PeerFailure, or an error that `all_ranks_or_none` raised."""
     return getattr(error, "all_ranks_know", False)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the processes of the run."""
+    """Rank, device and process group of this process."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """The processes; None: all of the run."""
+    """The process group of `rank` and `size`; None: all ranks of the run."""
 
     @property
     def is_main(self) -> bool:
@@ -97,9 +100,9 @@ def check_gpus(processes: int) -> None:
 
 
 def start_world(timeout: timedelta = PEER_TIMEOUT, store: dist.Store | None = None) -> World:
-    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe, one rank without the variables.
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; without them, one of one rank.
 
-    Args: store: of a rendezvous that has taken place already.
+    Args: store: of a rendezvous that has already taken place; None: waits for the other ranks here.
     Raises: ConfigError if this rank has no usable GPU, see `check_gpus`; UserError if not all ranks join, see
         `rendezvous.meet`, or a rank ends before all are connected.
     """
@@ -130,12 +133,15 @@ def start_world(timeout: timedelta = PEER_TIMEOUT, store: dist.Store | None = No
 
 
 def stop_world() -> None:
+    """Destroys the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def gather_json(value: Any, world: World) -> list[Any]:
-    """Returns the values of all ranks of `world`, by rank. Values should be small, since each rank receives all."""
+    """Returns the values of all ranks of `world`, by rank; `world` may be a part of the run.
+
+    Values should be small, since each rank receives all of them."""
     if world.size == 1:
         return [value]
     data = _encoded(value, world)
@@ -147,7 +153,7 @@ def gather_json(value: Any, world: World) -> list[Any]:
 
 
 def gather_json_to_main(value: Any, world: World) -> list[Any] | None:
-    """Returns the values of all ranks, by rank, on rank 0, and None on other ranks. All ranks call it."""
+    """Returns the values of all ranks of the run, by rank, on rank 0, and None on other ranks. All ranks call it."""
     if world.size == 1:
         return [value]
     data = _encoded(value, world)
@@ -161,7 +167,7 @@ def gather_json_to_main(value: Any, world: World) -> list[Any] | None:
 
 
 def broadcast_json(value: Any, world: World) -> Any:
-    """Returns the value of rank 0 on all ranks, which call it with any value."""
+    """Returns the value of rank 0 on all ranks of the run. The values of other ranks are not used."""
     if world.size == 1:
         return value
     data = _encoded(value if world.is_main else None, world)
@@ -174,7 +180,8 @@ def broadcast_json(value: Any, world: World) -> Any:
 
 
 def scatter_json(values: Sequence[Any] | None, world: World) -> Any:
-    """Returns on each rank its one of the `values` of rank 0, which are by rank. All ranks call it."""
+    """Returns `values[rank]` of rank 0 on each rank of the run. All ranks call it. Args: values: None on other
+    ranks."""
     if world.size == 1:
         return values[0]
     encoded = [_encoded(value, world) for value in values] if world.is_main else []
@@ -208,7 +215,9 @@ def _lengths(data: torch.Tensor, world: World) -> list[int]:
 
 
 def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
-    """Returns the numbers of every rank as (size, len(numbers)) float64 on the host, with one exchange."""
+    """Returns the numbers of every rank of `world`, (size, len(numbers)) float64 on the host, with one collective.
+
+    `world` may be a part of the run."""
     mine = torch.tensor(numbers, dtype=torch.float64)
     if world.size == 1:
         return mine[None]
@@ -220,9 +229,9 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
 
 @dataclass
 class Vote:
-    """What the ranks exchange in `all_ranks_or_none`; the same on all ranks. `yes`: whether `ask` was true on any rank.
-    `ready`: whether `ready` was true on all ranks.
-    `counts`: (size, numbers) int64 on the host, the result of `count` of every rank; None without `count`."""
+    """Results of `all_ranks_or_none`, the same on all ranks. `yes`: whether `ask` was true on any rank; `ready`:
+    whether `ready` was true on all ranks; `counts`: (size, numbers) int64 on the host, the result of `count` on every
+    rank; None without `count`."""
 
     yes: bool = False
     ready: bool = False
@@ -237,12 +246,15 @@ def all_ranks_or_none(
     numbers: int = 1,
     ready: Callable[[], bool] | None = None,
 ) -> Iterator[Vote]:
-    """Runs a block that either all ranks finish or no rank: a failure on one rank raises on all ranks.
+    """Raises on all ranks after the body if the body raised on one of them. All ranks enter it; its end is a barrier.
 
-    The body must not communicate with other ranks if it can fail. The block is also a barrier, and a vote on `ask`,
-    which each rank calls after its body. Either all ranks pass `ask` or no rank does; the same holds for `ready` and
-    `count`, whose results are sent in the same message: of `count`, which counts as a part of the body, `numbers` whole
-    numbers.
+    A body that can fail must not communicate with other ranks. The functions `ask`, `count` and `ready` are called
+    after the body, and their results are sent in the message that reports failures. Each of them is passed on all ranks
+    or on none.
+    Args:
+        ask, ready: see `Vote`.
+        count: returns `numbers` integers. An error in it is treated as an error of the body.
+    Yields: the `Vote`, which is filled after the body.
     Raises: the body's exception on ranks that failed; PeerFailure on ranks that succeeded.
     """
     failure: Exception | None = None
@@ -273,9 +285,9 @@ def all_ranks_or_none(
 
 
 def wait_for_all(world: World) -> None:
-    """Waits until all ranks of the run have called it, for as long as that takes.
+    """Waits until all ranks of the run have called it, without a time limit.
 
-    The ranks wait at the store of the process group, since a collective must begin within the group's timeout.
+    The ranks wait at the store of the process group, since a collective must end within the group's timeout.
     Raises: UserError if rank 0 has ended."""
     if world.size == 1:
         return
@@ -313,7 +325,7 @@ def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta
         work()
     except Exception as failure:
         store.set("word", json.dumps(str(failure)))
-        with suppress(dist.DistError):  # a rank that has ended does not block the others
+        with suppress(dist.DistError):  # at the timeout: a rank that has ended reads nothing
             store.wait(["heard"], HEARD_TIMEOUT)  # the store may end with this process
         raise
     store.set("word", json.dumps(None))

@@ -1,4 +1,4 @@
-"""The rendezvous of a run's ranks, and the error messages of a failed rendezvous."""
+"""The rendezvous of a run's ranks, and the messages of its errors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _wait_for_port(host: str, port: int, deadline: float) -> None:
         try:
             limit = max(deadline - time.monotonic(), _POLL_S)
             with socket.create_connection((host, port), timeout=limit) as connection:
-                if connection.getsockname() == connection.getpeername():  # a port that the system chose for this end
+                if connection.getsockname() == connection.getpeername():  # the system chose `port` as the source port
                     raise ConnectionRefusedError(f"nothing listens at {host}:{port}")
             return
         except OSError as error:
@@ -100,7 +100,8 @@ def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
 
 
 def _where(store: dist.Store, ranks: set[int]) -> str:
-    """Returns a phrase with the nodes of the ranks that have joined, and with those of a Slurm step that have none."""
+    """Returns a phrase with the nodes of the ranks that have joined, and the nodes of the Slurm step without such a
+    rank."""
     answered = sorted({store.get(f"met/{rank}").decode(errors="replace") for rank in ranks})
     absent = [node for node in nodes_of_step(os.environ) if node not in answered]
     silent = f", none from {_listed(absent)}" if absent else ""
@@ -114,7 +115,7 @@ def _listed(entries: Sequence[object]) -> str:
 def _reason(error: Exception, timeout: timedelta) -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if "EADDRINUSE" in str(error):
-        return f"MASTER_PORT is already in use on this machine ({address}), give another free port"
+        return f"MASTER_PORT is already in use on this machine ({address}); give a free port"
     if isinstance(error, TimeoutError):
         return f"nothing answered at MASTER_ADDR:MASTER_PORT, {address}, within {_duration(timeout)}"
     return f"the connection to MASTER_ADDR:MASTER_PORT, {address}, broke or had no answer within {_duration(timeout)}"

@@ -1,4 +1,4 @@
-"""Sets the variables that torch and DeepSpeed read from the variables of `srun`'s tasks."""
+"""Derives the variables that torch and DeepSpeed read from those that `srun` sets in its tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from univitar_ds.errors import ConfigError
 
 _MOST_NODES = 100_000
-"""Maximum number of nodes of a list that is expanded: a wrong one must not fill the memory."""
+"""Maximum number of nodes to which a list is expanded, so that a wrong list does not fill the memory."""
 _WHOLE = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 _PARTS = re.compile(r"([^\[\]]*)\[([^\[\]]*)\](.*)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -42,7 +42,7 @@ def _expanded(text: str) -> list[str]:
         for entry in ranges.split(","):
             match = _RANGE.fullmatch(entry)
             if match is None or len(found) > _MOST_NODES:
-                raise ValueError(f"{entry!r} is no range of nodes")
+                raise ValueError(f"{entry!r} is not a range of nodes")
             first, last = match[1], match[2] or match[1]
             if int(last) - int(first) > _MOST_NODES:
                 raise ValueError(f"{entry} has more than {_MOST_NODES} nodes")
@@ -65,9 +65,9 @@ def tasks_of_step(environment: Mapping[str, str]) -> int:
 
 
 def adopt_ranks(environment: MutableMapping[str, str]) -> None:
-    """Sets RANK, WORLD_SIZE and LOCAL_RANK in a task of a `srun` step with several tasks.
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK in a task of an `srun` step with several tasks.
 
-    Nothing changes if a launcher has set RANK, in a batch script, or in a step of a single task, which is a shell or
+    Changes nothing if a launcher has set RANK, in a batch script, or in a step of a single task, which is a shell or
     the parent of local processes.
 
     Raises: ConfigError if the variables with the address of rank 0 or with the number of this task are not set.
@@ -88,8 +88,8 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
     absent = [name for name in numbers if name not in environment]
     if absent:
         raise ConfigError(
-            f"SLURM_STEP_NUM_TASKS is {tasks} and {' and '.join(absent)} is not set, so this is no task of srun; start "
-            "with `env -u SLURM_STEP_NUM_TASKS univitar-ds train ...`, or give --nproc"
+            f"SLURM_STEP_NUM_TASKS is {tasks} and {' and '.join(absent)} is not set, so this process is not a task of "
+            "srun; start with `env -u SLURM_STEP_NUM_TASKS univitar-ds train ...`, or give --nproc"
         )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(tasks)

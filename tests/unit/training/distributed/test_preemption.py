@@ -53,7 +53,7 @@ def test_a_signal_before_and_after_training_ends_the_process_as_it_would_without
     after = listened("with stop.deferred(): pass\nsent('SIGTERM'); time.sleep(600)")
     assert before.returncode == 128 + signal.SIGUSR1
     assert after.returncode == 128 + signal.SIGTERM
-    assert after.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+    assert after.stderr == "SIGTERM: exiting immediately, the last checkpoint stays\n"
 
 
 HANGS = """
@@ -72,13 +72,13 @@ with stop.deferred():
 def test_a_second_signal_ends_the_process_at_once_also_while_it_hangs_outside_python():
     ended = listened(HANGS)
     assert ended.returncode == 128 + signal.SIGTERM
-    assert ended.stderr == "SIGTERM: leaving at once, the last checkpoint stays\n"
+    assert ended.stderr == "SIGTERM: exiting immediately, the last checkpoint stays\n"
 
 
 def test_a_second_ctrl_c_leaves_at_once_also_within_the_time_that_other_signals_are_echoes():
     code = "preemption.KEY_ECHO_S = 0.0\nwith stop.deferred():\n sent('SIGINT'); until(lambda: stop.requested)\n "
     ended = listened(code + "sent('SIGINT'); time.sleep(20)", echo_s=60.0)
-    assert (ended.returncode, ended.stderr) == (130, "SIGINT: leaving at once, the last checkpoint stays\n")
+    assert (ended.returncode, ended.stderr) == (130, "SIGINT: exiting immediately, the last checkpoint stays\n")
 
 
 def test_a_terminal_that_closes_after_ctrl_c_does_not_keep_the_run_from_saving():
@@ -105,7 +105,7 @@ print(child.wait())
 """
     ended = listened(code)
     assert ended.stdout.split() == [str(128 + signal.SIGINT)], ended.stderr
-    assert ended.stderr == "SIGINT: leaving at once, the last checkpoint stays\n"
+    assert ended.stderr == "SIGINT: exiting immediately, the last checkpoint stays\n"
 
 
 def test_one_rank_speaks_for_all(monkeypatch):
