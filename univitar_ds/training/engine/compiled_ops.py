@@ -1,8 +1,8 @@
 """The folders of DeepSpeed's compiled operations, and the locks of their builds.
 
 torch locks the folder of an operation with an empty file, even if the operation is already compiled, and waits silently
-and without a limit until this file is removed. The folder must therefore be writable, and a lock must contain its owner
-in a form that can be checked.
+and without a limit until this file is removed. The folder must therefore be writable, and each lock must name its owner
+so that other processes can check whether it is still alive.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 def prepare_extensions(
     poll_s: float = 0.5, stale_after_s: float = STALE_AFTER_S, report_after_s: float = REPORT_AFTER_S
 ) -> Path:
-    """Selects a writable folder for compiled operations: that of the environment, else one in the user's cache, else a
-    temporary one.
+    """Selects a writable folder for compiled operations: TORCH_EXTENSIONS_DIR or, if it is not set, a folder in the
+    Python environment; else one in the user's cache; else a temporary one.
 
-    Waits for the locks in the folder, and removes stale locks. From then on torch loads operations that are compiled in
-    a read-only folder from there without a lock, and locks contain their owner. Also adds the environment's `ninja` to
-    PATH, which an environment that is not activated lacks.
+    Waits for the locks in the folder, and removes stale locks. Afterwards torch loads operations that a read-only
+    folder has without a lock, and the locks that it creates name their owner. Also adds the folder of the environment's
+    `ninja` to PATH, since the environment may not be activated.
 
     Returns: the folder.
     Raises: InstallationError if only the temporary folder is left and belongs to another user.
@@ -70,12 +70,12 @@ def prepare_extensions(
 
 
 def folders() -> list[Path]:
-    """Returns the folders for compiled operations, of which the first that can be written is taken."""
+    """Returns the folders for compiled operations, of which the first writable one is used."""
     return [Path(os.environ.get(_VARIABLE) or _environment_folder()), _cache_folder()]
 
 
 class LockState(Enum):
-    """HELD: by a build, or perhaps by one of another machine; STALE: left by a killed build; GONE: removed since."""
+    """HELD: by a build, possibly on another machine; STALE: left by a killed build; GONE: removed meanwhile."""
 
     HELD = "held"
     STALE = "stale"
@@ -83,7 +83,7 @@ class LockState(Enum):
 
 
 def lock_state(lock: Path, stale_after_s: float = STALE_AFTER_S) -> tuple[LockState, str]:
-    """Returns the state of a lock, and for a held one who holds it, in words."""
+    """Returns the state of a lock, and for a held one a sentence about its owner."""
     if not lock.exists():
         return LockState.GONE, ""
     owner = _owner(lock)

@@ -1,4 +1,4 @@
-"""Bitwise reproducible steps on a GPU, where some libraries add in the order in which threads finish."""
+"""Bitwise reproducible steps on a GPU, where some operations add in the order in which threads finish."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from univitar_ds.errors import ConfigError, first_line
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")
-"""Values of the variable with which cuBLAS repeats its bits."""
+"""Values of the variable with which cuBLAS is deterministic."""
 
 
 def set_deterministic(wanted: bool) -> None:
     """Sets whether torch uses only deterministic operations in this process. The project's own kernels are always
     deterministic; the deterministic backward pass of attention is slower.
 
-    Must be called before the first matrix product, since cuBLAS reads its setting once. The setting is strict: only
-    then torch's attention, in packs and in the text tower, takes its deterministic backward pass. An operation without
-    a deterministic form raises an error, see `explained`.
-    Raises: ConfigError if the environment asks for a cuBLAS that does not repeat its bits.
+    Must be called before the first matrix product, since cuBLAS reads its setting once. `warn_only` is not used, since
+    torch's attention, in packs and in the text tower, would then use its nondeterministic backward pass. An operation
+    without a deterministic form therefore raises an error, see `explained`.
+    Raises: ConfigError if the environment variable of cuBLAS has a value with which cuBLAS is not deterministic.
     """
     if wanted and os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
         raise ConfigError(
             f"deterministic is true and the environment has {WORKSPACE}={os.environ[WORKSPACE]}, with which cuBLAS "
-            f"does not repeat its bits; unset it, or set it to {' or '.join(WORKSPACES)}"
+            f"is not deterministic; unset it, or set it to {' or '.join(WORKSPACES)}"
         )
     torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling new memory only helps to find bugs
@@ -42,6 +42,6 @@ def explained(deterministic: bool) -> Iterator[None]:
         if deterministic and "deterministic" in str(error) and "use_deterministic_algorithms" in str(error):
             raise ConfigError(
                 f"deterministic is true, but an operation of the step has no deterministic form on this device: "
-                f"{first_line(error)}. Set deterministic: false, or replace the operation if a plugin brings it"
+                f"{first_line(error)}. Set deterministic: false, or replace the operation if it is in a plugin"
             ) from error
         raise

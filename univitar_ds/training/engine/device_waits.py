@@ -1,10 +1,10 @@
-"""Removes the waits of DeepSpeed's ZeRO optimizers for the device, without a change of any number.
+"""Removes the points at which DeepSpeed's ZeRO optimizers let the host wait for the device. Results do not change.
 
-A wait lets the GPU run out of work, since the host queues nothing meanwhile. Of each step one wait is left: the update
+During such a wait the GPU runs out of work, since the host queues nothing. One wait in each step is left: the update
 reads the norm of the gradient, which decides whether the parameters change. Numbers that the step reports are read with
-it (`NormReader.also`). An optimizer in host memory keeps DeepSpeed's own order, since it reads gradients on the host.
+it (`NormReader.also`). With an optimizer in host memory all waits stay, since it reads gradients on the host.
 
-Two waits are left under ZeRO-3 with several GPUs, which do not let the GPU run out of work: DeepSpeed waits for the
+Under ZeRO-3 with several GPUs two more waits are left, during which the GPU still has work: DeepSpeed waits for the
 gradients of three buckets ago and for the weights of three fetches ago, so that the host does not run further ahead
 than the memory of the GPU allows.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 NO_TIMERS = {"timers": {"throughput": {"enabled": False}}}
-"""DeepSpeed's settings without its own meter of samples per second, which waits for the device six times per pack."""
+"""DeepSpeed setting that disables its throughput timer, which waits for the device six times per pack."""
 
 _TENSOR = torch.tensor
 
@@ -36,9 +36,9 @@ class NormReader:
     def __init__(self, optimizer: Any, sharded: bool) -> None:
         """Args: optimizer: DeepSpeed's, without offloading. sharded: whether it is that of ZeRO-3."""
         self.also: Tensor | None = None
-        """(n,) float64 on the device, to be read with the next norm."""
+        """(n,) float64 on the device, which are read with the next norm."""
         self.numbers: list[float] | None = None
-        """The numbers that were read with the last norm."""
+        """The values of `also` that were read with the last norm; None if there were none."""
         if sharded:
             optimizer._get_norm_groups = self._reading(optimizer._get_norm_groups)
         elif hasattr(optimizer, "scaled_global_norm"):
@@ -49,7 +49,7 @@ class NormReader:
         optimizer.check_overflow = lambda partition_gradients=True: None
 
     def _reading(self, computed: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns `computed`, which returns a norm or a list of norms, with these norms on the host."""
+        """Wraps `computed`, which returns a norm or a list of norms on the device, to return them on the host."""
 
         def read(*arguments: Any, **options: Any) -> Any:
             with _NumbersAsKernels():
@@ -59,7 +59,7 @@ class NormReader:
         return read
 
     def _read(self, norms: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the norms on the host, where DeepSpeed's checks and the factor of clipping wait for nothing."""
+        """Copies the norms to the host, where DeepSpeed's checks and the clipping factor cause no further waits."""
         numbers = torch.stack([norm.reshape(()).double() for norm in norms])
         if self.also is not None:
             numbers = torch.cat([numbers, self.also])
@@ -96,9 +96,10 @@ def _read_norm_of_bf16(optimizer: Any, reading: Callable[[Callable[..., Any]], C
 
 
 def order_streams(optimizer: Any, accelerator: Any) -> None:
-    """Lets the GPU's streams wait for the one on which ZeRO-3 reduces gradients, where DeepSpeed lets the host wait.
+    """Makes the current stream wait for the stream on which ZeRO-3 reduces gradients where DeepSpeed makes the host
+    wait.
 
-    Memory that is freed afterwards is reused on a stream that has waited. Other optimizers are left as they are.
+    Memory that is freed afterwards is reused on a stream that has waited. Other optimizers are not changed.
     Args: accelerator: DeepSpeed's.
     """
     stream = getattr(optimizer, "reduce_and_partition_stream", None)
@@ -114,17 +115,17 @@ def order_streams(optimizer: Any, accelerator: Any) -> None:
 
 @contextlib.contextmanager
 def streams_in_order(optimizer: Any, accelerator: Any) -> Iterator[None]:
-    """During the body, DeepSpeed orders streams where it would let the host wait for the whole device.
+    """During the body, makes the current stream wait where DeepSpeed would make the host wait for the whole device.
 
     ZeRO 1 and 2 with `overlap_comm` wait before they free gradients that the other stream has reduced, and ZeRO-3 after
-    it has gathered the weights that stay whole. Memory that is freed after the order is reused only behind it.
+    it has gathered the weights that are not partitioned. Memory that is freed after such a wait is reused after it.
     """
     names = ("reduction_stream", "reduce_and_partition_stream")
     stream = next((found for name in names if (found := getattr(optimizer, name, None)) is not None), None)
     if stream is None:
         yield
         return
-    accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(stream)  # hides the method
+    accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(stream)  # shadows the method
     try:
         yield
     finally:

@@ -1,15 +1,15 @@
 """DeepSpeed behind a small interface: only this file and `zero3.py` of the trainer import DeepSpeed.
 
-This file handles six behaviours that DeepSpeed does not report:
+This file handles six behaviours of DeepSpeed that would give wrong results without an error:
 - DeepSpeed averages gradients over ranks and over accumulation. The loss is already divided by a global count, so
   `backward` undoes both averages.
 - Under ZeRO-3 a parameter that a step does not use is updated again with its previous gradient, so `zero_grad` clears
   the gradients of the last step.
 - Under ZeRO-3 a weight is gathered only while the module that owns it runs. The `external_parameters` of a module are
   gathered with the module's own weights, in forward and in backward.
-- After `module(...)` instead of `engine(...)` a second pack overwrites the gradients of the first pack.
-- A backward pass without a forward pass since the last one counts as a part of that one: under ZeRO-3 its gradients
-  replace the gradients of the last one. `backward` begins a new one.
+- If `module(...)` is called instead of `engine(...)`, a second pack overwrites the gradients of the first pack.
+- DeepSpeed treats two backward passes without a forward pass between them as one: under ZeRO-3 the gradients of the
+  second replace those of the first. `backward` marks each as new.
 - DeepSpeed's checkpoints load only on the same number of ranks, so `training/checkpoint/sharded.py` writes the shards
   of this rank, which `pieces` returns.
 """
@@ -48,9 +48,9 @@ from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     build_optimizer,
     counted_updates,
-    end_with_numbers,
     moments_of,
     part_of,
+    put_unaligned_last,
     set_learning_rate,
     settings,
 )
@@ -85,9 +85,10 @@ class ParamShard:
     start: int
     tensors: dict[str, Tensor]
     written: bool = True
-    """Whether a checkpoint has it from this rank. False: other ranks write the same elements."""
+    """Whether this rank writes it to checkpoints. False: another rank writes the same elements."""
     slice: Slice | None = None
-    """Of which slice of the parameter it is a part, in whose elements `start` counts; None: of the whole parameter."""
+    """The tensor-parallel slice of which it is a part; `start` then counts the elements of the slice. None: it is a
+    part of the whole parameter."""
 
     @property
     def length(self) -> int:
@@ -106,8 +107,8 @@ class Engine:
         sharding: Sharding | None = None,
         groups: Groups | None = None,
     ) -> None:
-        """Args: exact: float32 values of the model's `exact_parameters`, which DeepSpeed has rounded to bfloat16;
-        sharding: None: over all ranks; groups: None: each rank has packs and whole weights of its own."""
+        """Args: engine: DeepSpeed's; exact: float32 values of the model's `exact_parameters`, which DeepSpeed has
+        rounded to bfloat16; sharding: None: over all ranks; groups: None: no tensor and no sequence parallelism."""
         self._engine = engine
         self._cfg = cfg
         self._ema_decay = cfg.ema_decay
@@ -117,14 +118,15 @@ class Engine:
         self.groups = groups or Groups.alone(world)
         self._sharding = sharding or Sharding(world.rank, world.size)
         self.gradient_squares: dict[str, float] = {}
-        """Sums of squares by GRADIENT_PARTS of this rank's share of the last gradient that was read, before clipping.
+        """Sum of squares of this rank's share of the gradient before clipping, for each of GRADIENT_PARTS, in the last
+        step with `read_gradient`.
 
         The sum over all parts and ranks is the square of `grad_norm`.
         """
         self.reported: list[float] = []
-        """The numbers given to the last `step`, read with the gradient's norm."""
+        """The values of `report` in the last `step`, read together with the gradient's norm."""
         self.initial: dict[str, float] = {}
-        """The values at which moments begin, by name."""
+        """The initial values of moments, by name."""
         self._read_gradient = False
         self._closed = False
         self._make_moments()
@@ -133,7 +135,7 @@ class Engine:
         self._share_exact()
         self._norm_reader: NormReader | None = None
         offload = engine.zero_offload_optimizer()
-        if offload is None or offload.device == "none":  # gradients in host memory are read there in DeepSpeed's order
+        if offload is None or offload.device == "none":  # an offloaded optimizer reads gradients on the host
             self._norm_reader = NormReader(self._optimizer, self._sharded)
             order_streams(self._optimizer, _accelerator())
 
@@ -148,13 +150,17 @@ class Engine:
         return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Runs the forward pass of the model."""
         with phase(FORWARD):
             return self._engine(*inputs)
 
     def zero_grad(self, lr: float, *, read_gradient: bool = False) -> None:
         """Sets the learning rate and clears all gradients. Must be called before the first backward pass of every step.
 
-        Args: read_gradient: whether this step fills `gradient_squares`, which reads this rank's share once more.
+        Args:
+            lr: learning rate of the stage.
+            read_gradient: whether this step fills `gradient_squares`, which reads this rank's share of the gradient
+                once more.
         """
         self._read_gradient = read_gradient
         set_learning_rate(self._optimizer.param_groups, lr)
@@ -166,7 +172,8 @@ class Engine:
                 flat.grad.zero_()
 
     def backward(self, surrogate: Tensor) -> None:
-        """Adds the gradient of `surrogate`, one pack's part of the step. Gradients are summed over packs and ranks.
+        """Accumulates the gradient of `surrogate`, a scalar whose gradient is one pack's part of that of the loss.
+        Gradients are summed over packs and ranks.
 
         The forward passes of several packs may come before the backward pass of the first; see `HookCounts`.
         """
@@ -177,8 +184,9 @@ class Engine:
     def step(self, report: Tensor | None = None) -> None:
         """Must be called after every pack. The last call of a step updates the parameters and their average.
 
-        Args: report: (n,) numbers of the step on the device, in the last call only. `reported` has them afterwards:
-            they are read together with the norm, since each wait for the device lets it run out of work.
+        Args: report: (n,) numbers of the step on the device, in the last call only. Afterwards `reported` has them:
+        they
+            are copied to the host together with the norm, since the device runs out of work during each wait for it.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -256,6 +264,7 @@ class Engine:
 
     @property
     def global_steps(self) -> int:
+        """Number of completed steps, including those whose update was skipped."""
         return self._engine.global_steps
 
     def pieces(self) -> Iterator[ParamShard]:
@@ -308,10 +317,11 @@ class Engine:
         return start, min(part, total - start)
 
     def agree(self) -> None:
-        """Gives the ranks that have the other slices of the weights what is whole on each of them, from the first.
+        """Copies parameters that every tensor-parallel rank has in full, with their moments, from the first of these
+        ranks to the others.
 
-        They compute it from equal numbers, but kernels that add in no fixed order round differently on each GPU. It is
-        called before a checkpoint, which has it from the first rank only.
+        The ranks compute them from equal numbers, but kernels that add in no fixed order round differently on each GPU.
+        Called before a checkpoint, to which only the first rank writes them.
         """
         group = self.groups.tensor
         if group.size == 1:
@@ -322,7 +332,9 @@ class Engine:
         self.refresh_params()
 
     def refresh_params(self) -> None:
-        """Updates the weights of the forward pass. Must be called after writing into the tensors of `pieces`."""
+        """Copies the master weights to the weights of the forward pass.
+
+        Must be called after writing into the tensors of `pieces`."""
         self._share_exact()
         if not self._sharded:
             self._optimizer.update_lp_params()
@@ -406,8 +418,8 @@ class Engine:
     def _exact_masters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns this rank's part, of 0 or 1 elements, of each master weight whose exact value the model uses.
 
-        The forward pass of a bf16 model would have such a number with three digits, see `ContrastiveModel.exact`.
-        Args: values: to begin with, (1,) each.
+        In bfloat16 the forward pass would use such a number with three digits, see `ContrastiveModel.exact`.
+        Args: values: the initial values, (1,) each, by name.
         """
         if self.dtype == torch.float32:
             return {}
@@ -421,7 +433,8 @@ class Engine:
 
     @torch.no_grad()
     def _share_exact(self) -> None:
-        """Gives the model the values of `_exact_masters`, with one message and without waiting for the device."""
+        """Sets the model's `exact` to the values of `_exact_masters`, with one collective and no wait for the
+        device."""
         if not self._exact:
             return
         nothing = torch.full((1,), -math.inf, device=self.world.device)
@@ -455,7 +468,7 @@ class Engine:
         self._updates = self._counted()
 
     def _place_matrices(self) -> None:
-        """Gives Muon the places of its matrices in the flat tensors."""
+        """Passes the positions of its matrices in the flat tensors to Muon."""
         optimizer = self._optimizer.optimizer
         if not isinstance(optimizer, MatricesAndAdamW):
             return
@@ -475,7 +488,7 @@ def build_engine(
     """Wraps `model` with DeepSpeed. Frozen parameters must have `requires_grad` False already, and keep it.
 
     The model must not draw random numbers in its forward pass, since a step runs the forward pass twice.
-    Args: began: see `optim.parameter_groups`; groups: None: each rank has packs and whole weights of its own.
+    Args: began: see `optim.parameter_groups`; groups: None: no tensor and no sequence parallelism.
     Raises: ConfigError if the ZeRO stage of the DeepSpeed configuration is not 1, 2 or 3.
     """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -494,7 +507,7 @@ def build_engine(
         deepspeed.zero.register_external_parameter(block, parameter)
     optimizer = build_optimizer(model, cfg, began)
     if stage == 1 and ds_config.get("bf16", {}).get("enabled"):
-        end_with_numbers(optimizer)
+        put_unaligned_last(optimizer)
     with _silence():
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(
@@ -517,7 +530,8 @@ def build_engine(
 
 
 def _slice_of(parameter: nn.Parameter) -> Slice | None:
-    """Returns of which slice of the whole tensor a parameter has the elements, see `model.blocks.tensor_parallel`."""
+    """Returns the tensor-parallel slice that a parameter holds, see `model.blocks.tensor_parallel`; None if it is
+    whole."""
     return getattr(parameter, "slice", None)
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a training state hold in memory."""
+"""The memory of the parts of a training state."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch.utils._pytree import tree_leaves
 from univitar_ds.formats.elastic import EMA
 
 GRADIENTS = ("grad_partitions_flat_buffer", "averaged_gradients", "ipg_buckets", "fp32_groups_gradients_flat")
-"""Attributes of DeepSpeed's optimizers with gradients; each has some of them."""
+"""Attributes of DeepSpeed's optimizers that hold gradients. Each optimizer has some of them."""
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
 def memory_by_part(module: nn.Module, optimizer: Any, teacher: nn.Module | None = None) -> dict[str, int]:
     """Returns the bytes of this rank's weights, gradients, optimizer (master weights and moments), average and teacher.
 
-    What several parts share counts for the first. Memory of a step (activations, gathered weights, buckets) is in none.
+    Memory that several parts share is counted for the first of them. Memory that only a step uses (activations,
+    gathered weights, buckets) is not counted.
     """
     seen: set[int] = set()
     weights = [getattr(one, "ds_tensor", one) for one in module.parameters()]
@@ -38,7 +39,7 @@ def memory_by_part(module: nn.Module, optimizer: Any, teacher: nn.Module | None 
 
 
 def _bytes(value: Any, seen: set[int]) -> int:
-    """Returns the bytes of a tensor's storage if it is new. A parameter that ZeRO-3 has not gathered has none."""
+    """Returns the bytes of a tensor's storage, 0 if it is in `seen`. A parameter that is not gathered has no bytes."""
     if not isinstance(value, Tensor):
         return 0
     storage = value.untyped_storage()

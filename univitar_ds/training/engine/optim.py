@@ -31,13 +31,13 @@ GRADIENT_PARTS = {
 }
 """Parts whose gradient norm is logged, with prefixes as in PARTS; "rest" is split into "logits" and "heads"."""
 _NAMED = {"vision": ("patch_embedding", "blocks")}
-"""Names in the run file, each for several parts."""
+"""Names in the run file that mean several parts."""
 _BLOCK = re.compile(r"vision\.encoder\.layers\.(\d+)\.")
 _PATCH_EMBEDDING = "vision.embeddings."
 ADAMW = "adamw"
 _MOMENTS = {ADAMW: dict.fromkeys(MOMENTS, Moment()), muon.KIND: {muon.MOMENTUM: Moment()}}
 _ON_HOST = {"fused": False}
-"""Of groups whose number of updates is counted on the host."""
+"""Option of parameter groups whose `step` is a tensor on the host."""
 _NOT_SAVED = ("params", "fused", "foreach", "capturable", "differentiable")
 """Entries of a parameter group that depend on the machine or are the parameters themselves."""
 
@@ -64,18 +64,17 @@ def freeze_but(model: nn.Module, parts: Collection[str]) -> None:
 def parameter_groups(
     model: nn.Module, cfg: OptimizerConfig, began: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Returns the trained parameters in groups: only matrices have weight decay, and layers differ in `lr_scale`.
+    """Returns the trained parameters in groups by weight decay, `lr_scale` and the start of their training.
 
-    Of kind muon, the matrices of all blocks are in one group, whose update is one exchange of messages;
-    `matrix_scales` has the factors of their learning rates.
+    Vectors have no weight decay: norms, biases, LayerScale and the learned scale and bias of the logits. `lr_scale`
+    multiplies the stage's learning rate: with `layer_decay` d below 1 it is d for the encoder's last block, d * d for
+    the block before the last and so on down to the patch embedding (BEiT, arXiv:2106.08254); it is 1 for all other
+    parameters. With the optimizer kind muon, the matrices of all blocks are in one group, so that one exchange of
+    messages updates them; `matrix_scales` returns the factors of their learning rates. No group is empty, since
+    DeepSpeed cannot partition empty groups.
 
-    Vectors are norms, biases, LayerScale and the learned scale and bias of the logits. `lr_scale` multiplies the
-    stage's learning rate: with `layer_decay` d below 1 it is d for the encoder's last block, d * d for the block before
-    the last and so on down to the patch embedding (BEiT, arXiv:2106.08254); it is 1 for all other parameters. No group
-    is empty, since DeepSpeed cannot partition empty groups.
-
-    Args: began: the number of updates before a part was first trained, 0 if absent. Adam's bias correction of the
-    part's groups counts from there.
+    Args: began: by part, the number of updates of the run before the part was first trained, 0 if absent. Adam's bias
+        correction counts the updates of a group from there.
     """
     began = began or {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -119,7 +118,7 @@ def matrix_scales(model: nn.Module, cfg: OptimizerConfig) -> dict[str, float]:
 def moments_of(cfg: OptimizerConfig, group: Mapping[str, Any]) -> Mapping[str, Moment]:
     """Returns the moments of a parameter group by name, in the order of checkpoints.
 
-    Raises: PluginError if the optimizer is that of a plugin that is not there."""
+    Raises: PluginError if the optimizer is that of a plugin that is not loaded."""
     if cfg.kind in OPTIMIZERS:
         return _MOMENTS[group.get("kind", ADAMW)]
     return optimizer_of(cfg.kind, cfg.options)[1].moments
@@ -128,8 +127,10 @@ def moments_of(cfg: OptimizerConfig, group: Mapping[str, Any]) -> Mapping[str, M
 def build_optimizer(
     model: nn.Module, cfg: OptimizerConfig, began: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """Builds the optimizer; AdamW is fused on GPUs. The learning rate is set before every update, see
-    `set_learning_rate`. Raises: PluginError if no plugin has it."""
+    """Builds the optimizer; AdamW is fused on GPUs. Its learning rate is 0 until `set_learning_rate`, which is called
+    before every update.
+
+    Raises: PluginError if the optimizer is that of a plugin that is not loaded."""
     groups = parameter_groups(model, cfg, began)
     if cfg.kind not in OPTIMIZERS:
         return ElementwiseOptimizer(groups, cfg.kind, *optimizer_of(cfg.kind, cfg.options))
@@ -139,19 +140,19 @@ def build_optimizer(
     return torch.optim.AdamW(groups, **options)
 
 
-def end_with_numbers(optimizer: torch.optim.Optimizer) -> None:
-    """Moves the parameters of a size that 8 does not divide to the end of their groups.
+def put_unaligned_last(optimizer: torch.optim.Optimizer) -> None:
+    """Moves parameters whose number of elements is not a multiple of 8 to the end of their groups.
 
-    For bf16 with ZeRO 1, whose class of DeepSpeed puts the parameters of a group one behind the other and ignores
-    `parameter_alignment`: behind a logit scale of one value no parameter would begin at a multiple of 16 bytes, with
-    which kernels read them. ZeRO 2 has the key, and ZeRO-3 gathers each parameter into memory of its own.
+    Needed for bf16 with ZeRO 1: DeepSpeed's class for it concatenates the parameters of a group and ignores
+    `parameter_alignment`. No parameter after a logit scale, which has one element, would begin at a multiple of 16
+    bytes, as kernels read them. ZeRO 2 aligns parameters, and ZeRO-3 gathers each into memory of its own.
     """
     for group in optimizer.param_groups:
         group["params"].sort(key=lambda parameter: parameter.numel() % 8 > 0)
 
 
 def counted_updates(done: float, master: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """Returns the `step` of one master tensor: on its device for the fused implementation, else on the host."""
+    """Returns `done` as the `step` of one master tensor: on its device if the group is fused, else on the host."""
     device = master.device if group["fused"] else torch.device("cpu")
     return torch.tensor(done, dtype=torch.float32, device=device)
 

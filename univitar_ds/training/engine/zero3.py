@@ -1,11 +1,10 @@
-"""Makes the host time of ZeRO-3 small, and independent of the number of ranks.
+"""Reduces the host time of ZeRO-3, and makes it independent of the number of ranks.
 
 DeepSpeed (0.19) slices every parameter and every gradient for every rank in Python, and runs four hooks around every
-module. Here a block is gathered and released as a whole, and its inner modules keep no hooks of DeepSpeed. Parameters
-and gradients are cut for all ranks at once, as matrices with a row for each rank, and little is done for each parameter
-in each step: the package `lean`. Parameters, their partitions and the checkpoints stay those of DeepSpeed. Results stay
-the same to rounding: with fewer hooks the sums of a backward pass can come in another order. `benchmarks/bench_host.py`
-measures the host time.
+module. Here a block is gathered and released as a whole, and its inner modules have no hooks of DeepSpeed. Parameters
+and gradients are split for all ranks at once, as matrices with a row for each rank, and the package `lean` reduces the
+work for each parameter. Partitions and checkpoints stay those of DeepSpeed. Results are equal up to rounding: with
+fewer hooks the sums of a backward pass can have another order. `benchmarks/bench_host.py` measures the host time.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ OTHER_WAYS = (
     "zenflow",
     "allgather_sequential",
 )
-"""Settings of ZeRO-3 with which DeepSpeed gathers in another way, which then stays."""
+"""Settings of ZeRO-3 with which DeepSpeed gathers in another way. With any of them nothing is replaced."""
 
 
 class Blocks:
@@ -40,11 +39,11 @@ class Blocks:
         """Hooks of each module inside of a block, and the keys of those that are not DeepSpeed's."""
 
     def parameters(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-        """Yields (block, parameter) for each parameter of each block; a block must be registered as their user."""
+        """Yields (block, parameter) for each parameter of each block, to be registered as external parameters."""
         return ((block, parameter) for block in self._blocks for parameter in block.parameters())
 
     def remove_inner_hooks(self) -> None:
-        """Removes the hooks that the modules inside of blocks have got since this object was made."""
+        """Removes the hooks that the modules inside of blocks have received since this object was created."""
         for hooks, others in self._hooks:
             for key in hooks.keys() - others:
                 del hooks[key]
@@ -67,9 +66,9 @@ def _hooks_inside(block: nn.Module) -> Iterator[dict[int, Any]]:
 
 
 def cut_for_all_ranks(engine: Any) -> None:
-    """Replaces DeepSpeed's gathering of parameters and summing of gradients in an engine of ZeRO 3.
+    """Replaces DeepSpeed's gathering of parameters and reduction of gradients in a ZeRO-3 engine.
 
-    Does nothing if the engine's settings gather in another way: offloaded parameters, hpZ, quantized collectives.
+    Does nothing with settings under which DeepSpeed gathers in another way: offloaded parameters, hpZ, OTHER_WAYS.
     """
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
@@ -83,7 +82,7 @@ def cut_for_all_ranks(engine: Any) -> None:
         return
     model, optimizer, accelerator = engine.module, engine.optimizer, get_accelerator()
     offload = optimizer.parameter_offload
-    nvtx.enable_nvtx = False  # names of DeepSpeed's functions in Nsight, twice a microsecond for each weight
+    nvtx.enable_nvtx = False  # ranges of DeepSpeed's functions for Nsight, at two microseconds for each weight
     stage3.reduce_scatter_coalesced = reduce_scatter
     linear.LinearFunctionForZeroStage3 = Linear
     for module in model.modules():
@@ -127,7 +126,7 @@ class _Gathering:
 
 
 class _Gathered:
-    """Parameters on their way. `wait` gives each its weights; DeepSpeed calls it once for each parameter."""
+    """Parameters that a collective is gathering. DeepSpeed calls `wait` once for each; the first call sets them all."""
 
     def __init__(self, work: Any, params: Sequence[nn.Parameter], gathered: Tensor) -> None:
         self._work, self._params, self._gathered = work, params, gathered
@@ -141,7 +140,7 @@ class _Gathered:
         self._work.wait()
         sizes = [parameter.ds_tensor.numel() for parameter in self._params]
         for parameter, part in zip(self._params, self._gathered.split(sizes, dim=1), strict=True):
-            # Not reshape: shares of one element each are a column, which it would leave where it is, with its stride.
+            # Not `reshape`: of shares with one element each it would return a column of `gathered`, with its stride.
             parameter.data = part.contiguous().view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         if not get_accelerator().is_synchronized_device():
@@ -152,8 +151,8 @@ class _Gathered:
 def reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
     """Averages tensors over the ranks of `group` and returns this rank's share of each, flat and without padding.
 
-    A share has ceil(numel / ranks) elements, the last ones fewer. May write into the tensors, as DeepSpeed's function
-    of the name `reduce_scatter_coalesced` does, which it replaces.
+    A share has ceil(numel / ranks) elements, the last shares may have fewer. May write into the tensors, as DeepSpeed's
+    `reduce_scatter_coalesced` does, which it replaces.
     """
     from deepspeed import comm
 

@@ -9,10 +9,10 @@ from univitar_ds.training.engine.optim import (
     block_matrices,
     build_optimizer,
     counted_updates,
-    end_with_numbers,
     matrix_scales,
     parameter_groups,
     part_of,
+    put_unaligned_last,
     set_learning_rate,
     settings,
 )
@@ -122,5 +122,5 @@ def test_muon_has_the_trained_matrices_of_blocks_in_one_group_and_adamw_the_rest
 def test_numbers_end_a_group_and_the_rest_keeps_its_order():
     sizes = [1, 8, 3, 16, 24]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(size)) for size in sizes])
-    end_with_numbers(optimizer)
+    put_unaligned_last(optimizer)
     assert [parameter.numel() for parameter in optimizer.param_groups[0]["params"]] == [8, 16, 24, 1, 3]

@@ -1,9 +1,9 @@
-"""Sums the gradients of ZeRO-3 over ranks, a bucket of parameters in a constant number of operations of the host.
+"""Reduces the gradients of ZeRO-3 over ranks with little work on the host for each parameter.
 
-DeepSpeed (0.19) runs a dozen functions and eight operations of torch for each gradient: it copies it to a buffer, cuts
-it, converts and adds its share, and takes its norm. Here the gradients of a bucket are joined once, and the
-shares of all of them are added and measured together. Buckets have the parameters, and sums the order, that they have
-in DeepSpeed: no bit of a result changes.
+DeepSpeed (0.19) runs a dozen functions and eight operations of torch for each gradient: it copies the gradient to a
+buffer, splits it, converts and adds this rank's share, and computes its norm. Here the gradients of a bucket are
+concatenated once, and the shares of all of them are added, and their norms computed, together. Buckets hold the same
+parameters and sums have the same order as in DeepSpeed, so results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _SHARES = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """Gradient of each parameter's share by the parameter's `ds_id`: views of one flat tensor."""
 _REDUCE = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
-"""What DeepSpeed calls at the end of a backward pass to sum the gradients that are left in its buckets."""
+"""Method that DeepSpeed calls at the end of a backward pass to reduce the gradients that are left in its buckets."""
 
 
 def rows_by_rank(flat: Tensor, ranks: int) -> Tensor:
@@ -51,7 +51,7 @@ class GradientBuckets:
         self._group = trained[0].ds_process_group
         self._ranks, self._rank = comm.get_world_size(self._group), comm.get_rank(self._group)
         shares = getattr(optimizer, _SHARES)
-        # Without the padding, which stays zero. An attribute of the optimizer, whose tensors `free_engine` empties.
+        # Views without the padding, which stays zero. Kept on the optimizer, whose tensors `free_engine` empties.
         optimizer.own_gradients = {p.ds_id: self._own(shares[p.ds_id], p) for p in trained}
         self._bucket: list[nn.Parameter] = []
         self._elements = 0
@@ -102,7 +102,7 @@ class GradientBuckets:
                 self._optimizer.param_reduce_events.append(event)
 
     def _limit_memory(self) -> None:
-        """Waits for the bucket before the last few, as DeepSpeed does, so that the host does not run far ahead."""
+        """Waits for the oldest bucket if too many are in flight, as DeepSpeed does: the host must not run far ahead."""
         events = self._optimizer.param_reduce_events
         while events and events[0].query():
             events.popleft()
@@ -128,7 +128,7 @@ class GradientBuckets:
             torch._foreach_add_(shares, parts)
 
     def _norm(self, gradients: Sequence[Tensor], params: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-        """Returns the 2-norm of gradients over the ranks; -1 if it is not finite, for which DeepSpeed looks."""
+        """Returns the norm of gradients over all ranks; -1 if it is not finite, which DeepSpeed checks."""
         dtype = torch.float64 if self._accelerator.is_fp64_supported() else torch.float32
         norms = torch.stack(torch._foreach_norm(list(gradients), norm_type, dtype=dtype))
         total = norms.pow(norm_type).sum()

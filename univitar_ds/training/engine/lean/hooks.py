@@ -1,7 +1,8 @@
-"""What ZeRO-3 runs for each linear layer, module and weight, without DeepSpeed's general cases. No bit changes.
+"""Replacements of the functions that ZeRO-3 runs for each linear layer, module and weight, without DeepSpeed's general
+cases. Results are bitwise equal.
 
-DeepSpeed (0.19) writes its autograd functions in the form that also serves torch.func, for which torch binds the
-signature of a Python function in each call, and wraps each linear layer into contexts of autocast.
+DeepSpeed (0.19) writes its autograd functions with `setup_context`, as torch.func needs, for which torch binds the
+arguments to a Python signature in each call, and it runs each linear layer in autocast contexts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Linear(torch.autograd.Function):
-    """`nn.functional.linear` that keeps the parameter, not its values, so that ZeRO-3 can free them until backward."""
+    """`nn.functional.linear` that saves the parameter, not its values, which ZeRO-3 can thus free until backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +50,7 @@ def _is_freed(weight: Tensor) -> bool:
 
 
 class _BeforeBackward(torch.autograd.Function):
-    """Passes an output of a module on. Its backward pass first gathers the weights of the module."""
+    """Identity for an output of a module. Its backward pass first gathers the weights of the module."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, module: nn.Module, gather: Callable[[nn.Module], None]) -> Tensor:
@@ -67,7 +68,7 @@ class _BeforeBackward(torch.autograd.Function):
 
 
 class _AfterBackward(torch.autograd.Function):
-    """Passes an input of a module on. The backward pass of the last input frees the weights of the module."""
+    """Identity for an input of a module. The backward pass of the last input frees the weights of the module."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, free: Callable[[nn.Module], None]) -> Tensor:
@@ -95,13 +96,15 @@ class Applied:
 
 
 def replace_functions(module: nn.Module, offload: Any) -> None:
-    """Args: module: with hooks of ZeRO-3; offload: DeepSpeed's `parameter_offload` of the optimizer."""
+    """Replaces the autograd functions that ZeRO-3's hooks apply to the inputs and outputs of a module.
+
+    Args: module: with hooks of ZeRO-3; offload: DeepSpeed's `parameter_offload` of the optimizer."""
     module.pre_bwd_fn = Applied(_BeforeBackward, module, offload.pre_sub_module_backward_function)
     module.post_bwd_fn = Applied(_AfterBackward, module, offload.post_sub_module_backward_function)
 
 
 class Freeing:
-    """Frees the whole values of a parameter. Called by DeepSpeed as `parameter.partition`."""
+    """Frees the gathered values of a parameter. Called by DeepSpeed as `parameter.partition`."""
 
     def __init__(self, parameter: nn.Parameter, original: Callable[..., None], accelerator: Any) -> None:
         self._parameter, self._original = parameter, original

@@ -1,9 +1,9 @@
-"""Gathers and frees the weights of ZeRO-3 by a plan, once DeepSpeed knows the order of the modules.
+"""Gathers and frees the weights of ZeRO-3 by a plan, once DeepSpeed has traced the order of the modules.
 
-DeepSpeed (0.19) finds out in every step, for each weight of each module, what to gather, to wait for and to free.
-Here the weights of each module, and those that are freed after it, are looked up. What is gathered together, and when
-it is freed, stays as in DeepSpeed. Until its trace of a forward and a backward pass is complete, and after a module ran
-out of order, DeepSpeed's own functions run.
+DeepSpeed (0.19) determines in every step, for each weight of each module, what to gather, to wait for and to free. Here
+the weights of each module, and those that are freed after it, are looked up in a plan. Which weights are gathered
+together, and when they are freed, is the same as in DeepSpeed. DeepSpeed's own functions run until its trace of a
+forward and a backward pass is complete, and after a module has run out of order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 _PRIVATE = "_PartitionedParameterCoordinator__"
 _STEP = f"{_PRIVATE}step_id"
-"""Modules that have been fetched in this forward and backward pass."""
+"""Number of modules that have been fetched in this forward and backward pass."""
 _ORDER, _PARAMETERS = f"{_PRIVATE}submodule_order", f"{_PRIVATE}param_order"
 _QUEUE = f"{_PRIVATE}param_queue"
 """A new object for each forward and backward pass."""
@@ -29,24 +29,25 @@ _EVENTS, _MOST_EVENTS = f"{_PRIVATE}ongoing_fetch_events", f"{_PRIVATE}max_ongoi
 
 
 class _Plan:
-    """Weights by the place of their module in the trace."""
+    """The weights that a module uses and those that are freed after it, by the module's position in the trace."""
 
     def __init__(self, modules: Sequence[nn.Module], order: Sequence[Any], distance: int) -> None:
-        """Args: order: DeepSpeed's weights with places, in which they are gathered ahead; distance: in elements."""
+        """Args: modules: in the order of the trace; order: DeepSpeed's entries of weights, in the order in which they
+        are prefetched; distance: elements that may be used before a weight whose next use keeps it gathered."""
         self._modules, self._distance = modules, distance
         self.order = [entry.param for entry in order]
         self._places = [entry.step_id_last_used_at for entry in order]
         self.ends = [bisect.bisect_right(self._places, place) for place in range(len(modules))]
-        """By place: how many of `order` are used up to there."""
+        """By position: number of entries of `order` that are used up to it."""
         own = {module: list({id(p): p for p in _weights(module)}.values()) for module in dict.fromkeys(modules)}
         self.weights = {module: sorted(weights, key=lambda weight: weight.ds_id) for module, weights in own.items()}
         self.counts = {module: _count(module) for module in own}
         self._freed: dict[tuple[nn.Module, int], list[nn.Parameter]] = {}
 
     def freed(self, module: nn.Module, place: int, cursor: int) -> list[nn.Parameter]:
-        """Returns the weights that are freed after `module`: not those that are used again soon.
+        """Returns the weights of `module` that are freed after it: those that are not used again soon.
 
-        Args: cursor: how many of `order` have been gathered or passed over."""
+        Args: place: position in the trace; cursor: number of entries of `order` that have been gathered or skipped."""
         key = module, place
         if key not in self._freed:
             passed = {id(p) for p, used in zip(self.order[:cursor], self._places, strict=False) if used > place}
@@ -79,12 +80,12 @@ class Fetching:
 
     @staticmethod
     def can_replace(model: nn.Module, coordinator: Any) -> bool:
-        """Whether the coordinator gathers in the way that this class does."""
+        """Whether this class can replace the methods of the coordinator: modules are not gathered as leaves."""
         leaves = any(getattr(module, "_z3_leaf", False) for module in model.modules())
         return not leaves and not coordinator.fast_sharding_for_leaf_module
 
     def __init__(self, model: nn.Module, offload: Any, accelerator: Any, statuses: Any) -> None:
-        """Args: offload: DeepSpeed's `parameter_offload`; statuses: its `ZeroParamStatus`; accelerator: its own."""
+        """Args: offload, accelerator: DeepSpeed's `parameter_offload` and accelerator; statuses: `ZeroParamStatus`."""
         self._coordinator, self._accelerator, self._statuses = offload.param_coordinator, accelerator, statuses
         self._state = vars(self._coordinator)
         self._weights = list(model.parameters())
@@ -106,14 +107,14 @@ class Fetching:
             self._plan, self._plan_of = _Plan(self._state[_ORDER], order, self._state[_DISTANCE]), order
         if self._queue is not self._state[_QUEUE]:
             self._queue, self._cursor = self._state[_QUEUE], 0
-        if self._plan.counts.get(module) != _count(module):  # it uses another module's weight since the trace
+        if self._plan.counts.get(module) != _count(module):  # external weights were registered after the trace
             self._coordinator._invalidate_trace()
             return None
         return self._plan
 
     @torch.no_grad()
     def fetch(self, module: nn.Module, forward: bool) -> None:
-        """Gathers the weights of a module, and some of the next ones."""
+        """Gathers the weights of a module, and prefetches weights of the next modules."""
         plan = self._planned(module)
         if plan is None:
             self._own_fetch(module, forward)
@@ -157,7 +158,8 @@ class Fetching:
             in_flight.pop(other, None)
 
     def _note_recomputed(self, weights: Iterable[nn.Parameter], forward: bool) -> None:
-        """Frozen weights of a forward pass inside of the backward pass are freed by the module of the backward pass."""
+        """Notes frozen weights that a recomputed forward pass has gathered: the module whose backward pass runs frees
+        them."""
         running = self._state[_BACKWARD]
         if not forward or not running or torch._C._current_graph_task_id() == -1:
             return
