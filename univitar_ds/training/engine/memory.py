@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from univitar_ds.formats.elastic import EMA
 
-GRADIENTS = ("grad_partitions_flat_buffer", "averaged_gradients", "ipg_buckets", "fp32_groups_gradients_flat")
+GRADIENTS = ("grad_partitions_flat_buffer", "averaged_gradients", "fp32_groups_gradients_flat")
 """Attributes of DeepSpeed's optimizers that hold gradients. Each optimizer has some of them."""
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
