@@ -1,8 +1,8 @@
-"""Matrix products of the towers' blocks in 8-bit floating point, by torchao.
+"""Matrix products of the towers' blocks in 8-bit floating point, with torchao.
 
 Inputs, weights and gradients of a product are rounded to 8 bits with a scale for each tensor, from its largest absolute
-value. The parameters keep their names, shapes and types in ZeRO, the optimizer and checkpoints. On a
-CPU the rounding is emulated, which is slower than no fp8.
+value. The parameters keep their names, shapes and types in ZeRO, the optimizer and checkpoints. On a CPU the rounding
+is emulated, which is slower than training without fp8.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ MULTIPLE = 16
 
 
 def check_fp8() -> None:
-    """Raises: InstallationError without torchao; ConfigError if the GPU has no 8-bit products."""
+    """Checks that torchao is installed and that the GPU, if there is one, supports 8-bit products.
+
+    Raises: InstallationError without torchao; ConfigError if the GPU does not support them."""
     with extra("fp8"):
         if find_spec("torchao") is None:  # an import would take seconds
             raise ModuleNotFoundError(name="torchao")
@@ -37,7 +39,8 @@ def check_fp8() -> None:
 
 
 def use_fp8(model: nn.Module) -> None:
-    """Replaces the linear layers of all blocks of a model. Must be called before DeepSpeed wraps it.
+    """Replaces the linear layers of all blocks of a model whose sizes are multiples of MULTIPLE. Must be called before
+    DeepSpeed wraps the model.
 
     Raises: as `check_fp8`; ConfigError if no layer has sizes that are multiples of MULTIPLE.
     """
@@ -45,7 +48,7 @@ def use_fp8(model: nn.Module) -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about optional libraries that are not used here
     with extra("fp8"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    # Padding: the gradient of a weight sums over the tokens of a pack, whose number is no multiple of 16.
+    # Padding: the gradient of a weight sums over the tokens of a pack, whose number need not be a multiple of 16.
     settings = Float8LinearConfig(emulate=not uses_cuda(), pad_inner_dim=True)
     fitting = 0
     for block in blocks_of(model):

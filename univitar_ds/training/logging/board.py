@@ -26,9 +26,9 @@ GROUPS = (
 )
 """Groups of metrics with a pattern of their names."""
 EVALUATED, OF_TRAINED = "eval", "eval/trained"
-"""Groups of figures: of the weights that are exported, and of the trained ones where those are an average."""
+"""Groups of evaluation figures: of the weights that are exported, and, if those are an average, of the trained ones."""
 RESTING = (0.0, 1.0)
-"""A curve that has only one of these values, such as a number of bad samples of 0, is not drawn."""
+"""A metric that has had only one of these values, such as 0 bad samples, is not drawn."""
 
 
 def tag(name: str) -> str:
@@ -67,7 +67,8 @@ class Board:
     """TensorBoard's files of a run, in its folder `tb`."""
 
     def __init__(self, run: Path, step: int) -> None:
-        """Opens a file after `step`. Later points of earlier files are not shown any more."""
+        """Opens an event file that continues after `step`. TensorBoard no longer shows later points of earlier
+        files."""
         with extra("train"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -78,7 +79,8 @@ class Board:
         _quiet()
 
     def scalars(self, line: Mapping[str, Any]) -> None:
-        """Writes the numbers of a line of metrics. A curve begins once its value leaves its first one, see RESTING."""
+        """Writes the numbers of a line of metrics. A metric whose first value is one of RESTING is drawn once it
+        changes."""
         step = self._step = line["step"]
         for name, value in numbers(line).items():
             if name not in self._moving:
@@ -101,6 +103,7 @@ class Board:
         self._board.add_text(name, text, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Writes an image."""
         self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -114,9 +117,9 @@ class Board:
 
 
 def _moving(metrics: Path, step: int) -> set[str]:
-    """Returns the metrics, with groups, that have changed in the lines up to `step`, by the first and last of them.
+    """Returns the names, with groups, of the metrics that are drawn after the lines up to `step`.
 
-    What may rest at 0 or 1 are counts, which only grow, and weights."""
+    The first and the last line suffice: metrics that rest at 0 or 1 are counts, which only grow, and weights."""
     lines = [numbers(line) for line in _ends(metrics)] if step else []
     if not lines:
         return set()
@@ -125,7 +128,7 @@ def _moving(metrics: Path, step: int) -> set[str]:
 
 
 def _ends(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the first and the last line of steps in a file of JSON lines; only those that are whole."""
+    """Yields the first and the last line of steps in a file of JSON lines, except incomplete ones."""
     if not path.is_file():
         return
     with path.open("rb") as file:

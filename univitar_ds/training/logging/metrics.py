@@ -1,8 +1,8 @@
-"""Training metrics: from the numbers of one rank at a step to one line over ranks and steps.
+"""Training metrics: combines the numbers of each rank at each step into lines for all ranks and several steps.
 
-`OVER_RANKS` declares how each number is reduced over ranks. One small exchange sends all numbers of a step. `Window`
-sums the numbers over the steps of a line, and is part of the checkpoint, so a resumed run writes the same lines as an
-uninterrupted run.
+`OVER_RANKS` declares how each number is reduced over ranks. One small message of each rank has all numbers of a step.
+`Window` sums the numbers over the steps of a line, and is part of the checkpoint, so a resumed run writes the same
+lines as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from univitar_ds.training.step.train_step import StepResult
 BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
 """Kinds of bad samples, by the name of their count in a line."""
 IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
-"""Kinds of texts that were ignored in samples that were used, by the name of their count in a line."""
+"""Kinds of texts that were ignored while the rest of their sample was used, by the name of their count in a line."""
 FILTERED = "filtered_samples"
-"""Name of the number of samples that conditions of sources left out."""
+"""Name of the number of samples that the conditions of sources (`where`) left out."""
 COUNTS = (*BAD_OF_KIND, *IGNORED_OF_KIND, FILTERED)
-"""Names of the counts in a line that are sums since the run began, and are left out of a line if they are 0."""
+"""Names of counts since the start of the run. A line omits those that are 0."""
 SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
 """Names of the sums of squares of the gradient, by part of the model."""
 OVER_RANKS = {
@@ -79,7 +79,7 @@ def local_metrics(
         ignored.update(batch.ignored)
     assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
     assert ignored.keys() <= set(IGNORED), set(ignored) - set(IGNORED)
-    ranks = next((batch.ranks for batch in batches if isinstance(batch, PackShare)), 1)  # encode a pack together
+    ranks = next((batch.ranks for batch in batches if isinstance(batch, PackShare)), 1)  # that share a pack
     lengths = _lengths(batches)
     return {
         "tokens": sum(lengths),
@@ -112,9 +112,9 @@ def exchange_metrics(
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Returns the numbers reduced over all ranks, and `others` of every rank, (size, others) float64 on the host.
 
-    All ranks call it, with equally many `others`. Both travel in one message.
-    Args: equal: number of consecutive ranks with the same packs, each of which computes its part of their FLOPs. Sums
-    and `others` have the first of them; squares of the gradient are summed over all ranks.
+    All ranks call it, with the same number of `others`. All values are sent in one message.
+    Args: equal: number of consecutive ranks that have the same packs and share their FLOPs. Sums and `others` include
+        only the first of these ranks; squares of the gradient are summed over all ranks.
     """
     return exchange_with_times(numbers, others, (), world, equal=equal)[:2]
 
@@ -124,7 +124,7 @@ def exchange_with_times(
 ) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """Returns the results of `exchange_metrics`, and `times` of every single rank, (size, times) float64 on the host.
 
-    All three travel in one message."""
+    All values are sent in one message."""
     table = gather_numbers([*(float(numbers[name]) for name in OVER_RANKS), *others, *times], world)
     metrics = {}
     for column, (name, how) in enumerate(OVER_RANKS.items()):
@@ -138,7 +138,7 @@ def exchange_with_times(
 def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:
     """Returns the 2-norms of the gradient's parts over all ranks, by their names in a line.
 
-    Args: reduced: metrics over all ranks of a step that read its gradient."""
+    Args: reduced: metrics over all ranks of a step with `read_gradient`."""
     return {f"grad_norm_{part}": math.sqrt(reduced[name]) for part, name in SQUARES.items()}
 
 
@@ -146,8 +146,8 @@ def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:
 class Window:
     """Sums over the steps since the last line, and counts of bad samples over the whole run.
 
-    The keys of `bad` are names of COUNTS. A line has the means of losses and loss weights over
-    the steps with this loss; `<name>_steps` counts these steps.
+    The keys of `bad` are names of COUNTS. For losses and loss weights a line has the mean over the steps with that
+    loss; `<name>_steps` counts these steps.
     """
 
     sums: dict[str, float] = field(default_factory=dict)

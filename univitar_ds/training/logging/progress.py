@@ -1,4 +1,4 @@
-"""How far a run is: percent, estimated steps and remaining time, on a terminal's status line and in log lines."""
+"""The progress of a run: percent, estimated steps and remaining time, on a terminal's status line and in log lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REDRAW_S = 0.1
 
 @dataclass(frozen=True)
 class Outlook:
-    """How far a run is, and an estimate of its end."""
+    """The progress of a run, and an estimate of its end."""
 
     percent: float
     """Samples of all stages that are done, in percent."""
@@ -30,6 +30,7 @@ class Outlook:
     remaining_s: float | None
     """Estimated seconds to the end of training; None before the first step."""
     samples_per_s: float | None
+    """Speed of the last steps; None before the first step."""
 
     @property
     def eta(self) -> str:
@@ -61,10 +62,11 @@ class Pace:
         self._progress = progress
 
     def leave_out(self, seconds: float) -> None:
-        """Leaves a time without steps, such as an evaluation, out of speed and estimates."""
+        """Excludes a time without steps, such as that of an evaluation, from speed and estimates."""
         self._marks = deque(((at + seconds, *rest) for at, *rest in self._marks), self._marks.maxlen)
 
     def outlook(self) -> Outlook:
+        """Returns the progress after the last step that was added."""
         stage = self._progress.stage
         done, total = sum(self._lengths[:stage]) + self._progress.samples_in_stage, sum(self._lengths)
         percent = 100 * done / total
@@ -78,7 +80,7 @@ class Pace:
 
 
 class ProgressLine:
-    """The status line of a training run; only where stderr is a terminal."""
+    """The status line of a training run, drawn only if stderr is a terminal."""
 
     def __init__(self, stages: Sequence[StageConfig], clock: Callable[[], float] = time.monotonic) -> None:
         self._names, self._clock = [stage.name for stage in stages], clock
@@ -86,7 +88,7 @@ class ProgressLine:
         self._mfu = ""
 
     def note(self, line: dict[str, Any]) -> None:
-        """Takes the MFU of a line of metrics."""
+        """Stores the MFU of a line of metrics, which later drawings show."""
         self._mfu = f"mfu {line['mfu_pct']:.0f} %"
 
     def draw(self, stage: int, step: int, loss: float, outlook: Outlook) -> None:
@@ -98,6 +100,7 @@ class ProgressLine:
         show_status(self.text(stage, step, loss, outlook))
 
     def text(self, stage: int, step: int, loss: float, outlook: Outlook) -> str:
+        """Returns the text of the status line."""
         name = self._names[stage]
         place = name if len(self._names) == 1 else f"{name} ({stage + 1} of {len(self._names)})"
         speed = "" if outlook.samples_per_s is None else f"{outlook.samples_per_s:.1f} samples/s"
@@ -105,6 +108,7 @@ class ProgressLine:
         return " | ".join(filter(None, (*parts, self._mfu)))
 
     def close(self) -> None:
+        """Ends the status line, so that other output begins on a new line."""
         end_status()
 
 

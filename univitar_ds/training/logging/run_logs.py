@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageSchedule:
-    """Schedule of drawn packs: one of each modality in every `every` steps; never if `every` is 0."""
+    """When a pack is drawn: one of each modality in every `every` steps; never if `every` is 0."""
 
     every: int
     start: int
@@ -34,6 +34,7 @@ class ImageSchedule:
     """The step of the last image, by modality."""
 
     def due(self, step: int, modality: Modality) -> bool:
+        """Whether no pack of this modality was drawn yet in the current `every` steps."""
         return self.every > 0 and step // self.every > self.drawn.get(modality, self.start) // self.every
 
 
@@ -52,9 +53,9 @@ class RunLogs:
         self._schedule: ImageSchedule | None = None
 
     def open(self, progress: Progress, events: Sequence[dict[str, Any]], keep_as: str | None = None) -> None:
-        """Opens the logs after the step of `progress`, and drops later lines of existing files. All ranks call it.
+        """Opens the logs after the step of `progress`, and removes later lines from existing files. All ranks call it.
 
-        Args: keep_as: prefix of the files to which later lines of the sample logs are moved; None to drop these lines.
+        Args: keep_as: prefix of the files to which later lines of the sample logs are moved; None: they are removed.
         Raises: StorageError or LockLost if a log cannot be written, or could not be written earlier.
         """
         cfg = self._cfg
@@ -71,7 +72,7 @@ class RunLogs:
                 self._samples = SampleLog(self._run, self._world.rank)
 
     def close(self) -> None:
-        """Closes the logs; can be called again. `raise_unwritten` raises an error while closing."""
+        """Closes the logs; can be called again. An error while closing is raised by `raise_unwritten`."""
         logs = (self._metrics, self._samples)
         self._metrics = self._samples = self._schedule = None
         with ExitStack() as closing:
@@ -85,7 +86,7 @@ class RunLogs:
             raise self.unwritten
 
     def write_event(self, events: Sequence[dict[str, Any]]) -> None:
-        """Writes the last event. `events` are all events of the run, since events.jsonl is written as a whole."""
+        """Writes the last of `events`. They are all events of the run, since events.jsonl is rewritten as a whole."""
         if self._metrics is not None:
             self._write(lambda: write_events(self._run, events))
             self._write(lambda: self._metrics.mark(events[-1]))
@@ -101,16 +102,17 @@ class RunLogs:
             self._metrics.advance(progress, stage, loss)
 
     def write_metrics(self, line: dict[str, Any]) -> None:
+        """Writes the result of `Window.line`."""
         if self._metrics is not None:
             self._write(lambda: self._metrics.write(line))
 
     def write_evaluation(self, line: dict[str, Any], text: str) -> None:
-        """Writes the figures of an evaluation. Args: text: what the log says of it."""
+        """Writes the figures of an evaluation. Args: text: the message for the log."""
         if self._metrics is not None:
             self._write(lambda: self._metrics.write_evaluation(line, text))
 
     def leave_out(self, seconds: float) -> None:
-        """Leaves a time that was no training out of the shown speed and of the estimated end."""
+        """Excludes a time without steps from the shown speed and from the estimated end."""
         if self._metrics is not None:
             self._metrics.leave_out(seconds)
 

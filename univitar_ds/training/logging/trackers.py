@@ -1,7 +1,7 @@
 """Sends the metrics of a run to experiment trackers: Weights & Biases and Trackio.
 
-A tracker may need a network, so a thread speaks to it, and training does not wait. A tracker that fails is not used any
-more in this launch, after one warning; the run continues, and its other logs have everything.
+A tracker may need a network, so a thread sends the metrics, and training does not wait. A tracker that fails is not
+used again in this launch, after one warning; the run continues, and its other logs are complete.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from univitar_ds.extras import extra
 logger = logging.getLogger(__name__)
 
 WAITING = 10_000
-"""Maximum number of points that wait for a tracker; more are dropped."""
+"""Maximum number of points that wait for a tracker; further points are dropped."""
 CLOSING_S = 20.0
-"""Seconds that a run waits at its end for a tracker to take the last points. Launchers kill a process 30 s after
+"""Seconds that a run waits at its end for a tracker to accept the last points. Launchers kill a process 30 s after
 SIGTERM."""
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
 
 
 class Client(Protocol):
-    """What a tracker offers once it is connected."""
+    """A connection to a tracker."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
 
@@ -48,7 +48,7 @@ def without_credentials(text: str) -> str:
 
 
 class Tracker:
-    """One tracker of a run, and the thread that speaks to it. Only on rank 0."""
+    """One tracker of a run, and the thread that sends points to it. Only on rank 0."""
 
     def __init__(self, name: str, connect: Callable[[], Client], closing_s: float = CLOSING_S) -> None:
         self._name, self._connect, self._closing_s = name, connect, closing_s
@@ -67,14 +67,14 @@ class Tracker:
             return
         if not self._dropped:
             logger.warning(
-                "%s takes points too slowly: from step %d on some are missing there, metrics.jsonl has all",
+                "%s accepts points too slowly: from step %d on it lacks some of them; metrics.jsonl has all",
                 self._name,
                 step,
             )
         self._dropped += 1
 
     def close(self) -> None:
-        """Waits until the tracker has taken all points, at most CLOSING_S. Can be called again."""
+        """Waits until the tracker has accepted all points, at most CLOSING_S. Can be called again."""
         if not self._thread.is_alive():
             return
         self._points.put(None)
@@ -94,7 +94,7 @@ class Tracker:
             while (point := self._points.get()) is not None:
                 client.log(*point)
             client.finish()
-        except BaseException as error:  # also SystemExit, by which a library may give up
+        except BaseException as error:  # also SystemExit, which a library may raise
             if not self._failed.is_set():
                 self._failed.set()
                 reason = without_credentials(first_line(error))
@@ -110,9 +110,9 @@ class Tracker:
 
 
 def open_trackers(cfg: RunConfig, run: Path) -> list[Tracker]:
-    """Returns the trackers that the configuration names, which connect in their threads.
+    """Returns the trackers that the configuration names. They connect in their own threads.
 
-    A resumed run continues under its identifier, which `trackers.json` in the run's folder keeps.
+    A resumed run continues under its identifier, which is stored in `trackers.json` in the run's folder.
     Raises: OSError if this file cannot be written.
     """
     chosen = {name: getattr(cfg.logging, name) for name in _CLIENTS}
@@ -122,7 +122,7 @@ def open_trackers(cfg: RunConfig, run: Path) -> list[Tracker]:
     for name, settings in chosen.items():
         if settings is not None and name not in known:
             identifier = secrets.token_hex(8)
-            # Trackio knows a run by its name, and would continue another run of this name.
+            # Trackio identifies a run by its name, and would continue another run of this name.
             known[name] = f"{settings.name or cfg.name}-{identifier}" if name == "trackio" else identifier
     replace_text(run / TRACKERS, json.dumps(known, indent=2) + "\n")
     shared = json.loads(without_credentials(json.dumps(cfg.model_dump(mode="json"))))
@@ -152,7 +152,7 @@ class _Wandb:
         settings = cfg.logging.wandb
         if settings.mode == "online" and not wandb.login(prompt=False):
             raise RuntimeError(
-                "no key of an account; run `wandb login`, set WANDB_API_KEY, or give logging.wandb.mode=offline"
+                "no API key was found; run `wandb login`, set WANDB_API_KEY, or give logging.wandb.mode=offline"
             )
         self._run = wandb.init(
             entity=settings.entity,
@@ -167,7 +167,7 @@ class _Wandb:
             dir=os.environ.get("WANDB_DIR") or cfg.output,
             config=shared,
             allow_val_change=True,  # a resumed run may have other settings of the machine
-            # Arguments and the state of a repository may hold secrets; the console belongs to the program.
+            # Arguments and the state of a repository may have secrets; wandb must not capture or print console output.
             settings=wandb.Settings(
                 console="off", silent=True, x_disable_meta=True, disable_git=True, disable_code=True
             ),

@@ -1,4 +1,4 @@
-"""The log files of a run, and what it shows of its progress."""
+"""The log files of a run, and the display of its progress."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ logger = logging.getLogger(__name__)
 BLOCK = 1 << 16
 """Size in bytes of the blocks in which a file is read from its end."""
 SKIPPED = "skipped"
-"""Prefix of the sample logs that contain the steps that a rollback undid."""
+"""Prefix of the sample logs with the steps that a rollback has undone."""
 
 
 class MetricLog:
     """metrics.jsonl, TensorBoard, trackers, and the status line or log lines; only on rank 0."""
 
     def __init__(self, cfg: RunConfig, run: Path, progress: Progress) -> None:
-        """Opens the files after `progress`, and drops later lines, which an earlier launch or a rollback left behind.
+        """Opens the files after `progress`, and removes later lines, which an earlier launch or a rollback left behind.
 
         Raises: OSError if a file cannot be written."""
         self._every = cfg.logging.every_steps
         self._stages, self._pace = cfg.stages, Pace(cfg.stages, progress)
         self._first = True
-        """Whether no step was done since the files were opened."""
+        """Whether no step has been done since the files were opened."""
         with ExitStack() as opened:
             self._file = _open_after(run / METRICS, progress.step)
             self._evaluated = _last_evaluated(run / METRICS)
@@ -64,7 +64,7 @@ class MetricLog:
         if self._line is not None:
             self._line.draw(stage, progress.step, loss, self._pace.outlook())
         elif self._first and self._every > 1:
-            logger.info("step %d is done, the first of this launch; a line every %d steps", progress.step, self._every)
+            logger.info("step %d is done; metrics follow every %d steps", progress.step, self._every)
         self._first = False
 
     def write(self, line: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class MetricLog:
     def write_evaluation(self, line: dict[str, Any], text: str) -> None:
         """Writes the figures of an evaluation to metrics.jsonl, TensorBoard and trackers, and `text` to the log.
 
-        An evaluation that was repeated after a resume is in metrics.jsonl already."""
+        An evaluation that is repeated after a resume gets no second line in metrics.jsonl."""
         if line["step"] != self._evaluated:
             append_line(self._file, line)
             self._evaluated = line["step"]
@@ -104,7 +104,7 @@ class MetricLog:
         logger.info("%s", text)
 
     def leave_out(self, seconds: float) -> None:
-        """Leaves a time that was no training out of the estimates."""
+        """Excludes a time without steps from the estimates."""
         self._pace.leave_out(seconds)
 
     def mark(self, event: dict[str, Any]) -> None:
@@ -155,6 +155,7 @@ class SampleLog:
         self._file = (run / f"samples-rank{rank}.jsonl").open("a", encoding="utf-8")
 
     def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
+        """Writes a line for each pack of a step."""
         for batch in batches:
             append_line(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
 
@@ -228,7 +229,7 @@ def _open_after(path: Path, step: int) -> TextIO:
 
 
 def _last_evaluated(path: Path) -> int | None:
-    """Returns the step of the last line if that is one of an evaluation, which comes after the line of its step."""
+    """Returns the step of the last line if it is the line of an evaluation, which follows the metrics of its step."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - BLOCK))
@@ -265,6 +266,7 @@ def _step_of(line: bytes) -> float:
 
 
 def append_line(file: TextIO, line: dict[str, Any]) -> None:
+    """Appends a line of JSON and flushes it. Raises: StorageError if the file cannot be written."""
     with writing(file.name):
         file.write(json.dumps(line) + "\n")
         file.flush()
