@@ -86,12 +86,14 @@ def train(
 ) -> bool:
     """Trains a run to its end, from the last checkpoint if the run has one. Every rank of `world` calls it.
 
-    Args: run: the run's folder, which contains deepspeed.json and tokenizer.json and gets all output. stop: if a rank
-    is asked to stop, all ranks save and end after the same step. evaluate: evaluates the weights while the run trains;
-    None: no evaluation, whatever `evaluation.every_samples` says.
+    Args:
+        run: the run's folder, which contains deepspeed.json and tokenizer.json and receives all output.
+        stop: if a rank is asked to stop, all ranks save and end after the same step.
+        evaluate: evaluates the weights while the run trains; None: no evaluation, also with `evaluation.every_samples`.
     Returns: whether all stages are done and no rank was asked to stop; the same on all ranks.
-    Raises: UserError on all ranks if an error ends the run early. After an error of one rank the others may end within
-    seconds without raising, see `alarm`.
+    Raises: the error that ends the run early, a UserError if the user can correct it; PeerFailure on ranks without an
+        error of their own. After an error that other ranks do not notice, these may end within seconds without raising,
+        see `alarm`.
     """
     with ending_together(world), watching(cfg, run, world) as clock:
         return _train(cfg, run, world, stop, clock, evaluate)
@@ -131,7 +133,7 @@ def _step_info(
 
 
 class OutOfMemory(UserError):
-    """Raised on a rank whose GPU, or whose machine, cannot give it the memory that it asks for."""
+    """Raised if the memory of a rank's GPU or machine is too small."""
 
 
 @contextmanager
@@ -167,7 +169,7 @@ class _Trainer:
         self.slow_ranks = SlowRanks()
         self.times: dict[str, float] = {}
         self.tabled = -1
-        """Stage whose memory was logged."""
+        """Index of the last stage whose memory was logged."""
         self.groups = groups_of(cfg, world)
         self.lanes = self.groups.lanes(cfg)
         self.stop, self.leaving = stop, False
@@ -202,13 +204,14 @@ class _Trainer:
                 self.callbacks.raise_failed()
 
     def train(self) -> None:
+        """Trains until all stages are done or a rank is asked to stop, and saves the last step."""
         while not self.leaving and not self.state.progress.finished(self.cfg.stages):
             self._train_stage(self.cfg.stages[self.state.progress.stage])
         announced = self.leaving
         if announced and self.world.is_main:
             step = self.state.progress.step
             logger.info(
-                "asked to leave: saving step %d, then exit code %d; a second time leaves at once%s",
+                "asked to stop: saving step %d, then exiting with code %d; a second signal exits immediately%s",
                 step,
                 SAVED,
                 self.stop.remedy,
@@ -217,7 +220,8 @@ class _Trainer:
         with self.clock.section(CHECKPOINT):
             self.saves.finish()
         self.logs.close()
-        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:  # asked again: saving takes time
+        # Ranks vote once more, since a request may have come while they saved.
+        with all_ranks_or_none(self.world, ask=lambda: self.stop.requested) as vote:
             self.logs.raise_unwritten()
             self.callbacks.raise_failed()
         self.leaving |= vote.yes
@@ -225,7 +229,7 @@ class _Trainer:
             preemption.ignore()  # launchers end the other ranks after the first rank has ended
             if self.world.is_main and not announced:
                 logger.info(
-                    "asked to leave: step %d, the last one, is saved; exit code %d%s",
+                    "asked to stop: step %d, the last one, is saved; exiting with code %d%s",
                     self.saved_step,
                     SAVED,
                     self.stop.remedy,
@@ -239,7 +243,7 @@ class _Trainer:
             self.engine.close()
 
     def memory_remedy(self) -> str:
-        """Returns what a run that is out of memory can change, for a message."""
+        """Returns for a message where a run ran out of memory, which settings lower its use, and a table of its use."""
         progress = self.state.progress
         stage = self.cfg.stages[min(progress.stage, len(self.cfg.stages) - 1)]
         every = self.engine.module.vision.checkpoint_every
@@ -251,7 +255,7 @@ class _Trainer:
         )
 
     def _memory_table(self) -> str:
-        """Returns what holds the memory of this rank, as text."""
+        """Returns the peak memory of this rank by part of the training state, as text."""
         parts = self.engine.memory_by_part(None if self.teacher is None else self.teacher.tower.model)
         rest = memory_gb() - sum(parts.values()) / 1e9
         held = [f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size]
@@ -267,7 +271,7 @@ class _Trainer:
         self.engine.module.vision.checkpoint_every = recomputation_of(self.cfg, stage, self.engine)
         wanted = self.cfg.objective.grad_cache_keep if self.classes is None else 1
         self.kept = KeptPacks(wanted, len(self.lanes), self.world)
-        self._evaluate()  # an evaluation that a stop request has interrupted
+        self._evaluate()  # if a stop request has interrupted an evaluation
         with self._loader(stage) as loader:
             while self.state.progress.stage == number:
                 start = time.perf_counter()
@@ -300,7 +304,7 @@ class _Trainer:
                 ):
                     self._roll_back(trouble, batches)
                     return
-                release_pixels(self.world.device)  # the step has read the gradient's norm, which comes after the copies
+                release_pixels(self.world.device)  # the step has read the gradient's norm, so the copies are done
                 del batches  # frees the shared slots for the batches of the next step
                 self.clock.end_step()
                 best = self._evaluate()  # before the step is saved, so that a resumed run does not repeat it
@@ -310,7 +314,7 @@ class _Trainer:
             self._stage_transition()
 
     def _evaluate(self) -> bool:
-        """Evaluates the weights if that is due. Returns whether the result is the best so far."""
+        """Evaluates the weights if an evaluation is due. Returns whether the result is the best so far."""
         return self.evaluation.due(self.state) and self.evaluation.run(self.engine, self.state, self._note)
 
     def _stage_transition(self) -> None:
@@ -325,7 +329,7 @@ class _Trainer:
             self._rebuild()
 
     def _note_stage(self) -> None:
-        """Logs the begin of the next step's stage."""
+        """Records that the stage of the next step begins."""
         progress = self.state.progress
         stage = self.cfg.stages[progress.stage]
         event = {"step": progress.step, "event": "stage", "stage": stage.name, "samples_seen": progress.samples}
@@ -408,7 +412,7 @@ class _Trainer:
         """Returns the shards of the sources and the fingerprint of their content; (None, None) on a single rank.
 
         Only rank 0 lists the sources and reads content, since a store would throttle hundreds of ranks. Every other
-        rank looks at one shard of each source.
+        rank checks that it can read one shard of each source.
         """
         if self.world.size == 1:
             return None, None
@@ -430,7 +434,7 @@ class _Trainer:
     ) -> str | None:
         """Updates the parameters once. Returns the reason if the step must be undone, else None.
 
-        All ranks return either a reason or None."""
+        Either all ranks return a reason or all return None."""
         state, progress = self.state, self.state.progress
         modality = batches[0].modality
         drawn_batch = batches[0] if self.logs.draws(progress.step + 1, modality) else None
@@ -475,7 +479,7 @@ class _Trainer:
     ) -> tuple[dict[str, float], torch.Tensor]:
         """Returns the metrics of a step over all ranks, and `others` of every rank. All ranks call it.
 
-        Args: timed: whether to exchange the times of the phases of the steps before."""
+        Args: timed: whether to exchange the times of the phases of the previous steps."""
         numbers = local_metrics(
             batches,
             cost=self.cost,
@@ -498,9 +502,10 @@ class _Trainer:
     def _skip(
         self, batches: list[PackedBatch], settings: StepSettings, error: NotFiniteError, start: float, waited: float
     ) -> str | None:
-        """Counts a step whose update was skipped: its data are read and not learned from.
+        """Counts a step whose update was skipped: its data count as seen, the parameters are unchanged. All ranks call
+        it.
 
-        Returns a reason to undo it if too many were skipped one after the other, else None. All ranks call it."""
+        Returns: a reason to undo the step if too many updates in a row were skipped, else None."""
         state, limit = self.state, self.cfg.guard.max_skipped_in_a_row
         if state.history.skipped >= limit:
             return f"{error}; {limit} updates before it were skipped (limit: guard.max_skipped_in_a_row)"
@@ -549,7 +554,7 @@ class _Trainer:
     def _count(
         self, batches: list[PackedBatch], items: int, reduced: dict[str, float], event: dict[str, Any] | None = None
     ) -> None:
-        """Counts a step and its data. Args: items: over all ranks; event: what to note about the step."""
+        """Counts a step and its data. Args: items: over all ranks; event: to be recorded for the step."""
         state, before = self.state, self.state.progress
         state.progress = advance(
             before,

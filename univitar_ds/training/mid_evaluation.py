@@ -1,8 +1,8 @@
-"""Evaluations while a run trains: when they are due, what becomes of their results, and that they disturb nothing.
+"""Evaluations while a run trains: their schedule, the logging of their results, and their isolation from the training.
 
 An evaluation computes with copies of the weights, between two steps. It changes neither the engine nor the loader nor
-the state of a random generator, and its time is no part of a step: the training is the one without it, bit for bit. An
-evaluation that fails on any rank is abandoned by all of them, and the training continues.
+the state of a random generator, so training with and without evaluations gives bitwise equal weights. Its time is not
+counted as time of a step. If an evaluation fails on any rank, all ranks abandon it and continue the training.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from univitar_ds.training.watch.phases import MID_EVALUATION, StepClock
 logger = logging.getLogger(__name__)
 
 Results = Sequence[Mapping[str, Any]]
-"""The results of one evaluation, equal on all ranks: `weights` (averaged or trained), `figures` as `Figure.to_dict` and
-`notes`; first those of the weights that are exported."""
+"""The results of one evaluation, equal on all ranks: for each kind of weights `weights` (averaged or trained),
+`figures` as `Figure.to_dict` returns them, and `notes`. The weights that are exported come first."""
 Evaluate = Callable[[Engine, Callable[[], bool]], Results | None]
-"""Evaluates the weights of an engine; all ranks call it. The second argument says whether this rank is asked to stop.
+"""Evaluates the weights of an engine; all ranks call it. The second argument returns whether this rank is asked to
+stop.
 
-Returns: None if a rank was asked to stop. Raises: the error of a rank on all ranks, as `all_ranks_or_none` does."""
+Returns: None if a rank was asked to stop. Raises: on all ranks if one of them fails, as `all_ranks_or_none`."""
 
 
 class MidEvaluation:
@@ -46,12 +47,12 @@ class MidEvaluation:
     def __init__(
         self, cfg: RunConfig, world: World, evaluate: Evaluate | None, logs: RunLogs, clock: StepClock, stop: Stop
     ) -> None:
-        """Args: evaluate: None: never."""
+        """Args: evaluate: None: no evaluation is ever due."""
         self._cfg, self._world, self._evaluate = cfg.evaluation, world, evaluate
         self._logs, self._clock, self._stop = logs, clock, stop
 
     def due(self, state: State) -> bool:
-        """Whether a multiple of `every_samples` was reached since the last evaluation."""
+        """Whether the run has passed a multiple of `every_samples` since the last evaluation."""
         every = self._cfg.every_samples
         if not every or self._evaluate is None or not self._cfg.sources:
             return False
@@ -87,21 +88,21 @@ class MidEvaluation:
         self._logs.write_evaluation(line, self._text(progress.step, seconds, chosen, better))
         if chosen is None and self._cfg.best is not None and self._world.is_main:
             logger.warning(
-                "evaluation.best is %s, which is none of the figures, so no best checkpoint is kept; choose one of %s",
+                "evaluation.best is %s, which no figure is called, so no best checkpoint is kept; choose one of %s",
                 self._cfg.best,
                 ", ".join(sorted(values)),
             )
         return better
 
     def _attempt(self, engine: Engine) -> tuple[Results | None, dict[str, Any] | None]:
-        """Returns the results, or None and what failed: the rank and its reason, equal on all ranks."""
+        """Returns the results and None, or None and the failure: the rank and its reason, equal on all ranks."""
         try:
             return self._evaluate(engine, lambda: self._stop.requested), None
         except Exception as error:
             if not known_to_all(error):
-                raise  # the other ranks are elsewhere, so no rank can continue
+                raise  # the other ranks did not leave the evaluation, so no rank can continue
             own = None if isinstance(error, PeerFailure) else f"{type(error).__name__}: {first_line(error)}"
-        reasons = gather_json(own, self._world)  # here, where no frame of the error holds memory
+        reasons = gather_json(own, self._world)  # after `except`: the frames of the error hold memory
         rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
         return None, {"rank": rank, "reason": reasons[rank]}
 
@@ -129,7 +130,7 @@ def score_of(
 
 
 def _is_better(figure: str, value: float, best: Mapping[str, Any]) -> bool:
-    """Whether a value is above the best one so far. With another figure than before, any value is."""
+    """Whether a value is above the best one so far. If that is of another figure, any finite value is better."""
     return math.isfinite(value) and (best.get("figure") != figure or value > best["value"])
 
 
@@ -146,7 +147,8 @@ def _untouched(device: torch.device) -> Iterator[None]:
 
 
 def _free(device: torch.device) -> None:
-    """Gives the memory of an evaluation back, which the next steps may need in other sizes."""
+    """Frees the memory of an evaluation, also in the allocator's cache: the next steps may need blocks of other
+    sizes."""
     gc.collect()  # an error and its frames refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The state of a training run, except the tensors."""
+"""The state of a training run, without tensors."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from univitar_ds.training.step.guard import History
 
 @dataclass
 class State:
-    """The state of a run except the tensors. The checkpoint contains all fields."""
+    """The state of a run without tensors. Checkpoints contain all fields."""
 
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
     cursors: dict[int, LaneCursor] = field(default_factory=dict)
     """Data cursors by lane: of all lanes after loading, of this rank's lanes after the first step."""
     best: dict[str, float] = field(default_factory=dict)
+    """The lowest training loss of a line of metrics, and its `step`; empty before the first line."""
     last: dict[str, Any] = field(default_factory=dict)
+    """The last line of metrics; empty before the first line."""
     seconds: float = 0.0
     """Seconds spent in training steps, over all launches of the run."""
     began: dict[str, int] = field(default_factory=dict)
     """The parts that the stage trains, with the number of updates before each part was first trained."""
     history: History = field(default_factory=History)
     evaluated: int = 0
-    """Training samples at the last evaluation."""
+    """Number of training samples seen at the last evaluation."""
     best_evaluation: dict[str, Any] = field(default_factory=dict)
     """The evaluation with the best result: `step`, `figure` and `value`; empty without one."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Begins of stages, skipped updates, rollbacks, slow ranks, failed evaluations and saves. `step` is the step after
-    which a stage began, whose update was skipped, to which a rollback returned, or after which a rank was found to be
-    slow or an evaluation or save failed."""
+    """Starts of stages, skipped updates, rollbacks, slow ranks, failed evaluations and failed saves. `step` is the step
+    after which a stage began or an evaluation or save failed, whose update was skipped, to which a rollback returned,
+    or at which a rank was found to be slow."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields except the cursors, which each rank saves separately."""

@@ -1,3 +1,3 @@
-"""Optimizers beside AdamW: Muon, which needs whole matrices, and those of plugins, which update each weight alone."""
+"""Optimizers besides AdamW: Muon, which needs whole matrices, and those of plugins, which update each element alone."""
 
 __all__ = ["elementwise", "matrices", "muon"]

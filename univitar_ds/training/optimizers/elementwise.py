@@ -16,11 +16,13 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     """Calls the optimizer of a plugin for each flat tensor."""
 
     def __init__(self, groups: list[dict[str, Any]], name: str, plugin: Plugin, rule: Optimizer) -> None:
+        """Args: groups: see `optim.parameter_groups`; name: of the optimizer, for messages; rule: the optimizer."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         self._name, self._plugin, self._rule = name, plugin, rule
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Updates all parameters that have a gradient. Raises: PluginError if the plugin raises."""
         for group in self.param_groups:
             for master in group["params"]:
                 if master.grad is not None:
@@ -41,12 +43,13 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
 
 def new_moment(moment: Moment, like: Tensor) -> Tensor:
-    """Returns a moment of the weights `like` before the first update."""
+    """Returns the initial value of a moment, with the shape of the weights `like`."""
     return torch.full_like(like, moment.initial, dtype=getattr(torch, moment.dtype))
 
 
 def check_elementwise(rule: Optimizer) -> None:
-    """Makes two updates of random weights, at once and in three parts.
+    """Checks that an optimizer gives the same results on a whole tensor and on three parts of it, in two updates of
+    random weights.
 
     Raises: PluginError if the results differ, weights are not finite, or `step` replaces a moment.
     """

@@ -1,8 +1,8 @@
 """Gathers sharded matrices for a function that needs them whole, and scatters the results.
 
-Every matrix has an owner, a rank that gets all its parts, so that each is computed once and the ranks share the work
-evenly. Parts are sent to the owners in one all-to-all, and the results back in another. A rank sends as many bytes as
-its share of the matrices has in each, whatever the number of ranks.
+Every matrix has an owner, a rank that receives all its parts, so that each result is computed once and the ranks share
+the work evenly. Parts are sent to the owners in one all-to-all, and the results back in another. In each, a rank sends
+about as many bytes as its share of the matrices has, independent of the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from univitar_ds.training.engine.node_sharding import Sharding
 
 @dataclass(frozen=True)
 class Part:
-    """Where a matrix is stored. `flat`: number of the flat master tensor; `offset`: of this rank's part in it;
-    `lengths`: elements on each rank of the group that shares the training state, in the order of the ranks."""
+    """Where a matrix is stored. `shape`: of the whole matrix; `flat`: index of the flat master tensor; `offset`: of
+    this rank's part in that tensor; `lengths`: elements on each rank of the group over which ZeRO shards."""
 
     shape: tuple[int, ...]
     flat: int
@@ -35,26 +35,26 @@ class WholeMatrices:
     """The matrices in one flat tensor, of which each rank of a group has a shard."""
 
     def __init__(self, parts: Sequence[Part], sharding: Sharding, device: torch.device) -> None:
-        """Args: device: of the rank, where the function runs; the flat tensor may be in host memory."""
+        """Args: parts: by matrix; device: of the rank, where the function runs; the flat tensor may be on the host."""
         self._rank, self._group, self._device = sharding.rank, sharding.group, device
         self._parts = parts
         owners = owners_of([multiplications(part.shape) for part in parts], sharding.size)
         self._order = sorted(range(len(parts)), key=lambda number: owners[number])
-        """Numbers of the matrices, ordered by owner: their order in all messages."""
+        """Indices of the matrices, ordered by owner: their order in all messages."""
         self._own = [number for number in self._order if owners[number] == self._rank]
         sent = [0] * sharding.size
         for number, part in enumerate(parts):
             sent[owners[number]] += part.lengths[self._rank]
         self._sent = sent
-        """Elements that go to each rank, and come back from it."""
+        """Elements that are sent to each rank, and as many results received from it."""
         self._pieces = [[parts[number].lengths[rank] for number in self._own] for rank in range(sharding.size)]
-        """Elements of this rank's matrices that come from each rank, and go back to it."""
+        """Elements of each of this rank's matrices that are received from each rank, and as many results sent back."""
 
     def apply(self, function: Callable[[Tensor], Tensor], flat: Tensor) -> list[Tensor]:
         """Applies a function to each whole matrix. All ranks of the group must call it.
 
-        Args: function: of an (n, m) tensor, which returns one of this shape and type; flat: this rank's values.
-        Returns: this rank's part of each result, 1-D, in the order of the parts. They may share memory.
+        Args: function: maps an (n, m) tensor to one of the same shape and type; flat: this rank's values.
+        Returns: this rank's part of each result, 1-D, in the order of the parts. The tensors may share memory.
         """
         ordered = [self._parts[number] for number in self._order]
         values = torch.cat([flat.narrow(0, part.offset, part.lengths[self._rank]) for part in ordered])
@@ -88,7 +88,7 @@ class WholeMatrices:
 
 
 def multiplications(shape: Sequence[int]) -> int:
-    """Returns the multiplications of a Newton-Schulz iteration of a matrix."""
+    """Returns the number of multiplications in a Newton-Schulz iteration on a matrix of this shape."""
     small, large = sorted(shape)
     return 2 * small * small * large + small**3
 
@@ -105,7 +105,7 @@ def owners_of(costs: Sequence[int], ranks: int) -> list[int]:
 
 
 def part_of_matrix(optimizer: Any, parameter: nn.Parameter, sharding: Sharding) -> Part:
-    """Returns where DeepSpeed stores a trained matrix. Needs no message, since all ranks partition in the same way.
+    """Returns where DeepSpeed stores a trained matrix. Does not communicate, since all ranks partition in the same way.
 
     Args: optimizer: DeepSpeed's, of ZeRO 1, 2 or 3.
     """
@@ -125,7 +125,8 @@ def part_of_matrix(optimizer: Any, parameter: nn.Parameter, sharding: Sharding) 
 
 
 def _place(parameter: nn.Parameter, flats: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Returns the number of the flat tensor with a parameter's weights, their first element in it, and its length."""
+    """Returns the index of the flat tensor that holds a parameter, the parameter's first element in it, and its
+    length."""
     for number, flat in enumerate(flats):
         first = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
         if 0 <= first <= flat.numel() - parameter.numel():

@@ -1,9 +1,9 @@
 """Muon on the matrices of blocks and AdamW on all other parameters, as one optimizer under ZeRO 1, 2 and 3.
 
-Muon updates a matrix by its momentum, whose singular values Newton-Schulz iterations bring near 1
-(arXiv:2502.16982). Momentum is kept and updated in shards, like AdamW's moments; the iterations need whole matrices,
-which `matrices.WholeMatrices` gathers. The order of operations is that of torch.optim.Muon, so with equal
-gradients the weights are equal bit for bit, whatever the sharding.
+Muon updates a matrix by its momentum, whose singular values Newton-Schulz iterations bring near 1 (arXiv:2502.16982).
+Momentum is stored and updated in shards, like AdamW's moments; the iterations need whole matrices, which
+`matrices.WholeMatrices` gathers. The order of operations is that of torch.optim.Muon, so with equal gradients the
+weights are bitwise equal under any sharding.
 
 DeepSpeed's own Muon (0.19) is not used: it works on gradients before they are clipped, and needs ZeRO-3 without
 reduce-scatter.
@@ -56,8 +56,10 @@ class MatricesAndAdamW(torch.optim.AdamW):
         sharding: Sharding,
         device: torch.device,
     ) -> None:
-        """Args: masters: the flat tensors of all groups; parts: of each matrix of `scales`, by name; device: of the
-        rank."""
+        """Sets where the matrices are stored.
+
+        Args: masters: the flat tensors of all groups; parts: of each matrix of `scales`, by name; device: of the rank.
+        """
         for number, master in enumerate(masters):
             here = [(parts[name], scale) for name, scale in self.scales.items() if parts[name].flat == number]
             if here:
@@ -65,6 +67,7 @@ class MatricesAndAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Updates all groups. All ranks that share the training state call it, since Muon gathers matrices."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if group.get("kind") != KIND]
         try:
@@ -84,7 +87,7 @@ class MatricesAndAdamW(torch.optim.AdamW):
         momentum.lerp_(gradient, 1 - settings.momentum)
         update = gradient.lerp(momentum, settings.momentum) if settings.nesterov else momentum
         state["step"] += 1
-        # The iterations begin in this type anyway, so messages in it lose nothing.
+        # The iterations compute in this type, so sending values in it loses nothing.
         update = update.to(_DTYPES[settings.precision])
         self._placed[master].update(master.data, update, settings, group["lr"], group["weight_decay"])
 

@@ -52,8 +52,8 @@ def classification_step(
 ) -> StepResult:
     """Updates the parameters once. Arguments, result and errors are those of `train_step`.
 
-    `settings.contrastive_weight` weights the classification loss. Items without a label of `classes` have no loss.
-    Items of a pack are mixed by `objective.classification`, see `objectives.mixing`.
+    `settings.contrastive_weight` is the weight of the classification loss. Items without a label of `classes` have no
+    loss. Items of a pack are mixed as `objective.classification` sets, see `objectives.mixing`.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
     world, wanted = engine.groups.data, objective.classification
@@ -105,7 +105,7 @@ def classification_step(
 def _report(total: torch.Tensor, distillation: Distillation | None) -> torch.Tensor:
     """Returns this rank's part of the sums in the step's result: the loss, and those of distillation.
 
-    They are read together with the gradient norm, so that the host waits for the device once in a step."""
+    The host reads them together with the gradient norm, so that it waits for the device once in a step."""
     return torch.cat([total.reshape(1), distillation.sums]) if distillation else total.reshape(1)
 
 

@@ -1,8 +1,8 @@
 """The numbers that the ranks exchange before and after a step.
 
-Before it: a loss is divided by the items, labels or tokens of all ranks, and a partitioned teacher runs equally often
-on all ranks. These numbers follow from sizes and labels, so they travel in the message in which the ranks agree on the
-step. After it: the losses that are sums over ranks travel with the metrics (`Gather`).
+Before a step: a loss is divided by the items, labels or tokens of all ranks, and a partitioned teacher runs equally
+often on all ranks. These numbers follow from sizes and labels, so they are sent in the message in which the ranks agree
+to run the step. After a step: losses that are sums over ranks are sent with the metrics (`Gather`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sized(Protocol):
 
 
 class Labelled(Protocol):
-    """Those of a pack with labels."""
+    """The fields of a pack from which labels are counted."""
 
     labels: list[str | None]
     sets: list[str | None]
@@ -41,10 +41,10 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class StepCounts:
-    """The numbers of every rank, on the host.
+    """Counts of a step, on the host.
 
-    `items`: (size,) int64. `labelled`: items with a label of the run's classes, over all ranks; 0 without classes.
-    `teacher`: None if the teacher does not run.
+    `items`: items of each rank, (size,) int64; `labelled`: items with a label of the run's classes, over all ranks, 0
+    without classes; `teacher`: None if the teacher does not run.
     """
 
     items: Tensor
@@ -54,8 +54,11 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class TeacherCounts:
-    """Over all ranks: tokens that the student encodes of items that the teacher supports, and these items, at least 1
-    each; and for each pack of a rank the largest number of forward passes that a rank needs."""
+    """Counts over all ranks of the items that the teacher supports.
+
+    `tokens`: tokens of these items that the student encodes, at least 1; `items`: their number, at least 1; `forwards`:
+    for each pack of a rank, the largest number of forward passes of the teacher that any rank needs.
+    """
 
     tokens: int
     items: int
@@ -63,7 +66,7 @@ class TeacherCounts:
 
 
 def numbers_of(packs: int, *, distills: bool) -> int:
-    """Returns how many numbers `own_counts` has for `packs` packs of a rank."""
+    """Returns the number of values that `own_counts` returns for `packs` packs of a rank."""
     return _OF_LOSS + (_OF_TEACHER + packs if distills else 0)
 
 
@@ -94,7 +97,9 @@ def over_ranks(table: Tensor) -> StepCounts:
 
 
 def exchanged(own: list[int], world: World) -> StepCounts:
-    """Returns the counts of all ranks, in a message of their own. All ranks call it. Args: own: see `own_counts`."""
+    """Exchanges the counts in a separate message and returns those of all ranks. All ranks call it.
+
+    Args: own: see `own_counts`."""
     return over_ranks(gather_numbers(own, world).long())
 
 
@@ -105,15 +110,15 @@ def rows_of(pack: Labelled, classes: ClassList) -> list[int]:
 
 
 def alone(numbers: list[float]) -> Tensor:
-    """Sends nothing; a `Gather` for numbers that every rank has."""
+    """A `Gather` without communication, for numbers that are the same on every rank."""
     return torch.tensor([numbers], dtype=torch.float64)
 
 
 def agreed(gather: Gather, shared: Sequence[float], *parts: Sequence[float]) -> list[list[float]]:
-    """Returns `shared` as rank 0 has it, and the sum over ranks of each part. All ranks call it.
+    """Returns `shared` of rank 0, and the sum over ranks of each part. All ranks call it.
 
-    Args: shared: numbers that ranks have computed from the same sums. What is decided by them is decided alike by all
-    ranks, even if a collective gave them different bits.
+    Args: shared: numbers that all ranks have computed from the same sums. With those of rank 0 all ranks decide in the
+        same way, even if a collective has rounded differently on some of them.
     """
     table = gather([*shared, *(number for part in parts for number in part)])
     own, *rest = table.split([len(shared), *map(len, parts)], dim=1)

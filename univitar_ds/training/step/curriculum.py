@@ -24,9 +24,11 @@ class Progress:
     bad_samples: int = 0
 
     def to_dict(self) -> dict[str, int]:
+        """Returns the fields by name."""
         return asdict(self)
 
     def finished(self, stages: Sequence[StageConfig]) -> bool:
+        """Whether all stages are done."""
         return self.stage >= len(stages)
 
 
@@ -82,8 +84,8 @@ def distills_later(stages: Sequence[StageConfig], progress: Progress) -> bool:
 
 
 def modality_at(video_ratio: float, step_in_stage: int) -> Modality:
-    """Returns the modality of a step by error diffusion: any n consecutive steps have n * video_ratio video steps, plus
-    or minus one.
+    """Returns the modality of a step by error diffusion: any n consecutive steps have n * video_ratio steps of videos,
+    with an error below one.
 
     The modality depends only on the stage and the step, so all ranks run the same modules in the same order.
     """

@@ -45,7 +45,7 @@ NO_DISTILLATION = DistillResult()
 
 
 class Distillation:
-    """Computes the distillation loss of one step: sums the loss over the packs, and returns the result.
+    """Computes the distillation loss of one step, pack by pack, and its result.
 
     Each pack's sum is divided by the tokens and items of all packs and ranks, `counts`. Every rank creates a
     `Distillation` and calls the same methods in the same order.
@@ -70,7 +70,7 @@ class Distillation:
         """Runs the teacher on a whole pack. Returns the features of the tokens that the student encodes, and the pooled
         features of all items.
 
-        Called before the student's forward with gradients, so that the memory of the teacher's forward is free by then.
+        Called before the student's forward pass with gradients, so that the memory of the teacher's pass is free then.
 
         Args: device_pixels: the pack's pixels if they are already on the device; otherwise the teacher copies them.
         """
@@ -90,9 +90,9 @@ class Distillation:
         return features._replace(patches=features.patches[kept], valid=features.valid[kept])
 
     def loss(self, student: Distilled, teacher: TeacherFeatures) -> Tensor:
-        """Returns a pack's term of the step's loss, a scalar, and adds the pack to the sums of the result.
+        """Returns a pack's term of the step's loss, a scalar, and adds the pack to `sums`.
 
-        If the term is not finite, neither is its gradient."""
+        If the term is not finite, its gradient is not finite either."""
         patch, agreement = distill(student.patches, teacher.patches, teacher.valid, self.config.patch_loss)
         pooled, _ = distill(student.pooled, teacher.pooled, teacher.supported, self.config.pooled_loss)
         self.sums += torch.stack((patch.detach(), pooled.detach(), agreement)).double()
@@ -100,7 +100,7 @@ class Distillation:
         return nan_if_not_finite(self.patch_weight / counts.tokens * patch + self.pooled_weight / counts.items * pooled)
 
     def result(self, totals: Sequence[float]) -> DistillResult:
-        """Returns the result of the step. Args: totals: the sums of `sums` over all ranks, on the host."""
+        """Returns the result of the step. Args: totals: `sums` added over all ranks, on the host."""
         patch, pooled, agreement = totals
         patch, pooled = patch / self.counts.tokens, pooled / self.counts.items
         return DistillResult(

@@ -29,8 +29,8 @@ MIN_NORM_DEVIATION = 0.1
 """Minimum deviation of the natural logarithm of the norm: otherwise any change of a nearly constant norm would be a
 spike."""
 MAX_NAMED = 512
-"""Maximum number of samples that an event names, an equal share from every rank. With `data.log_samples` the logs of
-samples have all."""
+"""Maximum number of samples that an event names, with an equal share of every rank. With `data.log_samples` the sample
+logs have all of them."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class History:
     stage: int = 0
     values: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     skipped: int = 0
-    """The number of last steps, one after the other, whose updates were skipped."""
+    """Number of consecutive steps, up to the last one, whose updates were skipped."""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> History:
@@ -49,6 +49,7 @@ class History:
         return cls(content["stage"], values, content.get("skipped", 0))
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields by name, see `from_dict`."""
         return {"stage": self.stage, "values": self.values, "skipped": self.skipped}
 
     def add(self, stage: int, modality: str, loss: float, norm: float, window: int) -> None:
@@ -63,7 +64,7 @@ class History:
 
 def named_samples(batches: Sequence[PackedBatch], suspects: Sequence[int], world: World) -> dict[str, list[str]]:
     """Returns the keys of a step's samples for its event: `keys`, of all ranks, at most MAX_NAMED; and `not_finite`,
-    those whose embeddings are not finite, if there are any. All ranks call it.
+    the keys of samples whose embeddings are not finite, if there are any. All ranks call it.
 
     Args: suspects: see `NotFiniteError`."""
     keys = [key for batch in batches for key in batch.keys]
@@ -76,8 +77,8 @@ def named_samples(batches: Sequence[PackedBatch], suspects: Sequence[int], world
 def nan_if_not_finite(loss: Tensor) -> Tensor:
     """Returns `loss`, a scalar, with its own gradient if it is finite, and with a gradient of NaN otherwise.
 
-    So the check of the gradients, which all ranks share, also finds a loss that is not finite on one rank, without
-    waiting for the device: a sum may overflow whose gradient is finite.
+    A loss can overflow while its gradient is finite. With NaN, the check of the gradients, whose result all ranks
+    share, finds a loss that is not finite on any rank, without another wait for the device.
     """
     return loss * (loss.detach() * 0 + 1)  # inf * 0 is NaN; a finite loss is multiplied by exactly 1
 

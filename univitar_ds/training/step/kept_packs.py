@@ -2,8 +2,8 @@
 
 A kept pack is not embedded a second time (`train_step`), and its activations stay in memory until its backward pass.
 With "auto" on a GPU the first steps of each stage keep one pack, which needs no more memory than a pack that runs a
-second time. What they need is measured, and then as many packs are kept as fit into the memory of every rank. The
-number is the same on all ranks, since the ranks gather the weights of ZeRO-3 together.
+second time. The memory of these steps is measured; the next steps keep as many packs as fit into the memory of every
+rank. The number is the same on all ranks, since the ranks gather the weights of ZeRO-3 together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from univitar_ds.training.distributed.process_group import World, gather_numbers
 MEASURED_STEPS = 8
 """Steps of a stage that are measured: several, since packs of images and of videos differ."""
 USABLE = 0.9
-"""Share of the memory that a process can have which kept packs may fill; the rest is for fragments and larger packs."""
+"""Share of the process's usable memory that kept packs may fill. The rest is for fragmentation and larger packs."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +29,16 @@ class Memory(Protocol):
     """Memory of the device, in bytes."""
 
     def usable(self) -> int:
-        """What this process holds or could still get."""
+        """Returns the memory that this process has reserved or could still allocate."""
 
     def used(self) -> int:
-        """What tensors take now."""
+        """Returns the memory of all tensors now."""
 
     def peak(self) -> int:
-        """The maximum of `used` since `forget_peak`."""
+        """Returns the maximum of `used` since `forget_peak`."""
 
-    def forget_peak(self) -> None: ...
+    def forget_peak(self) -> None:
+        """Resets the maximum that `peak` returns."""
 
 
 class GpuMemory:
@@ -67,7 +68,8 @@ class KeptPacks:
     """
 
     def __init__(self, wanted: int | Literal["auto"], packs: int, world: World, memory: Memory | None = None) -> None:
-        """Args: packs: packs of a step on this rank; memory: of the device; None: as torch counts it, on a GPU."""
+        """Args: wanted: `objective.grad_cache_keep`; packs: packs of a step on this rank; memory: of the device; None:
+        as torch counts it, on a GPU."""
         self.packs, self.world = packs, world
         if memory is None and world.device.type == "cuda":
             memory = GpuMemory(world.device)
@@ -78,7 +80,8 @@ class KeptPacks:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Runs one step, and measures it if `count` still depends on it. A step that fails is not counted."""
+        """Runs one step as its body, and measures the memory if `count` is not chosen yet. A step that fails does not
+        count."""
         if not self._left:
             yield
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import starmap
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +17,15 @@ from univitar_ds.model.blocks.rank_group import RankGroup
 from univitar_ds.model.blocks.sequence_parallel import owned_items
 
 
-class Shape(Protocol):
-    """The fields of a pack that say what the encoder gets."""
-
-    pixels: Tensor
-    frames: Tensor
-    grid_thw: Tensor
-
-
 @dataclass
 class PackShare(PackedBatch):
-    """The items of a pack that this rank owns, as a pack: the loss, the teacher and the logs see these alone.
+    """The items of a pack that this rank owns, as a pack of their own for the loss, the teacher and the logs.
 
-    What the loader counted since the lane's previous pack is counted by the first rank of the group.
+    Only the first rank of the group has the loader's counts since the lane's previous pack, such as `bad`.
     """
 
     whole: PackedBatch | None = None
-    """The pack that the group encodes; never None."""
+    """The pack that the group encodes; it is always set."""
     items: tuple[int, int] = (0, 0)
     """The range of items that this rank owns."""
     ranks: int = 1
@@ -41,7 +33,7 @@ class PackShare(PackedBatch):
 
 
 def share_of(batch: PackedBatch, group: RankGroup) -> PackedBatch:
-    """Returns the items of a pack that this rank owns; the pack itself if it is alone in its group."""
+    """Returns the items of a pack that this rank owns; the pack itself if the group has only this rank."""
     if group.size == 1:
         return batch
     grids = batch.grid_thw.tolist()
@@ -57,12 +49,12 @@ def share_of(batch: PackedBatch, group: RankGroup) -> PackedBatch:
 
 
 def whole_of(batch: Any) -> Any:
-    """Returns the pack that is encoded for a pack of the step."""
+    """Returns the whole pack of a `PackShare`; any other pack is returned as it is."""
     return batch.whole if isinstance(batch, PackShare) else batch
 
 
 def own_drops(batch: Any, drops: DropPlan | None) -> DropPlan | None:
-    """Returns what is dropped of a rank's own items. Args: drops: of the whole pack."""
+    """Returns the tokens and branches that are dropped from a rank's own items. Args: drops: of the whole pack."""
     if drops is None or not isinstance(batch, PackShare):
         return drops
     first, end = batch.items
@@ -76,7 +68,7 @@ def own_drops(batch: Any, drops: DropPlan | None) -> DropPlan | None:
 
 
 def own_pixels(batch: Any, whole: Tensor) -> Tensor:
-    """Returns the pixels of a rank's own items on the device. Args: whole: those of the whole pack."""
+    """Returns the pixels of a rank's own items. Args: whole: pixels of the whole pack, 1-D."""
     if not isinstance(batch, PackShare):
         return whole
     grids, frames = batch.whole.grid_thw.tolist(), batch.whole.frames.tolist()

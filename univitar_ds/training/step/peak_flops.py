@@ -62,7 +62,7 @@ def find_peak(tflops_per_rank: float | None, dtype: torch.dtype, world: World) -
     """Returns the peak of all ranks. All ranks call it.
 
     The peak is measured on all ranks at once unless it is given, or published for the GPU of every rank.
-    Args: tflops_per_rank: the given peak of one rank, None without one. dtype: of the matrix products.
+    Args: tflops_per_rank: the given peak of one rank, None if none is given. dtype: of the matrix products.
     """
     if tflops_per_rank is not None:
         return Peak(tflops_per_rank * world.size)
@@ -105,9 +105,9 @@ def matrix_products(
 def repeats_per_s(
     work: Callable[[], None], measurements: int, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """Returns the runs of `work` per second, one value per measurement.
+    """Returns the number of runs of `work` per second, one value per measurement.
 
-    Each measurement takes its share of `seconds`, and at least one run."""
+    Each measurement takes an equal part of `seconds`, and has at least one run."""
     rates = []
     for _ in range(measurements):
         done, start = 0, clock()

@@ -1,11 +1,11 @@
 """What a stage recomputes in its backward passes: `checkpoint_every: auto`.
 
-On a GPU the least recomputation is chosen with which the activations of a full pack fit into the memory that is free
-when the stage begins, on every rank: nothing, norms and gates (selective), every 2nd block or every block. The bytes
-are those of `model.blocks.activations` for the encoder and `_TEXT_TENSORS` for the text tower. Of the free memory
-`RESERVED_PER_PARAMETER` bytes for each parameter are left for what is not there yet: gradients with ZeRO 1 and 2, whole
-weights and buckets with ZeRO-3. The choice changes no bit of the result. It must be the same on all ranks, since a
-block that runs again gathers its weights again.
+The choices are nothing, norms and gates (selective), every 2nd block and every block. On a GPU, "auto" is the least
+recomputation with which the activations of a full pack fit, on every rank, into the memory that is free when the stage
+begins. The bytes are those of `model.blocks.activations` for the encoder and `_TEXT_TENSORS` for the text tower.
+`RESERVED_PER_PARAMETER` bytes of the free memory for each parameter are reserved for later allocations: gradients with
+ZeRO 1 and 2, whole weights and buckets with ZeRO-3. The choice does not change results. It must be the same on all
+ranks, since a block that runs again gathers its weights again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from univitar_ds.training.engine.engine import Engine
 from univitar_ds.training.step.kept_packs import USABLE, GpuMemory, Memory
 
 RESERVED_PER_PARAMETER = 6
-"""A gradient in float32, and a weight in bfloat16."""
+"""Bytes of a gradient in float32 and a weight in bfloat16."""
 _TEXT_TENSORS = 18
-"""Activations of a text block in tensors of its width (derived: 10 of the width, 8 of the feed-forward layer)."""
+"""Activations of a text block, as a number of tensors of its width (derived: 10, and 8 for the feed-forward layer)."""
 NAMES = {0: "nothing", "selective": "norms and gates", 2: "every 2nd block", 1: "every block"}
 
 logger = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ def recomputation_of(cfg: RunConfig, stage: StageConfig, engine: Engine, memory:
     kind = least_recomputation(config, tokens, free, width=width, tensor=tensor)
     if engine.world.is_main:
         sizes = {one: bytes_of_pack(config, one, tokens, width=width, tensor=tensor) for one in LADDER}
-        needs = [f"{NAMES[one]} {size / 1e9:.1f}" for one, size in sizes.items()]
+        needs = [f"{size / 1e9:.1f} GB ({NAMES[one]})" for one, size in sizes.items()]
         fits = sizes[kind] <= free
         logger.log(
             logging.INFO if fits else logging.WARNING,
-            "stage %s recomputes %s (checkpoint_every auto): %.1f GB are free, and a pack of %d tokens needs, "
-            "recomputing %s GB%s",
+            "stage %s recomputes %s (checkpoint_every auto): %.1f GB are free; by recomputation, a pack of %d tokens "
+            "needs %s%s",
             *(stage.name, NAMES[kind], free / 1e9, stage.token_budget, ", ".join(needs)),
             "" if fits else "; none fits, so lower token_budget if the memory does not suffice",
         )
@@ -63,12 +63,12 @@ def recomputation_of(cfg: RunConfig, stage: StageConfig, engine: Engine, memory:
 
 
 def _parameters(engine: Engine) -> int:
-    """Returns the number of parameters of the whole model; under ZeRO-3 a rank's tensors are parts."""
+    """Returns the number of elements of the whole model's parameters; under ZeRO-3 the tensors of a rank are shards."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
 
 
 def _text_bytes(cfg: RunConfig, stage: StageConfig, engine: Engine, width: int) -> float:
-    """Returns the bytes of the text tower's activations for a pack of as many captions as possible."""
+    """Returns the bytes of the text tower's activations for a pack with as many captions as possible."""
     text: Any = getattr(engine.module, "text", None)
     if text is None or cfg.model.text.frozen or "text" in stage.frozen:
         return 0.0
@@ -78,7 +78,7 @@ def _text_bytes(cfg: RunConfig, stage: StageConfig, engine: Engine, width: int) 
 
 
 def _most_items(stage: StageConfig) -> int:
-    """Returns how many of the smallest items fit into a pack."""
+    """Returns the number of items of the smallest size that fit into a pack."""
     rules = [(stage.image, 1, stage.video_ratio < 1), (stage.video, stage.video_frames, stage.video_ratio > 0)]
     smallest = min(
         rule.largest_item(frames) if rule.size_px is not None else rule.min_tokens

@@ -3,9 +3,9 @@
 The loss compares all items of the step, but a rank has memory for the activations of a few packs only. The packs are
 first embedded, and the loss gives the gradient of every embedding. The gradient of a pack's embeddings is then
 backpropagated through the pack's graph. `StepSettings.keep` packs keep their graph from the first pass; the others are
-embedded without gradient and run again. One and two passes give the same numbers because the model draws no random
-numbers: dropped tokens and branches are drawn before the passes (`model.blocks.dropping`). The distillation loss is a
-sum over tokens and items, and is computed pack by pack in the passes with gradient.
+embedded without gradient and run again. Packs that run once and packs that run twice give the same numbers, because the
+model draws no random numbers: dropped tokens and branches are drawn before the passes (`model.blocks.dropping`). The
+distillation loss is a sum over tokens and items, and is computed pack by pack in the passes with gradient.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Batch(Protocol):
 
 
 class DivergedError(UserError):
-    """Raised on all ranks if a step has changed the parameters and must be undone, or cannot be undone any more."""
+    """Raised on all ranks if a step has changed the parameters and must be undone, or if a step must be undone and the
+    limit of rollbacks is reached."""
 
     all_ranks_know = True
 
@@ -64,9 +65,9 @@ class DivergedError(UserError):
 class NotFiniteError(DivergedError):
     """Raised on all ranks if the loss or the gradient of a step is not finite.
 
-    The update was skipped on all ranks: parameters, moments, the average of the weights and Adam's step are those
-    before. `items` is the number of items of the step over all ranks. `suspects` are the positions of those of this
-    rank's items, in the order of its packs, whose embeddings are not finite; empty if there is none.
+    The update was skipped on all ranks: parameters, moments, the average of the weights and Adam's step are unchanged.
+    `items` is the number of items of the step over all ranks. `suspects` are the positions, in the order of the packs,
+    of this rank's items whose embeddings are not finite.
     """
 
     def __init__(self, message: str, items: int, suspects: Sequence[int] = ()) -> None:
@@ -97,9 +98,10 @@ class StepResult:
 class StepSettings:
     """Settings of a step.
 
-    `dropping` are the tokens and branches that the encoder drops, by lane. With `read_gradient` the norms of the
-    gradient's parts are computed (`Engine.zero_grad`). `keep` packs of a rank run only once, and their activations are
-    in memory together; it changes no bit of the result, and is the same on all ranks.
+    `lr` is the learning rate of the stage, and `dropping` determines the tokens and branches that the encoder drops.
+    With `read_gradient` the norms of the gradient's parts are computed (`Engine.zero_grad`). `keep` packs of a rank run
+    only once, and their activations are in memory at the same time; it does not change results, and is the same on all
+    ranks.
     """
 
     lr: float
@@ -119,13 +121,16 @@ def train_step(
     counts: StepCounts | None = None,
     gather: Gather | None = None,
 ) -> StepResult:
-    """Updates the parameters once. `batches` are the packs of this rank's lanes, the same number on all ranks.
+    """Updates the parameters once. All ranks call it.
 
-    Args: teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
-    counts: of the data-parallel ranks; None: the step exchanges them. gather: the message with the step's losses, which
-    is sent once if the parameters were updated; None: the step sends one itself, if it needs one.
-    Raises: NotFiniteError on all ranks if the loss or the gradient is not finite, and the update was skipped;
-    DivergedError if DeepSpeed has not skipped it, which its configuration can ask for.
+    Args:
+        batches: the packs of this rank's lanes, the same number on all ranks.
+        teacher: that of `objective.teacher`. With a `distill_weight` of 0 neither the teacher nor its heads run.
+        counts: of the data-parallel ranks; None: the step exchanges them.
+        gather: sends the step's losses in a message of the caller, once if the parameters were updated; None: the step
+            sends a message of its own if it needs one.
+    Raises: NotFiniteError on all ranks if the loss or the gradient is not finite and the update was skipped;
+        DivergedError if DeepSpeed's configuration has disabled the check and the update was applied.
     """
     engine.zero_grad(settings.lr, read_gradient=settings.read_gradient)
     drops = [settings.dropping.of_pack(whole_of(batch).grid_thw.tolist(), batch.lane) for batch in batches]
@@ -174,7 +179,7 @@ def train_step(
 
 
 def not_finite(loss: float, lr: float) -> str:
-    """Returns what of a step is not finite: the loss, or the gradient of a finite loss."""
+    """Returns a sentence about what is not finite in a step: the loss, or the gradient of a finite loss."""
     if not math.isfinite(loss):
         return f"the loss is {loss} at learning rate {lr:g}"
     return f"the gradient is not finite at loss {loss:.6g} and learning rate {lr:g}"
@@ -231,8 +236,8 @@ def _embed(
 ) -> tuple[list[Outputs], dict[int, _Graph]]:
     """Returns the outputs of all packs without gradient, in their order, and the graphs of the first `keep` packs.
 
-    These packs run last, and the backward passes begin with them. So no pack runs forward while graphs are kept that
-    it does not need, and the gradients are added in the order of the packs, as without kept graphs.
+    These packs run last, and the backward passes begin with them. Packs without a graph thus run while no graphs are in
+    memory, and the gradients are accumulated in the order of the packs, as without kept graphs.
     """
     outputs: dict[int, Outputs] = {}
     graphs: dict[int, _Graph] = {}
@@ -276,11 +281,11 @@ def _inputs(batch: Batch, device: torch.device, distill: bool, drops: DropPlan |
 
 
 def _report(output: Outputs, distillation: Distillation | None) -> Tensor:
-    """Returns the numbers on the device that the result of the step has: scale and bias, and this rank's sums of
+    """Returns the numbers of the step's result that are on the device: scale and bias, and this rank's sums of
     distillation.
 
-    They are read with the gradient's norm. The host waits for the device three times in a step: for the numbers of
-    items (`Exchange`), for the loss (`objectives.pairs`), and for this.
+    They are read together with the gradient's norm. The host waits for the device three times in a step: for the
+    numbers of items (`Exchange`), for the loss (`objectives.pairs`), and for the norm.
     """
     scale_and_bias = torch.cat([output[2].detach().reshape(1), output[3].detach().reshape(1)]).double()
     return torch.cat([scale_and_bias, distillation.sums]) if distillation else scale_and_bias

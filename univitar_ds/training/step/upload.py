@@ -1,9 +1,9 @@
-"""Copies of pixels to the GPU, beside the computation of earlier packs.
+"""Copies pixels to the GPU while it computes earlier packs.
 
 The decoding processes write pixels into shared memory. It is registered with the CUDA runtime, so that a copy needs no
-detour through another buffer in which the host would wait. Copies run on a stream of their own; the stream that
-computes waits for the event behind a copy, and the pixels' memory is kept until the event has happened. Not yet run on
-a GPU.
+intermediate page-locked buffer, for which the host would wait. Copies run on a stream of their own; the computing
+stream waits for an event after each copy, and the pixels stay in host memory until the event has completed. Not yet run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class CudaPageLock:
     """Registers memory with the CUDA runtime, as a `data.decoding.shared_slots.PageLock`.
 
-    Args: runtime: the CUDA runtime as of `torch.cuda.cudart`; None: that one.
+    Args: runtime: an object with the functions of `torch.cuda.cudart()`; None: the result of that call.
     """
 
     def __init__(self, runtime: Any = None) -> None:
@@ -40,6 +40,7 @@ class CudaPageLock:
         return not error
 
     def unlock(self, address: int) -> None:
+        """Unregisters memory that `lock` has registered."""
         self._cudart().cudaHostUnregister(address)
 
     def _cudart(self) -> Any:
@@ -47,7 +48,7 @@ class CudaPageLock:
 
 
 class Upload:
-    """Copies pixels to one GPU. `upload_to` keeps one for each GPU.
+    """Copies pixels to one GPU. `upload_to` returns the object of a GPU.
 
     Args: cuda: a module with the streams and events of `torch.cuda`.
     """
@@ -66,22 +67,23 @@ class Upload:
             copied = self._cuda.Event()
             copied.record(self._stream)
         computing.wait_event(copied)
-        copy.record_stream(computing)  # its memory is reused only behind the computation
+        copy.record_stream(computing)  # its memory is reused only after the computation
         self._pending.append((copied, host))
         return copy
 
     def release(self) -> None:
-        """Drops the pixels whose copies are done."""
+        """Frees the pixels whose copies are done."""
         self._pending = [(copied, host) for copied, host in self._pending if not copied.query()]
 
 
 @cache
 def upload_to(device: torch.device) -> Upload:
+    """Returns the only `Upload` of a GPU."""
     return Upload(device)
 
 
 def pixels_on(device: torch.device, host: Tensor) -> Tensor:
-    """Returns pixels on `device`: copied beside the computation to a GPU, as they are on a CPU."""
+    """Returns pixels on `device`. A copy to a GPU runs while the GPU computes; on a CPU nothing is copied."""
     return upload_to(device)(host) if device.type == "cuda" else host.to(device, non_blocking=True)
 
 

@@ -37,9 +37,9 @@ CALLS = (
 
 @contextmanager
 def marked_collectives() -> Iterator[None]:
-    """During the body, the functions of torch.distributed in CALLS, and waiting for what they began, are phases.
+    """During the body, calls of the functions of torch.distributed in CALLS, and waits for their results, are phases.
 
-    DeepSpeed may keep references to marked functions. After the body these only call torch's.
+    DeepSpeed may keep references to these wrapped functions. After the body they only call torch's functions.
     """
     before = [(owner, name, getattr(owner, name)) for owner, names in _places() for name in names]
     for owner, name, function in before:

@@ -1,4 +1,4 @@
-"""What holds the memory of a GPU when it runs out: a snapshot by torch at the failed allocation."""
+"""Snapshots of a GPU's memory by torch when an allocation fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from univitar_ds.config.run_folder import MEMORY
 from univitar_ds.training.distributed.process_group import World
 
 ENTRIES = 100_000
-"""Maximum number of allocations and frees that a snapshot has with their Python stacks, if they are recorded."""
+"""Maximum number of allocations and frees in a snapshot that have Python stacks, if stacks are recorded."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Allocator(Protocol):
         """Calls `failed` before an allocation raises, while all memory is still held."""
 
     def record(self, entries: int) -> None:
-        """Keeps the Python stacks of the last allocations."""
+        """Records the Python stacks of the last `entries` allocations and frees from now on."""
 
     def dump(self, path: str) -> None:
         """Writes a snapshot."""

@@ -1,10 +1,10 @@
 """The phases of a training step: what a rank does now, and the time that it spends in each phase.
 
 Code marks its phases with `phase` and `section`. Two readers use the marks: the metrics have the seconds of every
-phase, and the watchdog reads from another thread where the rank is. A phase inside another one counts for itself alone,
-so that the phases of a step add up to the step. In a process without an active clock the marks do nothing.
+phase, and the watchdog reads the position of the rank from another thread. The time of a nested phase counts only for
+that phase, so that the phases of a step add up to the step. In a process without an active clock the marks do nothing.
 
-On a GPU a mark is a CUDA event on the stream of the step. The times are those of the GPU, which the host learns after
+On a GPU a mark is a CUDA event on the stream of the step. The times are those of the GPU, which the host reads after
 the step without waiting for it. On a CPU a mark is a reading of the clock.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 DATA, FORWARD, BACKWARD, OPTIMIZER = "data_wait", "forward", "backward", "optimizer"
 COLLECTIVES = "collectives"
-"""Collective calls, including the wait for other ranks, whatever phase they belong to."""
+"""Collective calls, including the wait for other ranks, in whichever phase they are made."""
 OTHER = "other"
 """The rest of a step: the loss, the teacher, reading metrics."""
 PHASES = (DATA, FORWARD, BACKWARD, OPTIMIZER, COLLECTIVES, OTHER)
@@ -49,7 +49,7 @@ class Marks(Protocol):
         """Returns the time between two points that the device has passed."""
 
     def reuse(self, mark: Any) -> None:
-        """Takes back a mark that is no longer needed."""
+        """Lets `mark` return a mark again that is no longer needed."""
 
 
 class HostMarks:
@@ -69,7 +69,7 @@ class HostMarks:
 
 
 class DeviceMarks:
-    """Events on the stream of a GPU that is current when the object is made."""
+    """CUDA events on the stream that is current when the object is created."""
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         """Args: cuda: a module with the streams and events of `torch.cuda`."""
@@ -94,7 +94,7 @@ class DeviceMarks:
 
 
 class Observer(Protocol):
-    """Follows the steps, such as a profiler."""
+    """An object that is called at each step and phase, such as a profiler."""
 
     def begin_step(self, number: int) -> None: ...
 
@@ -106,17 +106,17 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is. `since`: when the section began, by `time.monotonic`."""
+    """What a rank does now. `since`: when the section began, by `time.monotonic`."""
 
     section: str
     since: float
     step: int = 0
     phase: str = OTHER
-    """The innermost phase that is no collective."""
+    """The innermost phase that is not a collective."""
     call: str = ""
     """The call that waits for other ranks; empty outside of such calls."""
     calls: int = 0
-    """Number of such calls that the rank has begun; equal on ranks that are in the same call."""
+    """Number of calls that wait for other ranks which this rank has begun; equal on ranks that are in the same call."""
 
 
 class StepClock:
@@ -142,13 +142,14 @@ class StepClock:
         self._locate(section=START)
 
     def begin_step(self, number: int) -> None:
-        """Begins a step; one that has not ended does not count."""
+        """Begins a step. A previous step that has not ended does not count."""
         if self._observer is not None:
             self._observer.begin_step(number)
         self._running = [(self._marks.mark(), OTHER)]
         self._locate(section=STEP if len(self.durations) >= SETTLING else FIRST_STEPS, step=number)
 
     def end_step(self) -> None:
+        """Ends the current step, if there is one."""
         if self._running is None:
             return
         self._running.append((self._marks.mark(), ""))
@@ -160,7 +161,7 @@ class StepClock:
             self._observer.end_step(self.position.step)
 
     def take(self) -> list[float]:
-        """Returns the number of steps since the last call whose times are known, and their seconds by PHASES."""
+        """Returns the number of steps whose times became known since the last call, and their seconds by PHASES."""
         self._read()
         taken = [float(self._steps), *(self._seconds[name] for name in PHASES)]
         self._seconds, self._steps = Counter(), 0
@@ -168,7 +169,7 @@ class StepClock:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Runs a body that is no step, such as saving a checkpoint."""
+        """Marks the body as a section that is not a step, such as saving a checkpoint."""
         before = self.position.section
         self._locate(section=name)
         try:
@@ -178,7 +179,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str, call: str = "") -> Iterator[None]:
-        """Runs a phase. Args: call: name of the call if the phase is one of COLLECTIVES."""
+        """Marks the body as a phase. Args: call: name of the function if the phase is COLLECTIVES."""
         if call and self._stack and self._stack[-1][0] == COLLECTIVES:  # torch's calls call each other
             yield
             return
@@ -211,7 +212,7 @@ class StepClock:
         )
 
     def _read(self) -> None:
-        """Adds the times of the steps that the device has done."""
+        """Adds the times of the steps that the device has finished."""
         marks = self._marks
         while self._ended and marks.passed(self._ended[0][-1][0]):
             step = self._ended.popleft()
@@ -228,7 +229,7 @@ _active: list[StepClock] = []
 
 @contextmanager
 def active(clock: StepClock) -> Iterator[None]:
-    """Makes `clock` the one that `phase` and `section` mark, during the body."""
+    """During the body, `phase` and `section` mark phases and sections of `clock`."""
     _active.append(clock)
     try:
         yield
@@ -248,7 +249,7 @@ def phase(name: str, call: str = "") -> Iterator[None]:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Marks the body as a section of a run that is no step: CHECKPOINT, EVALUATION or MID_EVALUATION."""
+    """Marks the body as a section of a run that is not a step: CHECKPOINT, EVALUATION or MID_EVALUATION."""
     if not _active:
         yield
         return

@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 _LOG_LEVEL, _SILENT = "KINETO_LOG_LEVEL", "6"
-"""The profiler's library logs its start and stop to stderr at level 5, the highest that it has."""
+"""Environment variable and value that silence the profiler's library: it logs to stderr up to level 5."""
 
 
 class StepProfiler:
-    """Traces the steps of `logging.profile` on this rank. A trace that cannot be written is a warning, not an error.
+    """Traces the steps of `logging.profile` on this rank. If a trace cannot be written, a warning is logged.
 
-    A run that is resumed within these steps traces the rest of them. Tracing changes no result.
+    A run that is resumed within these steps traces the rest of them. Tracing does not change results.
     """
 
     def __init__(self, cfg: ProfileConfig | None, run: Path, world: World) -> None:
@@ -55,7 +55,7 @@ class StepProfiler:
             self.close()
 
     def annotate(self, name: str) -> AbstractContextManager[Any]:
-        """Names the body in the trace."""
+        """Returns a context whose body has this name in the trace."""
         return nullcontext() if self._profile is None else torch.profiler.record_function(name)
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
-"""Finds a rank that makes the others wait, and the phase in which it does.
+"""Finds a rank that makes the others wait, and the phase that takes it longer.
 
-A rank's own time is its time in all phases of a step but the collectives, in which it waits for others. A rank stands
-out in a window of steps if its own time is the largest, more than `STANDS_OUT` times the median of the other ranks,
-and the difference is more than `SHARE` of the step: packs of a step differ by a few percent, which is no fault of a
-rank. It is reported when it stands out with the same phase in `WINDOWS` windows in a row that take at least `SPAN_S`
-together, since single windows catch a checkpoint of another job or a cold cache. It is reported only once while this
-lasts.
+A rank's own time is its time in all phases of a step except the collectives, in which it waits for others. A rank
+stands out in a window of steps if its own time is the largest, more than `STANDS_OUT` times the median of the other
+ranks, and the difference is more than `SHARE` of the step: the packs of a step differ by a few percent, which is not a
+fault of the rank. A rank is reported when it stands out with the same phase in `WINDOWS` consecutive windows that take
+at least `SPAN_S` seconds together, since in a single window a checkpoint of another job or a cold cache may slow a rank
+down. It is not reported again while it keeps standing out with this phase.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPAN_S = 60.0
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank that makes the others wait. `phase_s` are its seconds a step in `phase`, `others_s` the median of the
+    """A rank that makes the others wait. `phase_s`: its seconds per step in `phase`; `others_s`: the median of the
     other ranks."""
 
     rank: int
@@ -36,7 +36,7 @@ class SlowRank:
 
 
 def per_step(taken: Tensor) -> Tensor | None:
-    """Returns the seconds a step of each rank and phase, (ranks, phases); None if a rank knows no step.
+    """Returns the seconds per step of each rank and phase, (ranks, phases); None if a rank has no timed step.
 
     Args: taken: the results of `StepClock.take` of all ranks, (ranks, 1 + phases)."""
     steps = taken[:, :1]
@@ -44,7 +44,7 @@ def per_step(taken: Tensor) -> Tensor | None:
 
 
 def times_over_ranks(seconds: Tensor) -> dict[str, float]:
-    """Returns mean and maximum over ranks of the seconds a step in each phase, by their names in a line of metrics.
+    """Returns mean and maximum over ranks of the seconds per step in each phase, by their names in a line of metrics.
 
     Args: seconds: (ranks, phases)."""
     means, largest = seconds.mean(0).tolist(), seconds.amax(0).tolist()
@@ -56,9 +56,9 @@ def times_over_ranks(seconds: Tensor) -> dict[str, float]:
 
 
 def slow_rank(seconds: Tensor) -> SlowRank | None:
-    """Returns the rank that stands out in a window, without regard to other windows; None if there is none.
+    """Returns the rank that stands out in one window; None if no rank does.
 
-    Args: seconds: (ranks, phases), each a step."""
+    Args: seconds: (ranks, phases), per step."""
     if len(seconds) < 2:
         return None
     column = PHASES.index(COLLECTIVES)
@@ -81,16 +81,16 @@ def _median(values: Tensor) -> Tensor:
 
 
 class SlowRanks:
-    """Follows the windows of a run. All ranks have the same table of times, so they find the same rank."""
+    """Decides after each window of a run whether to report a rank. All ranks have the same times, so they agree."""
 
     def __init__(self) -> None:
         self._before: tuple[int, str] | None = None
         self._windows, self._span_s, self._reported = 0, 0.0, False
 
     def event(self, step: int, seconds: Tensor, steps: float) -> dict[str, Any] | None:
-        """Returns an entry for events.jsonl if a rank is to be reported after this window, else None.
+        """Returns an entry for events.jsonl if a rank must be reported after this window, else None.
 
-        Args: step: the last step; seconds: (ranks, phases), each a step; steps: number of steps in the window."""
+        Args: step: the last step; seconds: (ranks, phases), per step; steps: number of steps in the window."""
         found = slow_rank(seconds)
         which = None if found is None else (found.rank, found.phase)
         if which != self._before or which is None:

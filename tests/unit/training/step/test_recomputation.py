@@ -91,5 +91,5 @@ def test_the_choice_is_logged_with_its_numbers(gb, level, caplog):
     (record,) = caplog.records
     assert record.levelname == level
     assert "stage native recomputes" in record.getMessage()
-    assert "a pack of 32768 tokens needs, recomputing nothing 32.7, norms and gates 21.5" in record.getMessage()
+    assert "a pack of 32768 tokens needs 32.7 GB (nothing), 21.5 GB (norms and gates)" in record.getMessage()
     assert ("lower token_budget" in record.getMessage()) == (level == "WARNING")
