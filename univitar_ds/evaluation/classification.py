@@ -21,8 +21,12 @@ from univitar_ds.screen import progress_bar
 
 @dataclass(frozen=True)
 class Hits:
-    """How a model has classified items: by data set, `truth` (n,) is the class of each item within its set, and `among`
-    (len(KS), n) the probability that it is among the first k. `left` counts the items that were left out."""
+    """Classified items of a model, by data set.
+
+    `truth`: the right class of each item, as an index into the classes of its set, (n,) int64; `among`: the probability
+    that the right class is among the first k, (len(KS), n) float64; `left`: number of items that were left out, by
+    reason.
+    """
 
     truth: dict[str | None, Tensor]
     among: dict[str | None, Tensor]
@@ -32,10 +36,10 @@ class Hits:
 def measure_classes(
     model: ClassificationModel, classes: ClassList, packs: Iterable[PackedBatch], modality: Modality, *, progress: bool
 ) -> tuple[list[Figure], list[str]]:
-    """Returns top-1 and top-5 accuracy of each data set and top-1 averaged over its classes, and notes.
+    """Returns top-1 and top-5 accuracy of each data set, top-1 averaged over its classes, and notes.
 
-    An item competes with the classes of its set, as in training; `chance` is that of a random order of them. A k of at
-    least the number of classes is left out. Items without a label that the run has learned are counted in a note.
+    The candidates of an item are the classes of its set, as in training; `chance` is the accuracy of a random order of
+    them. A k of at least the number of classes is left out. A note counts the items without a label of `classes`.
     """
     return class_figures(class_hits([model], classes, packs, modality, progress=progress)[0], classes, modality)
 
@@ -87,7 +91,8 @@ def class_figures(hits: Hits, classes: ClassList, modality: Modality) -> tuple[l
 
 
 def _hits(logits: Tensor, rows: list[int], classes: ClassList, name: str | None) -> tuple[Tensor, Tensor]:
-    """Returns the class of each item within its set, (n,), and whether it is among the first k, (len(KS), n)."""
+    """Returns the right class of each item within its set, (n,), and the probability that it is among the first k,
+    (len(KS), n)."""
     begin, end = classes.spans[name]
     truth = torch.tensor(rows) - begin
     counts = rank_counts(logits[:, begin:end].double(), truth[:, None] == torch.arange(end - begin))

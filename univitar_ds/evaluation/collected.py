@@ -24,19 +24,20 @@ _CSV = ("model", "data", "task", "measure", "modality", "set", "value", "low", "
 
 @dataclass(frozen=True)
 class Collected:
-    """The figures of several models. `cells` has a figure by the key of its row, see `_key`, and its model."""
+    """The figures of several models. `cells` has the figure of each row and model; the key of a row is that of
+    `_key`."""
 
     models: list[str]
     cells: dict[tuple[str, ...], dict[str, Mapping[str, Any]]]
     repeated: int
-    """Number of results that a later file replaces."""
+    """Number of figures that a later file has replaced."""
 
 
 def collect(paths: Sequence[Path]) -> Collected:
     """Reads results: JSON files of `eval TASK --json` or `eval RUN --out`, and folders with such files.
 
     Files are read in the order of their arguments, those of a folder in the order of their names.
-    Raises: UserError if a file is damaged or none is there.
+    Raises: UserError if a file is damaged, or if there is no file.
     """
     models: dict[str, None] = {}
     cells: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
@@ -113,9 +114,9 @@ def as_csv(found: Collected) -> str:
 
 
 def write_table(found: Collected, path: Path) -> None:
-    """Writes the table, as CSV if the name of the file ends so, else as Markdown. Replaces an earlier table.
+    """Writes the table, as CSV if the name of the file ends in .csv, else as Markdown. Replaces an earlier table.
 
-    Raises: ConfigError if there is another file; StorageError if it cannot be written."""
+    Raises: ConfigError if `path` is a file that is not such a table; StorageError if it cannot be written."""
     is_csv = path.name.lower().endswith(CSV)
     begin = ",".join(_CSV) if is_csv else _TITLE
     check_result(path, lambda there: read_bytes(there).startswith(begin.encode()))

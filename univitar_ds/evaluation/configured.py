@@ -1,6 +1,6 @@
-"""The evaluation that a run file asks for: the packs of its sources, and the figures of their embeddings.
+"""The evaluation that a run file configures: the packs of its sources, and the figures of their embeddings.
 
-`run` evaluates by it after training, `during_training` while a run trains.
+`run` uses it after training, `during_training` while a run trains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def packs_of(
 ) -> Generator[PackedBatch]:
     """Yields the packs of a modality. Must be closed.
 
-    Args: run: folder with the tokenizer; stage: its sizes are used; share: of one of several ranks, None for all.
+    Args: run: folder with the tokenizer; stage: determines the sizes; share: that of one of several ranks, None for all
+        items.
     """
     return eval_packs(
         config.evaluation.sources,
@@ -70,6 +71,6 @@ def figures_of(
 def no_class_measured(notes: Sequence[str]) -> str:
     """Returns the error message of an evaluation of a classifier without figures."""
     return (
-        f"the evaluation measured nothing: {' '.join(notes) or 'its sources hold nothing that the stages read.'} "
-        "The head knows the labels of the run's classes.json; name a source with such labels in evaluation.sources"
+        f"the evaluation measured nothing: {' '.join(notes) or 'its sources have no items that the stages read.'} "
+        "The head has the labels of the run's classes.json; name a source with such labels in evaluation.sources"
     )

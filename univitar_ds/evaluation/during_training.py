@@ -1,12 +1,12 @@
 """Evaluates the weights of a run while it trains: on all ranks, each of which embeds a share of the items.
 
-Each rank gathers a copy of all weights, as the export has them, so that ranks that have parts of the weights or of
-packs in training compute items of their own here. The copy is in bfloat16 on a GPU, in float32 on the CPU; with an
-average of the weights there is a second copy, so that items are read and decoded once. Embeddings are gathered on rank
-0, which computes the figures.
+Each rank gathers a copy of all weights, with the values that an export would have. Ranks that share weights or packs in
+training thus embed items independently. The copy is in bfloat16 on a GPU, in float32 on the CPU. If the run keeps an
+average of the weights, each rank holds a copy of both, so that items are read and decoded once. Embeddings are gathered
+on rank 0, which computes the figures.
 
-Ranks wait for each other at the store of the process group, as long as it takes. What can fail runs on all ranks or on
-none, and communicates with no other rank.
+Ranks wait for each other at the store of the process group, without a time limit. Work that can fail does not
+communicate; if it fails on one rank, it raises on all ranks.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from univitar_ds.training.engine.engine import Engine
 
 Model = ContrastiveModel | ClassificationModel
 _Found = dict[Modality, list[Embeddings] | list[Hits]]
-"""What was found of each modality, for each kind of weights."""
+"""The embeddings or classified items of each modality, for each kind of weights."""
 
 
 class Interrupted(Exception):
-    """Ends the work of a rank that is asked to stop."""
+    """Raised within the work of a rank that is asked to stop, to end it."""
 
 
 class DuringTraining:
@@ -73,6 +73,7 @@ class DuringTraining:
         self._stages = {modality: last_stage(cfg, modality) for modality in MODALITIES}
 
     def __call__(self, engine: Engine, stopped: Callable[[], bool]) -> list[dict[str, Any]] | None:
+        """Evaluates the weights of `engine`. Arguments, result and errors are those of `Evaluate`."""
         world, dtype = self._world, feature_dtype(self._world.device)
         shards = self._listed()
         share = EvalShare(shards, world.rank, world.size)
@@ -130,7 +131,9 @@ class DuringTraining:
         stage: StageConfig,
         stopped: Callable[[], bool],
     ) -> list[Embeddings] | list[Hits]:
-        """Returns what each model finds of this rank's share of the items. Raises: Interrupted if asked to stop."""
+        """Returns the embeddings or classified items of this rank's share, by each model.
+
+        Raises: Interrupted if this rank is asked to stop."""
         packs = packs_of(self._cfg, self._run, stage, modality, share)
         with closing(packs):
             until = _until(stopped, packs)
@@ -139,7 +142,7 @@ class DuringTraining:
             return embed_by_each(models, until, modality, progress=False)
 
     def _gathered(self, own: list[Embeddings] | list[Hits]) -> list[Embeddings] | list[Hits] | None:
-        """Returns on rank 0 what all ranks have found, None on the others."""
+        """Returns the embeddings or classified items of all ranks on rank 0, None on the others."""
         wait_for_all(self._world)
         if own and isinstance(own[0], Hits):
             return gathered_hits(own, self._world)
@@ -148,7 +151,7 @@ class DuringTraining:
     def _measured(
         self, models: Sequence[Model], classes: ClassList | None, shards: Sequence[SourceShard], found: _Found
     ) -> list[dict[str, Any]]:
-        """Returns the results, which rank 0 computes, on all ranks."""
+        """Computes the results on rank 0 and returns them on all ranks."""
         answer: list[dict[str, Any]] = []
         with _together(self._world):
             for number, kind in enumerate(self._kinds) if self._world.is_main else ():
@@ -177,7 +180,7 @@ class DuringTraining:
 
 
 def _nothing(found: _Found, number: int, notes: Sequence[str]) -> str:
-    """Returns why nothing was measured."""
+    """Returns the error message of an evaluation without figures. Args: number: index of the kind of weights."""
     each = [of_modality[number] for of_modality in found.values()]
     if all(isinstance(one, Embeddings) for one in each):
         return nothing_measured(each, [])
@@ -186,7 +189,9 @@ def _nothing(found: _Found, number: int, notes: Sequence[str]) -> str:
 
 @contextmanager
 def _together(world: World, ask: Callable[[], bool] | None = None) -> Iterator[Vote]:
-    """As `all_ranks_or_none`, but ranks may need different times, longer than a collective waits."""
+    """As `all_ranks_or_none`, but some ranks may take longer than others by more than the timeout of a collective.
+
+    Suppresses `Interrupted`."""
     with all_ranks_or_none(world, ask) as vote:
         try:
             yield vote

@@ -27,7 +27,7 @@ class Embeddings:
     `vision` and `text` are (n, E) float32 on the host, with rows of length 1. An item that has only a label has a row
     of zeros in `text` and the caption "". Equal `caption_ids` mean equal captions. `sets` are the names of the items'
     data sets, if the data has them. `others` are further captions of each item, () without any. `bad` counts the
-    samples that were left out, by kind or, of conditions, by rule.
+    samples that were left out, by kind, or by rule if a condition of a source left them out.
     """
 
     vision: Tensor
@@ -106,8 +106,9 @@ def _texts(model: ContrastiveModel, pack: PackedBatch, width: int, device: torch
 
 
 def _text_vectors(model: ContrastiveModel, ids: Tensor, lengths: Tensor, device: torch.device) -> Tensor:
-    """Returns unit vectors (n, E) float32 on the host. A pack may have as many texts as it has tokens, and each of
-    them is as long as the longest: `TEXTS_AT_ONCE` bounds the memory."""
+    """Returns unit vectors (n, E) float32 on the host.
+
+    A pack may have as many texts as tokens, all padded to the longest, so `TEXTS_AT_ONCE` bounds the memory."""
     parts = zip(ids.split(TEXTS_AT_ONCE), lengths.split(TEXTS_AT_ONCE), strict=True)
     return torch.cat([model.encode_text(some.to(device), counts).float().cpu() for some, counts in parts])
 

@@ -37,7 +37,7 @@ def measure(
     if labels and not named and all(label.isdecimal() for label in labels):
         notes.append(
             f"Zero-shot of {kind}s: labels are numbers, such as {min(labels)!r}; if they are not the names themselves, "
-            "name them by class_names of the source."
+            "name them with class_names of the source."
         )
     ranked = retrieval(embeddings, texts)
     if not embeddings.captioned:
@@ -50,12 +50,12 @@ def measure(
 
 
 def nothing_measured(found: Sequence[Embeddings], unmet: Sequence[tuple[Modality, int]]) -> str:
-    """Returns the error message of an evaluation without scores: the requested scores and the samples found.
+    """Returns the error message of an evaluation without scores: the scores it needs items for, and the items found.
 
     Args: found: embeddings of the evaluated modalities; unmet: numbers of samples of other modalities.
     """
     asked = " and ".join(f"{one.modality}s" for one in found)
-    parts = [f"the evaluation measured nothing: it asks for retrieval and zero-shot classification of {asked}"]
+    parts = [f"the evaluation measured nothing: it is for retrieval and zero-shot classification of {asked}"]
     for one in found:
         labels = {label for label in one.labels if label is not None}
         sentence = (
@@ -71,7 +71,7 @@ def nothing_measured(found: Sequence[Embeddings], unmet: Sequence[tuple[Modality
 
 
 def left_out(found: Embeddings) -> str:
-    """Returns what was left out and how to find it, as the end of a sentence."""
+    """Returns the end of a sentence: the numbers of samples left out, and how to list them."""
     return f"left out: {_counted(found)}; {VERIFY_HINT}"
 
 

@@ -24,7 +24,7 @@ def render_run(run: str | Path) -> str:
 
 
 def render_results(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Returns both as tables, without that which is empty."""
+    """Returns both as tables; an empty one is left out."""
     parts = [render_evaluation(evaluation)] if evaluation else []
     return "\n\n".join([*parts, render_summary(summary)] if summary else parts)
 

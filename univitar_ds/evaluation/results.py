@@ -78,8 +78,9 @@ def read_result(path: Path) -> dict[str, Any]:
     return _read(path, _Result, "measure it again, or remove it")
 
 
-def whole(text: str) -> int:
-    """Returns a whole number of JSON. Raises: ValueError for one that no count is, and that no float may hold."""
+def int64(text: str) -> int:
+    """Parses an integer of JSON, for `parse_int`. Raises: ValueError above 64 bits: a float may not hold such a
+    number."""
     value = int(text)
     if abs(value) >= 1 << 63:
         raise ValueError(f"{shortened(text)} is above 64 bits")
@@ -90,7 +91,7 @@ def _read(path: Path, shape: type[_Shape], remedy: str) -> dict[str, Any]:
     if not is_regular(path):
         return {}
     try:
-        content = json.loads(read_utf8(path), parse_int=whole)
+        content = json.loads(read_utf8(path), parse_int=int64)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; allow its reading") from error
     except (ValueError, RecursionError) as error:
@@ -105,7 +106,7 @@ def _read(path: Path, shape: type[_Shape], remedy: str) -> dict[str, Any]:
 
 
 def _fault(error: ValidationError) -> str:
-    """Returns the first fault in words: the place, and the value that is wrong there."""
+    """Returns a phrase about the first fault: its place, and the value that is wrong there."""
     first = error.errors()[0]
     place = shortened(".".join(map(str, first["loc"])), 120)
     if first["type"] == "missing":

@@ -77,9 +77,9 @@ def _captions(embeddings: Embeddings, rows: Sequence[int], texts: Texts | None) 
 
 
 def _hits(queries: Tensor, gallery: Tensor, asked: Tensor, right: Tensor) -> dict[int, Tensor]:
-    """Returns, for each k, the (n,) probability that a query finds a right candidate among the first k.
+    """Returns, for each k, the probability that a right candidate is among the first k of each query, (n,) float64.
 
-    Args: asked, right: (p,) indices, ascending in asked; candidate right[i] is right for query asked[i].
+    Args: asked, right: (p,) indices, with `asked` ascending; candidate right[i] is right for query asked[i].
     """
     gallery = gallery.double()
     hits: dict[int, list[Tensor]] = {k: [] for k in KS}

@@ -12,7 +12,7 @@ from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, EVENTS, METRICS
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import UserError
-from univitar_ds.evaluation.results import read_evaluation, read_summary, whole
+from univitar_ds.evaluation.results import int64, read_evaluation, read_summary
 from univitar_ds.geometry import MODALITIES
 from univitar_ds.regular_files import is_regular, open_regular
 
@@ -82,7 +82,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
     with open_regular(path) as file:
         while line := file.readline(_LINE_LIMIT):
             try:
-                value = json.loads(line, parse_int=whole)
+                value = json.loads(line, parse_int=int64)
             except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict) and isinstance(value.get("step"), int):

@@ -139,7 +139,7 @@ def texts(index: int) -> dict[str, bytes]:
 def test_an_evaluation_that_measures_nothing_is_an_error_that_says_what_was_found(
     run: Path, tmp_path: Path, kinds, found
 ):
-    with pytest.raises(DataError, match=rf"measured nothing: it asks for retrieval and zero-shot .*{found}"):
+    with pytest.raises(DataError, match=rf"measured nothing: it is for retrieval and zero-shot .*{found}"):
         measured(run, {"path": tar(tmp_path, *kinds)})
     assert not (run.parent / "results.json").exists()
 

@@ -1,13 +1,13 @@
-"""Ends a run in which a rank hangs: writes the stacks of all ranks, names the rank and what the others wait for.
+"""Ends a run in which a rank hangs: writes the stacks of all ranks, and reports the rank and what the others wait for.
 
 A thread of each rank compares the age of the rank's section (a step, a checkpoint, ...) with the limit of this section.
-The first rank that is over its limit calls all others through the store of the process group. Each rank then writes its
-Python stacks and its last collectives into the run's folder, and where it is to the store. Rank 0, or another rank if
-rank 0 does not answer, compares the answers, and all ranks end with `STALLED`.
+The first rank that is over its limit notifies all others through the store of the process group. Each rank then writes
+its Python stacks and its last collectives into the run's folder, and its position to the store. Rank 0, or another rank
+if rank 0 does not answer, compares the positions, and all ranks end with `STALLED`.
 
-The thread cannot run while C code of another thread holds the GIL. For this case it sets two alarms which need no
-Python, and postpones them as long as it runs: faulthandler's own thread writes the stacks, and the signal
-SIGALRM ends the process.
+The thread cannot run while C code of another thread holds the GIL. For this case it sets two alarms that need no
+Python, and postpones them as long as it runs: faulthandler's own thread writes the stacks, and the signal SIGALRM ends
+the process.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ GIVEN_UP = 1
 """Exit code if the run has hung too often without a new checkpoint in between, or in its evaluation after
 training."""
 LOOK_S = 5.0
-"""Seconds between two looks of a rank at its own section and at the store."""
+"""Seconds between two checks of a rank's own section and of the store."""
 ANSWER_S = 20.0
 """Maximum seconds that the ranks have for their answers, several times LOOK_S."""
 READ_S = 5.0
-"""Seconds that the other ranks have to read the result, before rank 0 ends and the store with it."""
+"""Seconds that the other ranks have to read the report before rank 0, and the store with it, ends."""
 DUMP_S = 10.0
 """Maximum seconds for writing the last collectives: torch may wait for a device that hangs."""
 LOCKED_S = 60.0
 """Seconds after the limit at which the signal ends a process whose watchdog thread could not run."""
 MAX_FACTOR_S = 540.0
-"""Maximum limit by `factor`, unless three medians are more: a collective fails by itself after ten minutes, without
-naming the missing ranks."""
+"""Maximum of the limit that follows from `factor`, unless three medians are more: a collective fails by itself after
+ten minutes, without naming the missing ranks."""
 STALLS, AGAIN = "stalls.jsonl", "again"
 _created = itertools.count()
-"""Number of watchdogs of this process, the same on all ranks: each has its own keys in the store."""
+"""Number of watchdogs that this process has created, the same on all ranks: each has its own keys in the store."""
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def watched(cfg: WatchdogConfig, run: Path, world: World, clock: StepClock) -> I
 
 
 def limit_s(cfg: WatchdogConfig, section: str, durations: list[float]) -> float:
-    """Returns the limit of a section in seconds. Args: durations: of the last steps since a start."""
+    """Returns the limit of a section in seconds. Args: durations: seconds of the last steps since `StepClock.start`."""
     if section == CHECKPOINT:
         return cfg.checkpoint_s
     if section in (EVALUATION, MID_EVALUATION):
@@ -88,7 +88,7 @@ def limit_s(cfg: WatchdogConfig, section: str, durations: list[float]) -> float:
 
 
 def job_start() -> str:
-    """Returns what distinguishes this start of a Slurm job from others; empty outside of Slurm."""
+    """Returns an identifier of this start of a Slurm job, which a requeue changes; "" outside of Slurm."""
     job = os.environ.get("SLURM_JOB_ID", "")
     return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
 
@@ -115,7 +115,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Stops watching, and removes this rank's file of stacks if it is empty."""
         self._stopped.set()
         self._thread.join()
         self._disarm()
@@ -147,10 +147,10 @@ class Watchdog:
                 return
 
     def _arm(self, left_s: float) -> None:
-        """Sets the alarms for the case that this thread cannot run any more.
+        """Sets the alarms for the case that this thread can no longer run.
 
-        They use at most the limit of a step, whatever the section, since a step may follow: correct code does not hold
-        the GIL for minutes."""
+        In every section they use at most the limit of a step, since a step may follow: correct code does not hold the
+        GIL for minutes."""
         faulthandler.dump_traceback_later(left_s + 2 * LOOK_S, file=self._file)
         if self._signals:
             signal.setitimer(signal.ITIMER_REAL, left_s + LOCKED_S)
@@ -167,7 +167,7 @@ class Watchdog:
         return False
 
     def _end(self, section: str, limit: float, over: bool) -> None:
-        """Writes what this rank does, agrees with the others on a report, and ends the process."""
+        """Writes the position and the stacks of this rank, obtains the report of all ranks, and ends the process."""
         self._disarm()
         report = None
         with suppress(dist.DistError):
@@ -184,7 +184,7 @@ class Watchdog:
         os._exit(STALLED if report is None else report["code"])
 
     def _written_collectives(self) -> str:
-        """Writes the last collectives. Returns the one that the device has not done."""
+        """Writes the last collectives. Returns the first one that the device has not completed, "" without one."""
         found: list[str] = []
 
         def write() -> None:
@@ -204,7 +204,7 @@ class Watchdog:
         return where
 
     def _agreed(self, section: str, limit: float, on_device: str) -> dict[str, Any]:
-        """Returns the report of the one rank that reports. Raises: DistError if the store has ended."""
+        """Returns the report, which one rank writes for all. Raises: DistError if the store has ended."""
         where, store, size = self._answer(on_device), self._store, self._world.size
         if store is None:
             return self._report([where], [self._host], section, limit)
@@ -227,7 +227,9 @@ class Watchdog:
         return report
 
     def _report(self, found: list[Whereabouts | None], hosts: list[str], section: str, limit: float) -> dict[str, Any]:
-        """Prints and writes what was found. Returns it with the exit code."""
+        """Prints and writes the report on all ranks, and returns it, with the exit code.
+
+        Args: found, hosts: by rank, see `described`."""
         text, step = described(found, hosts), self._clock.position.step
         report = {"time": _now(), "step": step, "section": section, "limit_s": limit}
         report |= {"text": text, "code": STALLED, "checkpoint": None}

@@ -1,4 +1,4 @@
-"""What watches a rank while it trains."""
+"""Everything that observes a rank: the clock of its steps, watchdog, profiler and memory snapshots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 @contextmanager
 def watching(cfg: RunConfig, run: Path, world: World) -> Iterator[StepClock]:
-    """Watches this rank during the body, and yields the clock of its steps. All ranks run the body."""
+    """Observes this rank during the body, and yields the clock of its steps. All ranks run the body."""
     profiler = StepProfiler(cfg.logging.profile, run, world)
     clock = StepClock(DeviceMarks() if world.device.type == "cuda" else HostMarks(), profiler)
     MemorySnapshots(run, world, cfg.logging.memory_history)
@@ -34,7 +34,7 @@ def watching(cfg: RunConfig, run: Path, world: World) -> Iterator[StepClock]:
 
 @contextmanager
 def watching_alone(cfg: RunConfig, run: Path, section: str) -> Iterator[None]:
-    """Watches a body that only this process runs, after training, as a section of its own."""
+    """Runs the watchdog for a body that only this process runs, after training. Args: section: see `limit_s`."""
     clock = StepClock()
     with active(clock), clock.section(section), watched(cfg.watchdog, run, ALONE, clock):
         yield

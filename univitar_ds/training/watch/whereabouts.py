@@ -1,4 +1,4 @@
-"""Where the ranks of a hung run are, and which of them the others wait for."""
+"""The positions of the ranks of a run that hangs, and the ranks that the others wait for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ MAX_HOSTS = 4
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where a rank was when it was asked. `on_device`: the collective that its device has not done, if any."""
+    """The position of a rank when its watchdog answered; see `phases.Position` for the fields of the same name.
+
+    `on_device`: the collective that its device has not completed, if any."""
 
     rank: int
     host: str
@@ -26,14 +28,16 @@ class Whereabouts:
     calls: int
     on_device: str = ""
     ended: bool = False
-    """Whether the rank has finished training and is not watched any more."""
+    """Whether the rank has finished training and its watchdog has stopped."""
 
     @classmethod
     def of(cls, position: Position, rank: int, host: str, on_device: str = "", ended: bool = False) -> Whereabouts:
+        """Returns the position of a rank."""
         given = (position.section, position.step, position.phase, position.call, position.calls)
         return cls(rank, host, *given, on_device, ended)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields by name."""
         return asdict(self)
 
     @property
@@ -43,19 +47,19 @@ class Whereabouts:
 
     @property
     def text(self) -> str:
-        """Where the rank is, in words, without its number."""
+        """The predicate of a sentence about the rank, such as "is in forward of step 7"."""
         if self.ended:
             return "has finished training"
         place = f"{self.phase} of step {self.step}" if self.section in (STEP, FIRST_STEPS) else f"the {self.section}"
-        device = f", with {self.on_device} not done" if self.on_device else ""
+        device = f", with {self.on_device} not completed" if self.on_device else ""
         if self.call:
             return f"waits in {self.call}, {place}, collective {self.calls}{device}"
         return f"is in {place}{device}"
 
 
 def missing(found: Sequence[Whereabouts | None]) -> list[int]:
-    """Returns the ranks that the others wait for: those that do not answer or do not wait themselves, else those that
-    have begun the fewest calls. Empty if all ranks wait in the same call.
+    """Returns the ranks that the others wait for: those that do not answer or do not wait themselves; without any,
+    those that have begun the fewest calls; empty if all ranks wait in the same call.
 
     Args: found: by rank; None: the rank did not answer."""
     absent = [rank for rank, where in enumerate(found) if where is None or not (where.waits or where.ended)]

@@ -43,7 +43,7 @@ def test_a_rank_whose_device_waits_is_not_missing():
     """On a GPU the host is ahead: it waits for a number, and its device for the collective before it."""
     found = [at(0, on_device="nccl:all_reduce 7 of default_pg"), at(1)]
     assert missing(found) == [1]
-    assert "with nccl:all_reduce 7 of default_pg not done" in described(found, HOSTS)
+    assert "with nccl:all_reduce 7 of default_pg not completed" in described(found, HOSTS)
 
 
 def test_where_all_wait_in_the_same_call_no_rank_is_blamed():
