@@ -162,7 +162,7 @@ def test_a_tracker_that_hangs_delays_neither_training_nor_the_end(monkeypatch, c
         tracker.close()
     finally:
         release.set()
-    assert ["from step 3 on some are missing" in text for text in caplog.messages] == [True, False]
+    assert ["from step 3 on it lacks some of them" in text for text in caplog.messages] == [True, False]
     assert "has not taken the last points within 0 s" in caplog.messages[1]
 
 
