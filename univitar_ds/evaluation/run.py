@@ -127,10 +127,9 @@ def _evaluated_on(
 
 
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
-    """Computes all scores of `config.evaluation`, on the model's device.
+    """Computes all scores of the section `evaluation` of the run's configuration, on the model's device.
 
     Returns: the content of `evaluation.json` without the sources.
-
     Raises: ConfigError if evaluation.sources is empty; DataError if sources cannot be read or nothing is measured.
     """
     return _evaluate(trained, progress)[0]

@@ -1,8 +1,8 @@
-"""Results with their chance levels, and ranks that allow ties between similarity scores.
+"""Results with their chance levels, and ranks of similarity scores with ties.
 
 Scores closer than `TIE`, the rounding of a float32 cosine, are tied. The result is the expectation over random orders
-of tied scores. So a model with one embedding for all items gets exactly the chance level, and the order of the data
-has no effect.
+of tied scores. Therefore a model with one embedding for all items gets exactly the chance level, and the order of the
+data has no effect.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Figure:
     candidates: int
     set: str | None = None
     interval: tuple[float, float] | None = None
-    """Of `value`, see `bootstrap_interval`; None in results of earlier versions."""
+    """The 95 % interval of `value`, see `bootstrap_interval`; None in results of earlier versions."""
 
     def to_dict(self) -> dict[str, object]:
         """Returns the fields that are not None."""
@@ -69,7 +69,7 @@ def bootstrap_interval(hits: Tensor, classes: Tensor | None = None) -> tuple[flo
 
 
 def chunks(queries: int, candidates: int) -> tuple[Tensor, ...]:
-    """Returns the rows of the queries to compare at a time, in order."""
+    """Returns the indices of all queries in order, in parts that are compared at a time."""
     return torch.arange(queries).split(max(1, min(CHUNK, CELLS // max(candidates, 1))))
 
 
@@ -90,12 +90,12 @@ def chance_at(k: int, right: int, candidates: int) -> float:
 
 
 def rank_counts(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,). A score that is no number is no hit.
+    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,). A NaN counts as a miss.
 
     Args: scores: (n, m); is_right: (n, m) mask of the right candidates, at least one per row.
     """
     assert bool(is_right.any(dim=1).all()), "a query without a right answer cannot be scored"
-    # Else a model whose weights are no numbers is always right, since nothing compares as better.
+    # Otherwise a model with NaN weights would always be right, since no score compares as better.
     last = torch.where(is_right, -torch.inf, torch.inf).to(scores.dtype)
     scores = torch.where(scores.isnan(), last, scores)
     best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Brings together on rank 0 what the ranks of an evaluation have found, each of its share of the items."""
+"""Gathers on rank 0 the embeddings or classified items that each rank has computed from its share of the items."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.training.distributed.process_group import World, gather_json_to_main, gather_numbers
 
 AT_ONCE = 1 << 24
-"""Numbers of all ranks that are gathered at a time: 67 MB on rank 0's device."""
+"""Number of elements, over all ranks, that are gathered at a time: 67 MB on rank 0's device."""
 
 
 def gathered_embeddings(own: Sequence[Embeddings], world: World) -> list[Embeddings] | None:
     """Returns the embeddings of all ranks on rank 0, in the order of the ranks, and None on other ranks.
 
-    Args: own: of this rank's items by several weights, so that all but the vectors are equal.
+    Args: own: of this rank's items, by several models; they differ only in the vectors.
     """
     counts = gather_numbers([len(own[0])], world)[:, 0].long().tolist()
     parts = gather_json_to_main(_described(own[0]), world)
@@ -41,7 +41,7 @@ def gathered_embeddings(own: Sequence[Embeddings], world: World) -> list[Embeddi
 
 
 def _described(one: Embeddings) -> dict[str, Any]:
-    """Returns all but the vectors, as JSON."""
+    """Returns the fields of embeddings except the vectors, as JSON."""
     names = ("captions", "caption_ids", "labels", "sets", "keys")
     return {**{name: getattr(one, name) for name in names}, "others": list(one.others), "bad": dict(one.bad)}
 
@@ -69,7 +69,7 @@ def _rows(own: Tensor, counts: Sequence[int], world: World) -> Tensor | None:
 def gathered_hits(own: Sequence[Hits], world: World) -> list[Hits] | None:
     """Returns the hits of all ranks on rank 0, in the order of the ranks, and None on other ranks.
 
-    Args: own: of this rank's items, by several weights."""
+    Args: own: of this rank's items, by several models."""
     parts = gather_json_to_main([_hits_described(one) for one in own], world)
     if parts is None:
         return None

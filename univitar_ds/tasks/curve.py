@@ -1,4 +1,4 @@
-"""The drawing of `eval tokens`: accuracy against the number of tokens."""
+"""The plot of `eval tokens`: accuracy against the number of tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from univitar_ds.extras import extra
 from univitar_ds.tasks.tokens import NATIVE, SQUARE, Point
 
 SOFTWARE = "univitar-ds eval"
-"""The program that a PNG names as its own."""
+"""The entry Software in the metadata of a PNG, by which `is_drawing` recognises it."""
 
 
 def drawing(points: Sequence[Point]) -> bytes:
-    """Returns a PNG: accuracy against the mean number of tokens with its intervals, a curve for each view.
+    """Returns a PNG of accuracy, with its intervals, against the mean number of tokens. Each view has a curve.
 
     Raises: InstallationError without matplotlib.
     """

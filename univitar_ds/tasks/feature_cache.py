@@ -77,7 +77,7 @@ def features(
 ) -> Vectors:
     """Returns the features of all items of a source, in the order of the shards.
 
-    Args: setup: how they are computed; cache: folder of the entries.
+    Args: setup: model, type and preprocessing of the features; cache: folder of the entries.
     Raises: DataError or CheckpointError as `inference.workers.compute`, also for features that are not finite;
         StorageError if the cache cannot be written.
     """
@@ -96,24 +96,22 @@ def features(
             _complete(entry, {"model": model.name, "data": source.path, "split": source.split})
             found = _read(entry, setup.kind)
         else:
-            logger.info("features of %s are those that were kept in %s", split, entry)
+            logger.info("features of %s are read from the cache, %s", split, entry)
         if found is None:
-            raise StorageError(
-                f"{entry} cannot be read back as it was written; check the disk, or name another --cache"
-            )
-        with suppress(OSError):  # of another user's cache
+            raise StorageError(f"{entry} is damaged right after writing; check the disk, or name another --cache")
+        with suppress(OSError):  # the entry may belong to another user
             os.utime(entry / _COMPLETE)
     _make_room(cache, entry)
     if wrong := int((~found.values.isfinite().all(dim=1)).sum()):
         raise CheckpointError(
-            f"{model.name} gives features that are not finite for {wrong} of {len(found.keys)} items of {split}; its "
+            f"the features of {model.name} are not finite for {wrong} of {len(found.keys)} items of {split}; its "
             "weights or its preprocessor_config.json are damaged, or its training has diverged: name another model"
         )
     return found
 
 
 def _times(places: Sequence[SourceShard]) -> list[list[int]]:
-    """Returns sizes and times of local shards: a shard may be changed where its name, size and first bytes are not."""
+    """Returns sizes and times of local shards: a shard may change while its name, size and first bytes do not."""
     found = []
     for place in places:
         with suppress(OSError):  # on S3
@@ -128,7 +126,7 @@ def _versions() -> list[str]:
 
 @contextmanager
 def _held(entry: Path) -> Iterator[None]:
-    """Holds an entry for the body. If another process has it, waits until that has finished."""
+    """Locks an entry for the body. If another process has locked it, waits until that process has finished."""
     lock = entry.with_name(f".{entry.name}.lock")  # not in the entry, which may be removed
     with writing(lock):
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +141,7 @@ def _held(entry: Path) -> Iterator[None]:
 
 
 def _compute(entry: Path, settings: Mapping[str, Any], write: Callable[[Destination, int], None]) -> None:
-    """Writes all parts of an entry that are not finished. Raises: StorageError, and the errors of `write`."""
+    """Writes the unfinished parts of an entry. Raises: StorageError, and the errors of `write`."""
     with writing(entry):
         entry.mkdir(exist_ok=True)
     mark(entry, KIND)
@@ -162,7 +160,7 @@ def _compute(entry: Path, settings: Mapping[str, Any], write: Callable[[Destinat
 
 
 def _can_continue(entry: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether an entry is new, or what an interrupted call has left there is whole."""
+    """Whether an entry is new, or has undamaged records of an interrupted call with the same settings."""
     try:
         progress = entry / _PROGRESS
         if progress.is_dir():
@@ -182,13 +180,13 @@ def _can_continue(entry: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _discard(entry: Path) -> None:
-    """Removes a damaged entry. Raises: StorageError if it holds files of others."""
+    """Removes a damaged entry. Raises: StorageError if it has files that this program did not write."""
     if not (is_marked(entry, KIND) and remove(entry, _NAMES)):
         raise StorageError(f"{entry} holds other files than this program's; move them away, or name another --cache")
 
 
 def _complete(entry: Path, about: Mapping[str, Any]) -> None:
-    """Marks an entry as complete, with the checksums of its files. `about`: for people."""
+    """Marks an entry as complete, with the checksums of its files. Args: about: entries that only people read."""
     names = sorted(name for name in os.listdir(entry) if name.startswith("features"))
     with writing(entry):
         sums = {name: zlib.crc32(read_bytes(entry / name)) for name in names}
@@ -196,7 +194,7 @@ def _complete(entry: Path, about: Mapping[str, Any]) -> None:
 
 
 def _read(entry: Path, kind: Kind) -> Vectors | None:
-    """Returns a complete entry; None if it is incomplete. One that is damaged is removed with a warning, then None."""
+    """Returns a complete entry; None if it is incomplete, or damaged: then it is removed, with a warning."""
     if not (entry / _COMPLETE).is_file():
         return None
     try:
@@ -219,7 +217,7 @@ def _read(entry: Path, kind: Kind) -> Vectors | None:
 
 
 def _make_room(cache: Path, own: Path) -> None:
-    """Removes the least recently used entries until at most `KEPT_BYTES` are kept. `own` stays, and those in use."""
+    """Removes the least recently used entries until at most `KEPT_BYTES` are left. `own` and entries in use stay."""
     used = []
     for entry in cache.iterdir():
         if is_marked(entry, KIND):
@@ -231,7 +229,7 @@ def _make_room(cache: Path, own: Path) -> None:
         if left <= KEPT_BYTES:
             return
         if entry != own and _removed(entry):
-            logger.info("removed %s, the features that were used least recently", entry)
+            logger.info("removed %s, the least recently used features", entry)
             left -= size
 
 

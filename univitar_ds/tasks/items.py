@@ -1,4 +1,4 @@
-"""The items of a source with their texts and labels, without pixels, and their features beside them."""
+"""The items of a source: texts and labels, which are read without pixels, and their cached features."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from univitar_ds.tokenization import caption_id
 
 @dataclass(frozen=True)
 class Items:
-    """The samples of one modality that have a caption or a label; `bad` counts others by the kind of their fault."""
+    """The samples of one modality that have a caption or a label. `bad` counts the others, by kind of fault."""
 
     modality: Modality
     samples: list[Sample]
@@ -40,7 +40,8 @@ class Items:
         return [sample.label for sample in self.samples if sample.label is not None]
 
     def with_features(self, found: Vectors) -> tuple[list[Sample], torch.Tensor, Counter[str]]:
-        """Returns the samples with features, these (n, D), and the numbers of the samples that were left out."""
+        """Returns the n samples that have features, the features (n, D), and the number of samples that were left out,
+        by kind."""
         rows: dict[str, deque[int]] = defaultdict(deque)
         for row, key in enumerate(found.keys):
             rows[key].append(row)
@@ -50,7 +51,9 @@ class Items:
         return [sample for sample, _ in kept], found.values[[row for _, row in kept]], bad
 
     def embeddings(self, found: Vectors, texts: Texts | None) -> Embeddings:
-        """Returns the joint embeddings. `texts` embeds the captions; None: those of the items are not needed."""
+        """Returns the embeddings of items and captions in the joint space.
+
+        Args: found: features in that space; texts: embeds captions; None: the text embeddings stay zero."""
         samples, values, bad = self.with_features(found)
         captions = [sample.caption for sample in samples]
         vision = F.normalize(values, dim=-1)
@@ -77,7 +80,7 @@ class Items:
 
 @dataclass(frozen=True)
 class _AnySize(SizeRule):
-    """Allows every size, which is not known."""
+    """A size rule that accepts every item, since sizes are not read."""
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
         return 1, 1, 1
@@ -87,9 +90,10 @@ class _AnySize(SizeRule):
 
 
 def read_items(source: SourceConfig, settings: StorageSettings) -> list[Items]:
-    """Returns the items of each modality, in the order of the shards, with names of classes and all captions.
+    """Returns the items of each modality, in the order of the shards, with class names and all captions.
 
-    Their sizes are not read. Raises: DataError as `shards_of`, or if a shard cannot be read.
+    Sizes of media are not read.
+    Raises: DataError as `shards_of`, or if a shard cannot be read.
     """
     shards = shards_of(source, settings)
     return [_items(shards, modality) for modality in MODALITIES]

@@ -1,6 +1,6 @@
-"""Nearest neighbours: an item gets the class with most votes of its k nearest items of the training split.
+"""Nearest neighbours: an item gets the class with the most votes of its k nearest items of the training split.
 
-As in DINO (arXiv:2104.14294): cosine of the pooled features, and votes of weight exp(cosine / 0.07).
+As in DINO (arXiv:2104.14294): neighbours by cosine of the pooled features, and votes with weight exp(cosine / 0.07).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from univitar_ds.evaluation.scores import CELLS, Figure, chunks
 from univitar_ds.tasks.labelled import Labelled
 
 NEIGHBOURS = (10, 20)
-"""Default numbers of neighbours. 20 is DINO's best for ViT; 10 is best where classes have few items. Published."""
+"""Default numbers of neighbours, both published: 20 is DINO's best for ViT; 10 is best if classes have few items."""
 TEMPERATURE = 0.07
+"""Temperature of the votes in DINO."""
 
 
 def knn(data: Labelled, modality: str, neighbours: Sequence[int] = NEIGHBOURS) -> list[Figure]:
-    """Returns top-1 and top-5 accuracy for each number of neighbours that the training split has."""
+    """Returns top-1 and top-5 accuracy for each of `neighbours`, limited to the number of training items."""
     figures: list[Figure] = []
     for count in sorted({min(one, len(data.train)) for one in neighbours}):
-        # A class without a vote is behind all others, tied with its like.
+        # Classes without a vote are tied behind all others.
         figures += data.accuracies(class_votes(data, count), f"kNN, k = {count}", modality)
     return figures
 

@@ -23,17 +23,18 @@ ANNOTATIONS = "annotations"
 MASK_MODES = ("L", "P", "1", "I", "I;16")
 """Modes of Pillow whose values are labels."""
 MOST_LABELS = 1 << 15
-"""Labels are below it: they are stored as int16."""
+"""Labels must be below this number, since they are stored as int16."""
 _AHEAD = 2
 """Images that each thread decodes ahead."""
 
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Where the label maps of a split are, as the options of `eval dense` name them.
+    """Options of `eval dense` about label maps.
 
-    `masks`: folder in which each has the path of its image, with `suffix` in place of `image_suffix`; None: ADE20K's
-    layout. `image_suffix`: end of the names of images; None: their extension. `ignore`: values that are no label.
+    `masks`: folder of the label maps, each under the path of its image, with `suffix` in place of `image_suffix`; None:
+    ADE20K's layout. `train_masks`: the same for the training split; None: `masks`. `image_suffix`: end of the names of
+    images; None: their extension. `ignore`: values that are not labels.
     """
 
     masks: str | None = None
@@ -58,10 +59,10 @@ class SegmentedImage(NamedTuple):
 
 
 def split_pairs(data: str, split: str, masks: str | None, names: MaskOptions) -> tuple[list[Pair], int]:
-    """Returns the images of a split with their label maps, sorted, and the number of images that have none.
+    """Returns the images of a split with their label maps, sorted, and the number of images without a label map.
 
-    Args: data: a folder in ADE20K's layout (images/SPLIT, annotations/SPLIT), or with `masks` a folder of images, or
-        of a folder SPLIT with images; names: how label maps are named.
+    Args: data: a folder in ADE20K's layout (images/SPLIT, annotations/SPLIT), or, with `masks`, a folder of images, or
+        one with a folder SPLIT of images; names: how label maps are named.
     Raises: ConfigError if there are no such folders or no pairs.
     """
     if masks is None:
@@ -71,14 +72,14 @@ def split_pairs(data: str, split: str, masks: str | None, names: MaskOptions) ->
             known = f"its images are of {', '.join(splits)}" if splits else "it has no folder images"
             raise ConfigError(
                 f"{data} has no images/{split} and {ANNOTATIONS}/{split} ({known}); choose another split, or name the "
-                "folder of the label maps by --masks"
+                "folder of the label maps with --masks"
             )
     else:
         images = Path(data, split) if Path(data, split).is_dir() else Path(data)
         labels = Path(masks, split) if Path(masks, split).is_dir() else Path(masks)
         for folder in (images, labels):
             if not folder.is_dir():
-                raise ConfigError(f"{folder} is not a folder; name a folder of images by --data, of labels by --masks")
+                raise ConfigError(f"{folder} is not a folder; give folders as --data (images) and --masks (label maps)")
     found = sorted(path for path in _files(images) if _is_image(path, names.image_suffix))
     pairs = [Pair(path, labels / _mask_name(path.relative_to(images), names)) for path in found]
     there = [pair for pair in pairs if pair.mask.is_file() and pair.mask != pair.image]
@@ -106,7 +107,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> SegmentedImage:
-    """Returns an image and its labels. Args: max_px: maximum number of pixels; ignore: values that are no label.
+    """Returns an image and its labels. Args: max_px: maximum number of pixels; ignore: values that are not labels.
 
     Raises: SampleError for a damaged or too large file, a label map of colours, or of another size than its image.
     """
@@ -126,14 +127,14 @@ def _content(path: Path) -> bytes:
 
 
 def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
-    """Returns the values of a label map, (H, W) int16, with -1 for values that are no label."""
+    """Returns the values of a label map, (H, W) int16, with -1 for ignored values."""
     with open_image(data) as image:
         check_area(image.height, image.width, max_px)
         if image.mode not in MASK_MODES:
             raise SampleError(
                 "unreadable",
-                f"its label map is an image of colours (mode {image.mode}); store the number of the class of each "
-                "pixel, as a grey or palette PNG",
+                f"its label map is a colour image (mode {image.mode}); store the class number of each pixel, as a grey "
+                "or palette PNG",
             )
         check_memory(image, data, max_px)
         try:
@@ -141,13 +142,13 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
         except Exception as error:  # Pillow's plugins raise many types for damaged data
             raise SampleError("corrupt", f"its label map cannot be decoded: {reason(error)}") from error
         values = np.array(image if image.mode != "1" else image.convert("L").point(lambda value: value > 0))
-    values = values.astype(np.int32)  # before -1, which is 255 among bytes
+    values = values.astype(np.int32)  # uint8 has no -1
     ignored = np.isin(values, ignore)
     values[ignored] = 0
     if values.min(initial=0) < 0 or values.max(initial=0) >= MOST_LABELS:
         raise SampleError(
             "unreadable",
-            f"its label map has values of {values.min()} to {values.max()}; numbers of classes are 0 to "
+            f"its label map has values of {values.min()} to {values.max()}; allowed are class numbers of 0 to "
             f"{MOST_LABELS - 1}",
         )
     values[ignored] = -1
@@ -157,7 +158,9 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
 def read_pairs(
     pairs: Sequence[Pair], read: Callable[[Pair], SegmentedImage], threads: int, bad: list[str]
 ) -> Iterator[SegmentedImage]:
-    """Yields pairs in order, read ahead by threads. One that cannot be read is left out, and `bad` gets the reason."""
+    """Yields pairs in order, read ahead by threads.
+
+    A pair that cannot be read is left out, and the reason is appended to `bad`."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
         coming = iter(pairs)
         waiting = [(pair, pool.submit(read, pair)) for pair in islice(coming, _AHEAD * threads)]

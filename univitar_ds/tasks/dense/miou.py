@@ -31,12 +31,12 @@ def mean_iou(counts: Tensor) -> Tensor:
 
 
 def accuracy(counts: Tensor) -> Tensor:
-    """Returns the share of pixels that are right. Args, returns: as `mean_iou`."""
+    """Returns the share of labelled pixels whose class is predicted. Args, returns: as `mean_iou`."""
     return counts[..., 0, :].sum(-1) / counts[..., 2, :].sum(-1)
 
 
 def constant(counts: Tensor, place: int) -> Tensor:
-    """Returns the counts of always predicting one class. Args: counts: (3, classes); place: of the class."""
+    """Returns the counts of always predicting one class. Args: counts: (3, classes); place: index of the class."""
     found = torch.zeros_like(counts)
     found[2] = counts[2]
     found[0, place], found[1, place] = counts[2, place], counts[2].sum()

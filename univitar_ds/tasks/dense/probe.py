@@ -1,9 +1,9 @@
 """Trains and scores the dense probe: a linear head on the features of patches, for semantic segmentation.
 
-As in DINOv2 (arXiv:2304.07193): features are standardised as by a batch norm, the head is one linear layer, and its
-logits are enlarged bilinearly to the image for the score. In training each pixel has the logits of its patch, so the
-loss needs only the numbers of pixels of each class in a patch. Learning rates are swept, and chosen on a tenth of the
-training images; the head of this rate is scored as it is.
+As in DINOv2 (arXiv:2304.07193): features are standardised as by a batch norm, the head is one linear layer, and for the
+score its logits are upsampled bilinearly to the image. In training each pixel has the logits of its patch, so the loss
+needs only the numbers of pixels of each class in a patch. A tenth of the training images is held out to choose among
+several learning rates; the head of the best rate is scored without further training.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ from univitar_ds.tasks.probes.token_store import RowStore, TokenStore
 from univitar_ds.tasks.sources import DataOptions, default_cache
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Chosen, around the 1e-3 of DINOv2."""
+"""Learning rates that are compared: our choice, around the 1e-3 of DINOv2."""
 RECIPE = Recipe("adamw", RATES, batch=16, epochs=20, least_steps=500, decay=1e-4)
-"""Batch and weight decay of DINOv2. Epochs and the least number of steps are chosen."""
+"""Batch size and weight decay are those of DINOv2. Epochs and the minimum number of steps are our choice."""
 HELD_OUT = 0.1
+"""Share of the training images on which the learning rate is chosen."""
 MOST_CLASSES = 2048
-"""Above it, labels are taken for numbers of instances."""
+"""Maximum number of classes: more labels are probably numbers of instances."""
 _CELLS = 1 << 25
-"""Maximum number of logits that are enlarged at a time."""
+"""Maximum number of logits that are upsampled at a time."""
 
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """Label maps and windows, as the options of `eval dense` name them. `window`, `stride`: in pixels."""
+    """Options of `eval dense` about label maps and windows. `window`, `stride`: in pixels."""
 
     masks: MaskOptions = field(default_factory=MaskOptions)
     window: int | None = None
@@ -60,7 +61,7 @@ class DenseOptions:
 
 
 class _Splits(NamedTuple):
-    """Pairs to learn from and to score, and what was left out."""
+    """Pairs to train on and to score, and notes about images that were left out."""
 
     train: list[Pair]
     test: list[Pair]
@@ -76,13 +77,13 @@ def dense(
     epochs: int | None = None,
     progress: bool,
 ) -> tuple[list[Figure], list[str]]:
-    """Returns mIoU and the accuracy of pixels, with the level of always predicting the most frequent class of the
-    scored images as chance, and notes.
+    """Returns mIoU and pixel accuracy, and notes. `chance` is the result of always predicting the most frequent class
+    of the scored images.
 
-    Args: data: its cache gets the tokens of the training images, in files without a name; epochs: None: those of
-        `RECIPE`.
-    Raises: ConfigError for options that do not fit; DataError if nothing can be learned; StorageError if the disk is
-        full.
+    Args: data: tokens of the training images are stored in its cache, in temporary files without a name; epochs: None:
+        those of `RECIPE`.
+    Raises: ConfigError for options that do not fit; DataError if the training images have fewer than 2 or more than
+        MOST_CLASSES classes, or no scored image can be used; StorageError if the disk is full.
     """
     views = Views.of(reading.encoder, options.window, options.stride)
     splits = _splits(data, options.masks)
@@ -109,8 +110,8 @@ def _splits(data: DataOptions, masks: MaskOptions) -> _Splits:
     test, missing = split_pairs(data.data, data.split, masks.masks, masks)
     if both := {pair.image.resolve() for pair in train} & {pair.image.resolve() for pair in test}:
         raise ConfigError(
-            f"the probe would learn from {len(both)} images that it is scored on, such as {min(both)}; name others by "
-            "--train-split or --train-data"
+            f"the probe would learn from {len(both)} images that it is scored on, such as {min(both)}; name others "
+            "with --train-split or --train-data"
         )
     found = [f"{count} images of the {name} split have no label map, and are left out."
              for count, name in ((without, "training"), (missing, "scored")) if count]  # fmt: skip
@@ -137,7 +138,7 @@ def _figures(images: Tensor, task: str, classes: int) -> list[Figure]:
 
 @dataclass
 class _Job:
-    """Reads and encodes images. `bad` are the reasons for which images were left out."""
+    """Reads and encodes images. `bad`: the reasons why images were left out, one for each."""
 
     encoder: UniViTAR
     reading: Reading
@@ -148,12 +149,13 @@ class _Job:
     bad: list[str] = field(default_factory=list)
 
     def read(self, pairs: Sequence[Pair], what: str) -> Iterator[SegmentedImage]:
+        """Yields the images of `pairs` that can be used. Args: what: description for the progress bar."""
         data = self.reading.data
 
         def read(pair: Pair) -> SegmentedImage:
             one = read_pair(pair, data.max_image_px, self.ignore)
             rows, columns = self.views.grid(*one.labels.shape)
-            check_area(rows * PATCH, columns * PATCH, data.max_image_px)  # a narrow image that windows enlarge
+            check_area(rows * PATCH, columns * PATCH, data.max_image_px)  # windows may enlarge a narrow image
             return one
 
         with progress_bar(total=len(pairs), desc=what, unit="image", disable=not self.progress) as bar:
@@ -163,8 +165,8 @@ class _Job:
 
     @torch.no_grad()
     def scored(self, pairs: Sequence[Pair], tokens: TokenStore, head: nn.Linear, lut: Tensor) -> tuple[Tensor, int]:
-        """Returns `miou.counted` of each image that has a label, (n, 3, classes), and the number of pixels whose label
-        is unknown."""
+        """Returns `miou.counted` of each image with a known label, (n, 3, classes), and the number of pixels whose
+        label is unknown. Args: lut: see `_Learned.lut`."""
         found, unknown = [], 0
         for one in self.read(pairs, "scored images"):
             (rows, columns), windows = self.views.cut(one.pixels)
@@ -185,9 +187,10 @@ class _Job:
 
 
 def enlarged_classes(logits: Tensor, height: int, width: int) -> Tensor:
-    """Returns the class with the largest logit at each pixel of an image, after bilinear enlarging: (height, width).
+    """Returns the class with the largest logit at each pixel of an image, after bilinear upsampling: (height, width).
 
-    Enlarges some rows at a time, since a photo of 150 classes would take 10 GB. Args: logits: (classes, h, w).
+    Upsamples some rows at a time, since the logits of 150 classes for a photo would take 10 GB.
+    Args: logits: (classes, h, w).
     """
     classes, h, _ = logits.shape
     taps = F.interpolate(torch.eye(h, device=logits.device)[None], height, mode="linear", align_corners=False)[0].T
@@ -199,7 +202,8 @@ def enlarged_classes(logits: Tensor, height: int, width: int) -> Tensor:
 
 
 class _Pack(NamedTuple):
-    """Items of a pack, the labels of their pixels (T, 196), and the number of labelled pixels of its step."""
+    """Items of a pack, the classes of the pixels of their T patches (T, 196), and the number of labelled pixels of the
+    step that the pack belongs to."""
 
     items: list[int]
     labels: Tensor
@@ -207,7 +211,7 @@ class _Pack(NamedTuple):
 
 
 class _Learned:
-    """The training images: tokens and labels of their windows, on disk."""
+    """The training images: tokens and labels of their windows, on disk. `classes`: their labels, ascending."""
 
     def __init__(self, tokens: TokenStore, rows: RowStore, job: _Job) -> None:
         self._tokens, self._rows, self._job = tokens, rows, job
@@ -216,7 +220,9 @@ class _Learned:
         self.classes: list[int] = []
 
     def read(self, pairs: Sequence[Pair]) -> None:
-        """Raises: DataError if the images have fewer than two classes, or too many."""
+        """Encodes the images, and stores tokens and labels.
+
+        Raises: DataError if the images have fewer than 2 or more than MOST_CLASSES classes."""
         job = self._job
         for number, one in enumerate(job.read(pairs, "training images")):
             grid, windows = job.views.cut(one.pixels)
@@ -239,13 +245,15 @@ class _Learned:
 
     @property
     def lut(self) -> Tensor:
-        """The class of each label, -1 for others and for the label -1."""
+        """The class of each label, (MOST_LABELS + 1,); -1 for other labels and, as the last element, for the label
+        -1."""
         lut = torch.full((MOST_LABELS + 1,), -1)
         lut[self.classes] = torch.arange(len(self.classes))
         return lut
 
     def head(self, recipe: Recipe) -> tuple[nn.Linear, str]:
-        """Returns the head of the rate that is best on the images held out, and a sentence about the choice."""
+        """Returns the head of the learning rate that is best on the held-out images, and a sentence about the
+        choice."""
         learns, checks, images = self._divided()
         heads = linear_heads(len(recipe.rates), self._tokens.width, len(self.classes), self._job.device)
         steps, batch = recipe.plan(len(learns))
@@ -261,7 +269,8 @@ class _Learned:
         return heads[place], said
 
     def _divided(self) -> tuple[Tensor, Tensor, int]:
-        """Returns the windows to learn from and those held out, and the number of images held out."""
+        """Returns the indices of the windows to train on and of the held-out windows, and the number of held-out
+        images."""
         numbers = torch.tensor(self._images)
         images = numbers.unique()
         order = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
@@ -291,7 +300,7 @@ class _Learned:
 
     @torch.no_grad()
     def _held_out(self, heads: Sequence[nn.Linear], checks: Tensor) -> list[float]:
-        """Returns mIoU of each head on windows held out, where each pixel has the class of its patch."""
+        """Returns mIoU of each head on held-out windows, with the predicted class of a patch for each of its pixels."""
         found = torch.zeros(len(heads), 3, len(self.classes), dtype=torch.float64)
         for items in self._tokens.packs(checks.tolist(), self._job.reading.token_budget):
             counts, tokens = self._counts(self._labels(items)), self._tokens.read(items)

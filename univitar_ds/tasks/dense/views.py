@@ -1,4 +1,4 @@
-"""How an image enters the encoder: whole at its native size, or as windows of one size that overlap."""
+"""How an image enters the encoder: whole at its native size, or as overlapping windows of one size."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Views:
-    """The rule by which images are cut. `window`, `stride`: sides in patches, of square windows; None: whole images.
+    """The rule by which images are cut. `window`, `stride`: sides of square windows in patches; None: whole images.
 
-    Without windows an image has the encoder's native size: about its own, within its limits of tokens. With windows it
-    keeps its size, rounded to whole cells, or is enlarged until its shorter side is a window.
+    Without windows an image is resized to the encoder's native size: about its own, within the encoder's limits of
+    tokens. With windows it keeps its size, rounded to whole cells (squares of merged patches), or is enlarged until its
+    shorter side is as long as a window.
     """
 
     encoder: EncoderConfig
@@ -41,9 +42,11 @@ class Views:
 
     @classmethod
     def of(cls, encoder: EncoderConfig, window_px: int | None, stride_px: int | None) -> Views:
-        """Args: sides in pixels; of the stride None: two thirds of the window.
+        """Returns the rule for windows of these sides in pixels.
 
-        Raises: ConfigError for sides that are no multiples of a cell, a stride above the window or without one.
+        Args: window_px: None: whole images; stride_px: None: two thirds of the window, rounded down to whole cells.
+        Raises: ConfigError if a side is not a multiple of a cell, the stride is above the window or has none, or a
+            window has more tokens than the encoder allows.
         """
         if window_px is None:
             if stride_px is not None:
@@ -61,7 +64,7 @@ class Views:
         most = encoder.max_tokens
         if (window_px // PATCH) ** 2 > most:
             raise ConfigError(
-                f"--window {window_px} has {(window_px // PATCH) ** 2} tokens, above the encoder's {most}"
+                f"--window {window_px} has {(window_px // PATCH) ** 2} tokens, above the encoder's {most}; lower it"
             )
         return cls(encoder, window_px // PATCH, stride_px // PATCH)
 

@@ -109,7 +109,7 @@ def test_images_are_found_by_the_names_of_their_label_maps(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(png(np.zeros((4, 6, 3), np.uint8)), "an image of colours"), (png(np.zeros((6, 4), np.uint8)), "4 x 6 px"),
+    [(png(np.zeros((4, 6, 3), np.uint8)), "a colour image"), (png(np.zeros((6, 4), np.uint8)), "4 x 6 px"),
      (b"nothing", "not an image"), (png(np.full((4, 6), 40000, np.uint16)), "0 to 32767"),
      (png(np.zeros((400, 600), np.uint8)), "max_image_px")],
 )  # fmt: skip
