@@ -1,7 +1,7 @@
-"""Models of others that are measured beside our own: CLIP, SigLIP, SigLIP 2 and DINOv2/3, by transformers' own forward.
+"""Peers: models of other projects that are measured for comparison, with the forward pass of transformers.
 
-`families.FAMILIES` lists them, and `setup.PeerSetup` computes features of units as
-`inference.workers` does.
+They are CLIP, SigLIP, SigLIP 2 and DINOv2/3: `families.FAMILIES` lists them. `setup.PeerSetup` computes their features
+in the way of `inference.workers`.
 """
 
 __all__ = ["families", "limits", "model", "setup"]

@@ -1,4 +1,6 @@
-"""The families of models of transformers that can be measured, recognised by their config.json. Imports no library."""
+"""The families of models of transformers that can be measured. They are recognised by config.json, without
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,13 @@ from univitar_ds.regular_files import open_regular
 
 IMAGES_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
-"""Where the processors of transformers 5 save the content of `IMAGES_FILE`, under `image_processor`."""
+"""File in which the processors of transformers 5 save the content of `IMAGES_FILE`, under `image_processor`."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models with the same interface: class name in transformers, and whether they have a text tower.
-
-    `full_length`: whether texts are padded to full length, as in training (SigLIP), not to the longest.
-    """
+    """Models with the same interface. `loader`: class name in transformers; `texts`: whether they have a text tower;
+    `full_length`: whether texts are padded to the full length, as in SigLIP's training, and not to the longest text."""
 
     loader: str
     texts: bool = False

@@ -1,4 +1,4 @@
-"""The items that a probe learns from and those that it is scored on, with their classes."""
+"""The items that a probe is trained on and those that it is scored on, with their classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from univitar_ds.tasks.items import Items
 KS = (1, 5)
 """Values of k for which top-k accuracy is computed."""
 HELD_OUT = 0.2
-"""Share of the training items on which the strength or the rate of a probe is chosen."""
+"""Share of the training items on which the regularization or the learning rate of a probe is chosen."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def labelled_features(items: Items, found: Vectors) -> Features:
 class Labelled:
     """Features (n, D) float32 and class indices (n,) of both splits. `classes` are the labels of the training split.
 
-    `unknown` counts test items whose label the training split lacks; they are wrong answers of no probe, and left out.
+    `unknown` counts test items whose label the training split lacks. They are left out, since no probe can be right.
     """
 
     train: Tensor
@@ -58,7 +58,8 @@ class Labelled:
 
 
 def labelled(train: Features, test: Features, kind: str) -> Labelled:
-    """Raises: DataError as `common_classes`. Args: kind: of the items."""
+    """Returns both splits with class indices. Args: kind: modality of the items. Raises: DataError as
+    `common_classes`."""
     classes = common_classes(train.labels, test.labels, kind)
     index_of = {label: index for index, label in enumerate(classes)}
     known = [row for row, label in enumerate(test.labels) if label in index_of]
@@ -73,34 +74,40 @@ def labelled(train: Features, test: Features, kind: str) -> Labelled:
 
 
 def common_classes(train: Sequence[str], test: Sequence[str], kind: str) -> list[str]:
-    """Returns `class_names` of the training labels. Args: labels of both splits; kind: of the items.
+    """Returns `class_names` of the training labels.
 
-    Raises: DataError as `class_names`, or if no test item is of a class.
+    Args: train, test: labels of both splits; kind: modality of the items.
+    Raises: DataError as `class_names`, or if no test item has one of the classes.
     """
     classes = class_names(train, kind)
     if not set(classes) & set(test):
         raise DataError(
             f"none of the {len(test)} labelled {kind}s of the test split has a label of the training split "
-            f"({some(classes)}); name a split of the same classes by --split"
+            f"({some(classes)}); name a split of the same classes with --split"
         )
     return classes
 
 
 def class_names(labels: Sequence[str], kind: str) -> list[str]:
-    """Returns the classes of the training items, sorted. Raises: DataError for fewer than two. Args: as `labelled`."""
+    """Returns the sorted classes of the training items.
+
+    Args: labels: of the training split; kind: modality of the items.
+    Raises: DataError for fewer than two classes.
+    """
     classes = sorted(set(labels))
     if len(classes) < 2:
         found = f"only the label {classes[0]!r}" if classes else "no label"
         raise DataError(
-            f"the {kind}s of the training split have {found}; a probe needs at least two: name other items by "
+            f"the {kind}s of the training split have {found}; a probe needs at least two: name other items with "
             "--train-split or --train-data"
         )
     return classes
 
 
 def divided(classes: Tensor, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Returns the rows to learn from and those held out: a share of each class, at least one of classes with two.
+    """Returns the rows to train on and the held-out rows.
 
+    Of each class with two items or more a share is held out, at least one item.
     Args: classes: (n,) of the training items.
     """
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))

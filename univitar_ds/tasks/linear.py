@@ -1,7 +1,7 @@
-"""Linear probe: multinomial logistic regression on the pooled features, by scikit-learn's L-BFGS.
+"""Linear probe: multinomial logistic regression on the pooled features, with scikit-learn's L-BFGS.
 
-The strength of the L2 penalty is chosen on a fifth of the training items, as in CLIP (arXiv:2103.00020, A.3), and the
-probe then learns from all of them. The test items are never used for a choice.
+The strength of the L2 penalty is chosen on a fifth of the training items, as in CLIP (arXiv:2103.00020, A.3); then the
+probe is trained on all of them. The test items are never used for a choice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.labelled import Labelled, divided
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 5))
-"""Values of scikit-learn's C that are tried, on features of mean 0 and variance 1. Chosen."""
+"""Values of scikit-learn's C that are compared, for features of mean 0 and variance 1: our choice."""
 MOST_ITERATIONS = 1000
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,11 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chosen(train: Tensor, classes: Tensor, learns: Tensor, checks: Tensor, progress: bool) -> tuple[float, float]:
-    """Returns the strength with the best top-1 on the items held out, the smallest of several, and this top-1."""
-    if not len(checks):  # one item a class
+    """Returns the strength with the best top-1 on the held-out items, the smallest of equally good ones, and this
+    top-1.
+
+    Without held-out items it is 1, and top-1 is NaN."""
+    if not len(checks):  # every class has one item
         return 1.0, float("nan")
     results: dict[float, float] = {}
     learned, held_out = train[learns], train[checks].numpy()

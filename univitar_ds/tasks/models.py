@@ -34,22 +34,26 @@ from univitar_ds.tokenization import tokenizer_of
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model of this project, and how items are read for it. It is built on its device when it is first needed."""
+    """A model of this project, and how items are read for it. The model is built when it is first needed."""
 
     name: str
     found: Opened
     video_note = None
+    """Sentence about how the model reads videos; only peers have one."""
 
     @cached_property
     def model(self) -> UniViTARModel:
+        """The model, on its device."""
         return open_placed(self.found.stored, 0, self.found.setup.dtype)
 
     @property
     def reading(self) -> Reading:
+        """How items are read and packed."""
         return self.found.setup.reading
 
     @property
     def nproc(self) -> int:
+        """Number of processes that compute features."""
         return self.found.nproc
 
     def check_texts(self) -> None:
@@ -61,11 +65,11 @@ class OpenedModel:
             )
 
     def setup(self, *, texts: bool) -> Setup:
-        """Returns how features are computed. `texts`: those of the joint space, else the pooled ones."""
+        """Returns the settings of the features. Args: texts: whether they are in the joint space; False: pooled."""
         return replace(self.found.setup, kind="embedding" if texts else "pooled")
 
     def settings(self, setup: Setup, places: Sequence[SourceShard]) -> dict[str, Any]:
-        """Returns what determines the features, see `feature_cache.FeatureModel`."""
+        """Returns all that determines the features, see `feature_cache.FeatureModel`."""
         return settings_of(self.found.stored, setup, places, PART_ROWS, self._digest)
 
     @cached_property
@@ -85,12 +89,13 @@ class OpenedModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the text tower; None without a text tower."""
         joint = self.model.joint
         return None if joint is None else tokenizer_of(joint.tokenizer)
 
 
 def open_model(name: str, how: ModelOptions) -> OpenedModel | OpenedPeer:
-    """Finds a model: one of this project in any format, or a peer. Raises: CheckpointError if it cannot be opened."""
+    """Opens a model: one of this project in any format, or a peer. Raises: CheckpointError if it cannot be opened."""
     folder = model_folder(name, how)
     try:
         recognised(folder)

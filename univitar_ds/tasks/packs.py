@@ -20,8 +20,11 @@ from univitar_ds.tasks.models import OpenedModel
 
 
 class Encoded(NamedTuple):
-    """The labelled items of a pack: their tokens (T, D) on the model's device by `encoded`, or a row for each, float32
-    on the host, by `pooled` (n, D) and `embedded` (n, E); the number of tokens of each item, and its label."""
+    """The n labelled items of a pack.
+
+    `values`: from `encoded` their tokens, (T, D) on the model's device; from `pooled` (n, D) and from `embedded` (n, E)
+    float32 on the host. `lengths`: number of tokens of each item.
+    """
 
     values: Tensor
     lengths: list[int]
@@ -36,7 +39,7 @@ def encoded(
     *,
     progress: bool,
 ) -> Iterator[Encoded]:
-    """Yields the tokens of all items that have a label. Args: resolution: None: that of the model."""
+    """Yields the tokens of all items that have a label. Args: resolution: None: the model's."""
     for pack in _packs(opened, source, modality, resolution, progress):
         with torch.no_grad():
             grids = [tuple(grid) for grid in pack.grid_thw.tolist()]
@@ -77,9 +80,9 @@ def _labelled(pack: PackedBatch) -> tuple[list[int], list[int], list[str]]:
 
 
 def at_most(opened: OpenedModel, tokens: int | None) -> Resolution | None:
-    """Returns the model's resolution with another maximum number of tokens of an item; None without one.
+    """Returns the model's resolution with at most `tokens` tokens of an item; None if `tokens` is None.
 
-    Raises: ConfigError for fewer tokens than a cell of the encoder has.
+    Raises: ConfigError for fewer tokens than a cell (a square of merged patches) of the encoder has.
     """
     if tokens is None:
         return None

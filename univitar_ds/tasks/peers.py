@@ -28,7 +28,7 @@ from univitar_ds.tasks.feature_cache import PART_ROWS
 
 @dataclass(frozen=True)
 class OpenedPeer:
-    """A peer, with the same interface as `models.OpenedModel`. It is built when it is first needed."""
+    """A peer, with the same interface as `models.OpenedModel`. The model is built when it is first needed."""
 
     name: str
     found: PeerSetup
@@ -36,15 +36,16 @@ class OpenedPeer:
 
     @property
     def video_note(self) -> str:
+        """Sentence about how the model reads videos."""
         frames = self.found.reading.frames
         return f"{self.name} reads images only: the features of a video are the mean of those of {frames} frames."
 
     @property
     def model(self) -> NoReturn:
-        """Raises: ConfigError: a peer has no tokens of packed items."""
+        """Raises: ConfigError, since a peer does not encode packs of tokens."""
         raise ConfigError(
-            f"{self.name} is a {self.found.peer} model of transformers, for which there are the tasks zero-shot, "
-            "retrieval, knn and linear; name a model of this project for others"
+            f"{self.name} is a {self.found.peer} model of transformers, which only the tasks zero-shot, retrieval, knn "
+            "and linear can measure; name a model of this project"
         )
 
     def check_texts(self) -> None:
@@ -56,11 +57,11 @@ class OpenedPeer:
             )
 
     def setup(self, *, texts: bool) -> PeerSetup:
-        """Returns how features are computed: for all tasks alike, see `PeerModel.images`."""
+        """Returns the settings of the features, the same for all tasks, see `PeerModel.images`."""
         return self.found
 
     def settings(self, setup: PeerSetup, places: Sequence[SourceShard]) -> dict[str, Any]:
-        """Returns what determines the features, see `feature_cache.FeatureModel`."""
+        """Returns all that determines the features, see `feature_cache.FeatureModel`."""
         return {
             "peer": setup.peer,
             "model": self._digest,
@@ -86,7 +87,7 @@ class OpenedPeer:
 
 
 def open_peer(name: str, folder: Path, kind: str, how: ModelOptions) -> OpenedPeer:
-    """Finds a peer. Args: kind: its `model_type`. Raises: CheckpointError if a file or an option cannot be used."""
+    """Opens a peer. Args: kind: its `model_type`. Raises: CheckpointError if a file or an option cannot be used."""
     if how.weights is not None:
         raise CheckpointError(f"{name} is a {kind} model, which has one kind of weights; leave --weights out")
     check_files(folder)

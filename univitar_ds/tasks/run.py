@@ -47,13 +47,13 @@ _Needs = Literal["label", "caption"]
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """`templates`: see `templates.read_templates`, None for the defaults; `neighbours`: of kNN; `progress`: whether to
-    show bars on stderr.
+    """Options of all tasks.
 
-    `solver`: of the linear probe, lbfgs or sgd; `epochs`: of probes that are trained by gradient descent, None for the
-    default; `max_tokens`: of an item of the attentive probe, None for that of the model; `dense`: label maps and
-    windows of the dense probe. `counts`, `by`, `png`: of the sweep over tokens; `by` None: zero-shot if the model has a
-    text tower, else knn.
+    `templates`: see `templates.read_templates`, None for the defaults; `neighbours`: of kNN; `progress`: whether to
+    show progress bars on stderr; `solver`: of the linear probe, lbfgs or sgd; `epochs`: of probes that are trained by
+    gradient descent, None for the default; `max_tokens`: maximum of an item in the attentive probe, None for the
+    model's; `dense`: label maps and windows of the dense probe. Of the sweep over tokens: `counts`: numbers of tokens;
+    `by`: zero-shot or knn, None: zero-shot if the model has a text tower; `png`: file for the plot, None for no plot.
     """
 
     templates: str | None = None
@@ -80,7 +80,7 @@ def run_task(
     if options.png is not None:
         check_result(options.png, is_drawing)
     if task == "linear" and options.solver != "sgd" and options.epochs is not None:
-        raise ConfigError(f"--epochs {options.epochs} is for --solver sgd; L-BFGS runs until it has converged")
+        raise ConfigError(f"--epochs {options.epochs} is for --solver sgd: L-BFGS has no epochs; leave it out")
     opened = open_model(model, how or ModelOptions())
     figures, notes = _TASKS[task](opened, data, options)
     if not figures:
@@ -130,7 +130,8 @@ def _with_texts(
     needs: _Needs,
     measured: Callable[[Embeddings, Texts], _Measured],
 ) -> _Measured:
-    """Measures each modality that the data has by the embeddings of both towers."""
+    """Measures each modality of the data by the embeddings of both towers. Args: needs: see `_listed`; measured:
+    measures the embeddings of one modality."""
     opened.check_texts()
     setup, sources = opened.setup(texts=True), [test_source(data)]
     (both,) = _listed(setup, sources, needs)
@@ -149,7 +150,7 @@ def _with_texts(
 
 
 def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
-    """Measures each modality that has labels in both splits by features of the encoder."""
+    """Measures each modality that has labels in both splits by features of the encoder. Args: task: knn or linear."""
     figures: list[Figure] = []
     setup, sources = opened.setup(texts=False), probe_sources(data)
     listed = _listed(setup, sources, "label")
@@ -176,11 +177,11 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
 
 
 def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> list[list[Items]]:
-    """Returns the items of each source by modality. All sources are read before any feature is computed, so that one
-    that cannot be used costs no time.
+    """Returns the items of each source by modality. All sources are read before any feature is computed, so that a
+    source without usable items is reported early.
 
-    Args: needs: what an item must have to be measured. Raises: DataError if no item of a source has it; ConfigError if
-        two sources have a shard in common.
+    Args: needs: the field that an item must have to be measured. Raises: DataError if no item of a source has it;
+        ConfigError if two sources have a shard in common.
     """
     settings = StorageSettings.of(setup.reading.data)
     listed = [read_items(source, settings) for source in sources]
@@ -198,7 +199,7 @@ def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> 
 
 
 def _measurable(train: Sequence[Items], test: Sequence[Items]) -> tuple[list[int], list[str]]:
-    """Returns the places of the modalities in which both splits have labels that fit, and notes about the others."""
+    """Returns the indices of the modalities in which the splits share a class, and notes about the other modalities."""
     found: list[int] = []
     notes: list[str] = []
     for number, (learned, scored) in enumerate(zip(train, test, strict=True)):
@@ -215,7 +216,8 @@ def _measurable(train: Sequence[Items], test: Sequence[Items]) -> tuple[list[int
 
 
 def _of_several_classes(both: Sequence[Items]) -> tuple[list[int], list[str]]:
-    """Returns the places of the modalities with two labels or more, as zero-shot needs them, and notes about others."""
+    """Returns the indices of the modalities with two labels or more, which zero-shot needs, and notes about those with
+    one label."""
     found = [number for number, items in enumerate(both) if len(set(items.labels)) > 1]
     notes = [
         f"Zero-shot of {items.modality}s: only one label, {items.labels[0]!r}; at least two are needed."
@@ -279,7 +281,7 @@ def _tokens(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Me
         notes += said
     if points and options.png is not None:
         replace_bytes(options.png, drawing(points))
-        notes.append(f"drawn in {options.png}")
+        notes.append(f"The curves are drawn in {options.png}.")
     return [point.figure for point in points], notes or ["no item has a label."]
 
 

@@ -1,4 +1,4 @@
-"""The data of a task: whatever `data pack` reads, and the folders of CLIP_benchmark."""
+"""The data of a task: any source that `data pack` reads, and the folders of CLIP_benchmark."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from univitar_ds.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class DataOptions:
-    """A data set, as the options of `eval TASK` name it.
+    """Options of `eval TASK` about the data set.
 
     `split`: of packed folders and of CLIP_benchmark's folders; `train_data`, `train_split`: of the items that probes
-    learn from; `cache`: folder for what is packed.
+    are trained on; `train_data` None: `data`; `class_names`, `captions`: see `SourceConfig`; `cache`: folder for packed
+    data and cached features, None: `default_cache`.
     """
 
     data: str
@@ -36,19 +37,19 @@ class DataOptions:
 
 
 def test_source(options: DataOptions) -> SourceConfig:
-    """Returns the source of the items that are scored. Folders and tables that are no shards are packed once."""
+    """Returns the source of the items that are scored. Folders and tables are packed into shards once."""
     return _packed([_Wanted("--split", options.data, options.split)], options)[0]
 
 
 def probe_sources(options: DataOptions) -> tuple[SourceConfig, SourceConfig]:
-    """Returns the source of the items that a probe learns from, and `test_source`.
+    """Returns the source of the items that a probe is trained on, and `test_source`.
 
-    Raises: ConfigError if they are the same.
+    Raises: ConfigError if both are the same items.
     """
     if (options.train_data or options.data, options.train_split) == (options.data, options.split):
         raise ConfigError(
             f"the probe would learn from the items that it is scored on ({options.data}, split {options.split}); name "
-            "others by --train-split or --train-data"
+            "others with --train-split or --train-data"
         )
     learned = _Wanted("--train-split", options.train_data or options.data, options.train_split)
     train, test = _packed([learned, _Wanted("--split", options.data, options.split)], options)
@@ -102,10 +103,10 @@ def _source(wanted: _Wanted, options: DataOptions) -> SourceConfig:
 
 
 def default_cache() -> Path:
-    """Returns the user's folder for data that is packed once."""
+    """Returns the folder for packed data in the user's cache."""
     return user_cache() / "data"
 
 
 def features_cache(options: DataOptions) -> Path:
-    """Returns the folder of the features that are kept."""
+    """Returns the folder of cached features."""
     return (options.cache or default_cache()) / "features"

@@ -1,4 +1,4 @@
-"""Sentences for class names: a file of a line each, or the 80 of CLIP for ImageNet."""
+"""Templates of sentences with class names: a file with one per line, or CLIP's 80 for ImageNet."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.regular_files import read_utf8
 
 IMAGENET = "imagenet"
-"""Name of CLIP's templates. They are the published ones (arXiv:2103.00020), in the order of CLIP's notebook."""
+"""Name of CLIP's published templates (arXiv:2103.00020), which are in the order of CLIP's notebook."""
 _CLIP_BENCHMARK = "{c}"
-"""The place of the name in the templates of CLIP_benchmark's data sets."""
+"""Placeholder of the class name in the templates of CLIP_benchmark's data sets."""
 
 EMPTY = "is empty; write a sentence per line, such as: a photo of a {}."
 
 
 def read_templates(name: str) -> list[str]:
-    """Returns the templates of a file, or CLIP's for the name `imagenet`. A line without text or after # is left out.
+    """Returns the templates of a file, or CLIP's for the name `imagenet`. Empty lines and lines that begin with # are
+    left out.
 
     Raises: ConfigError if the file cannot be read, has no template, or a template lacks {}.
     """

@@ -1,7 +1,8 @@
-"""Accuracy against resolution: kNN or zero-shot with a few numbers of tokens per item, native against square.
+"""Accuracy against resolution: kNN or zero-shot with several numbers of tokens per item, native against square.
 
-With the native aspect ratio an item has the most tokens up to the number, with its sides in whole cells of the encoder;
-square, it is stretched or squeezed to a square of the number. So the square has at least as many tokens.
+In the native view an item keeps its aspect ratio and has as many tokens as fit into the number, with sides in whole
+cells (squares of merged patches); in the square view it is stretched to a square with that number of tokens. The square
+thus has at least as many tokens.
 """
 
 from __future__ import annotations
@@ -27,25 +28,30 @@ from univitar_ds.tasks.packs import embedded, pooled
 COUNTS = (64, 144, 256, 576, 1024)
 """Squares of 112, 168, 224, 336 and 448 pixels with the release's patches."""
 MOST = 1 << 16
+"""Maximum number of tokens of an item."""
 NEIGHBOURS = 20
+"""Number of neighbours of kNN."""
 NATIVE, SQUARE = "native", "square"
+"""The views of an item."""
 
 
 @dataclass(frozen=True)
 class MostTokens(Resolution):
-    """Gives every item the most tokens up to `max_tokens`, small ones too: accuracy is a function of the number."""
+    """Resizes every item, small ones too, to as many tokens as fit into `max_tokens`, so that accuracy is a function of
+    that number."""
 
     def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
         steps = math.ceil(frames / TUBELET)
         most = self.max_tokens * PATCH * PATCH // steps
-        # `smart_resize` rounds down where it reduces, and up where it enlarges: it is given a larger item to reduce.
+        # `smart_resize` rounds down when it reduces and up when it enlarges, so it gets an item that is too large.
         grow = math.ceil(math.sqrt(most / (height * width))) + 1
         h, w = smart_resize(height * grow, width * grow, self.divisor_px, 0, most)
         return steps, h // PATCH, w // PATCH
 
 
 class Point(NamedTuple):
-    """Top-1 accuracy of a modality with a number of tokens: asked for, and the mean over the scored items."""
+    """Top-1 accuracy of a modality in one view. `asked`: number of tokens of the sweep; `mean`: tokens of the scored
+    items on average."""
 
     modality: Modality
     view: str
@@ -55,10 +61,11 @@ class Point(NamedTuple):
 
 
 def rules(opened: OpenedModel, count: int, steps: int) -> dict[str, Resolution]:
-    """Returns the rules for native and square items of a number of tokens.
+    """Returns the resolutions of both views for a number of tokens.
 
-    The number may be above the encoder's own limit: a native-resolution encoder can be tried beyond its training.
-    Args: steps: along time. Raises: ConfigError if the number is below a cell per step, or above `MOST`.
+    The number may be above the encoder's own limit: a native-resolution encoder can be tested beyond its training.
+    Args: count: number of tokens; steps: time steps of an item.
+    Raises: ConfigError if the number is below a cell per time step, or above `MOST`.
     """
     encoder = opened.reading.encoder
     cell = PATCH * encoder.spatial_merge_size
@@ -73,7 +80,8 @@ def rules(opened: OpenedModel, count: int, steps: int) -> dict[str, Resolution]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured: `by` knn with `train` to learn from, or zero-shot with `templates`."""
+    """Measures accuracy at several numbers of tokens: by kNN if there is a source `train`, else zero-shot with
+    `templates`."""
 
     opened: OpenedModel
     test: SourceConfig
@@ -82,7 +90,7 @@ class Sweep:
     progress: bool
 
     def points(self, modality: Modality, counts: Sequence[int]) -> tuple[list[Point], list[str]]:
-        """Returns a point for each number and view, and notes. Without labelled items it returns nothing.
+        """Returns a point for each number and view, and notes. Returns empty lists if no item has a label.
 
         Raises: ConfigError as `rules`, before anything is computed.
         """
@@ -106,7 +114,8 @@ class Sweep:
         return found, notes
 
     def _measured(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
-        """Returns the scored items, the scores of their classes and their mean number of tokens."""
+        """Returns the items, the score of each class for each test item (n, classes) float64, and the mean number of
+        tokens of a test item; None if no item has a label."""
         test, mean = self._features(self.test, modality, rule)
         train = test if self.train is None else self._features(self.train, modality, rule)[0]
         if not train.labels and not test.labels:
@@ -118,7 +127,7 @@ class Sweep:
         return data, data.test.double() @ classes.double().T, mean
 
     def _features(self, source: SourceConfig, modality: Modality, rule: Resolution) -> tuple[Features, float]:
-        """Returns what is compared, joint embeddings or pooled features, and the mean number of tokens."""
+        """Returns joint embeddings (zero-shot) or pooled features (kNN), and the mean number of tokens."""
         read = embedded if self.train is None else pooled
         packs = list(read(self.opened, source, modality, rule, progress=self.progress))
         labels = [label for pack in packs for label in pack.labels]
@@ -127,11 +136,13 @@ class Sweep:
 
 
 def _difference(modality: str, count: int, right: dict[str, Tensor], means: Sequence[float]) -> str:
-    """Returns the difference of native and square on the same items, with its interval."""
+    """Returns a sentence about the difference of native and square on the same items, with its interval.
+
+    Args: right: (n,) by view, 1 for a hit and 0 otherwise; means: mean numbers of tokens, native and square."""
     change = right[NATIVE] - right[SQUARE]
     # Differences are in -1..1, and their mean is twice that of (1 + difference) / 2, less 1.
     low, high = (200 * end - 100 for end in bootstrap_interval((1 + change) / 2))
     return (
-        f"{modality}s, {count} tokens: native less square {100 * change.mean().item():+.1f} points "
+        f"{modality}s, {count} tokens: native minus square {100 * change.mean().item():+.1f} points "
         f"(95 % {low:+.1f} to {high:+.1f}, the same items), with {means[0]:.0f} and {means[1]:.0f} tokens on average."
     )

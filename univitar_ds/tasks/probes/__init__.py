@@ -1,3 +1,3 @@
-"""Probes that are trained by gradient descent, with all learning rates at once on the same frozen features."""
+"""Probes that are trained by gradient descent: a head for each learning rate, at once on the same frozen features."""
 
 __all__ = ["attentive", "sgd", "sweep", "token_store"]

@@ -1,11 +1,12 @@
 """Attentive probe: one learned query attends to all tokens of an item, and a linear head classifies the result.
 
-As in AIM (arXiv:2401.08541) with the optimizer and the rates of V-JEPA 2 (arXiv:2506.09985): cross-attention pooling
-without a feed-forward part, on frozen tokens that are standardised as by a batch norm, AdamW, a cosine schedule and a
-sweep of rates. The rate is chosen on a tenth of the training items, and the head of this rate is scored as it is.
+As in AIM (arXiv:2401.08541) with the optimizer and the learning rates of V-JEPA 2 (arXiv:2506.09985): cross-attention
+pooling without a feed-forward part, on frozen tokens that are standardised as by a batch norm, AdamW, a cosine schedule
+and a sweep of learning rates. A tenth of the training items is held out to choose the rate; the head of this rate is
+scored without further training.
 
-Items keep their own number of tokens: those of a pack follow each other without padding, and the softmax is over the
-tokens of an item.
+Items keep their own number of tokens: the tokens of a pack are concatenated without padding, and the softmax is over
+the tokens of one item.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from univitar_ds.tasks.probes.sweep import Recipe, chosen, row_batches, train
 from univitar_ds.tasks.probes.token_store import TokenStore
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
-"""Published (V-JEPA 2)."""
+"""The learning rates of V-JEPA 2."""
 RECIPE = Recipe("adamw", RATES, batch=256, epochs=20, least_steps=200, decay=0.01)
-"""Epochs and the smallest weight decay of V-JEPA 2. Batch and least number of steps are chosen."""
+"""Epochs and the smallest weight decay are those of V-JEPA 2. Batch size and minimum number of steps are our choice."""
 HELD_OUT = 0.1
+"""Share of the training items on which the learning rate is chosen."""
 HEAD_WIDTH = 64
+"""Minimum width of an attention head."""
 
 Packs = Iterable[tuple[Tensor, Sequence[int], Sequence[str]]]
 """Tokens (T, D) of the items of a pack, the number of tokens of each, and their labels."""
@@ -49,9 +52,9 @@ class Workspace:
 class AttentiveHead(nn.Module):
     """Cross-attention pooling with a learned query, and a linear head.
 
-    All items share the query, so both projections move out of the sum over tokens, exactly: the score of a token x is
-    q . (W_k x) = (W_k^T q) . x, and the result is W_v (sum of a_t x_t). So the work for a token is D numbers for each
-    head of attention, not D^2, and all rates read the tokens together (`attend`).
+    All items share the query, so both projections can be moved out of the sum over tokens: the score of a token x is
+    q . (W_k x) = (W_k^T q) . x, and the result is W_v (sum of a_t x_t). A token thus costs D multiplications for each
+    attention head instead of D^2, and the heads of all learning rates read the tokens together (`attend`).
     """
 
     def __init__(self, width: int, classes: int, seed: int = 0) -> None:
@@ -66,26 +69,26 @@ class AttentiveHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def directions(self) -> Tensor:
-        """Returns what each head of attention multiplies tokens by to score them, (H, D)."""
+        """Returns the vector of each attention head whose product with a token is the token's score, (H, D)."""
         key = self.key.unflatten(0, (self.heads, -1))
         query = self.query.view(self.heads, -1)
         return torch.einsum("hkd,hk->hd", key, query) * query.shape[1] ** -0.5
 
     def logits(self, attended: Tensor) -> Tensor:
-        """Returns (N, C). Args: attended: (N, H, D), of `attend`."""
+        """Returns the logits, (N, C). Args: attended: result of `attend`, (N, H, D)."""
         value = self.value.unflatten(0, (self.heads, -1))
         return F.linear(torch.einsum("hkd,nhd->nhk", value, attended).flatten(1), self.weight, self.bias)
 
 
 def heads_of(width: int) -> int:
-    """Returns the largest number of equal heads of attention of at least `HEAD_WIDTH` numbers."""
+    """Returns the largest number of attention heads that divides `width`, each at least `HEAD_WIDTH` wide; else 1."""
     return next(heads for heads in range(max(width // HEAD_WIDTH, 1), 0, -1) if width % heads == 0)
 
 
 def attend(tokens: Tensor, lengths: Sequence[int], directions: Tensor) -> Tensor:
-    """Returns the mean of an item's tokens by the softmax of their scores over the item, for each direction.
+    """Returns the mean of each item's tokens, weighted by the softmax of their scores, for each direction.
 
-    Args: tokens: (T, D); lengths: of the N items; directions: (J, D). Returns: (N, J, D).
+    Args: tokens: (T, D); lengths: tokens of each of the N items; directions: (J, D). Returns: (N, J, D).
     """
     scores = F.linear(tokens, directions)
     begins = cumulative(lengths)
@@ -93,7 +96,7 @@ def attend(tokens: Tensor, lengths: Sequence[int], directions: Tensor) -> Tensor
     for item, length in enumerate(lengths):
         alike.setdefault(length, []).append(item)
     found = []
-    for length, items in alike.items():  # items of one length are one product
+    for length, items in alike.items():  # items of equal length share a matrix product
         rows = (torch.tensor([begins[item] for item in items])[:, None] + torch.arange(length)).to(tokens.device)
         found.append(scores[rows].softmax(1).transpose(1, 2) @ tokens[rows])
     order = torch.tensor([item for items in alike.values() for item in items]).argsort()
@@ -101,7 +104,7 @@ def attend(tokens: Tensor, lengths: Sequence[int], directions: Tensor) -> Tensor
 
 
 def sweep_logits(heads: Sequence[AttentiveHead], tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Returns the logits of several heads, which read the tokens together: (heads, N, C)."""
+    """Returns the logits of several probe heads, which read the tokens together, (heads, N, C)."""
     directions = [head.directions() for head in heads]
     attended = attend(tokens, lengths, torch.cat(directions)).split([len(one) for one in directions], dim=1)
     return torch.stack([head.logits(one) for head, one in zip(heads, attended, strict=True)])
@@ -116,10 +119,10 @@ def attentive(
     epochs: int | None = None,
     progress: bool,
 ) -> tuple[list[Figure], list[str]]:
-    """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and what was left out.
+    """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and about items left out.
 
-    Without an item in any split it returns nothing. The tokens of the training items are in a file in
-    `workspace.folder`, 2 bytes a number; those of the test items are scored pack by pack.
+    Returns empty lists if neither split has an item. The tokens of the training items are stored in a file in
+    `workspace.folder`, in float16; the test items are scored pack by pack.
     Raises: StorageError if the disk is full; DataError as `labelled`.
     """
     recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
@@ -147,14 +150,17 @@ def attentive(
 
 
 def _without(labels: list[str]) -> Features:
-    """Returns labels without features, which have been scored already."""
+    """Returns labels with empty features, which are not needed once the items have been scored."""
     return Features(torch.empty(len(labels), 0), labels)
 
 
 def _chosen(
     store: TokenStore, classes: Tensor, count: int, recipe: Recipe, workspace: Workspace, of: str | None
 ) -> tuple[AttentiveHead, str]:
-    """Returns the head of the rate that is best on the items held out, and a sentence about the choice."""
+    """Returns the head of the learning rate that is best on the held-out items, and a sentence about the choice.
+
+    Args: count: number of classes; of: the items, for the progress bar; None: no bar.
+    """
     learns, checks = divided(classes, HELD_OUT)
     heads = [AttentiveHead(store.width, count).to(workspace.device) for _ in recipe.rates]
     steps, batch = recipe.plan(len(learns))
@@ -177,7 +183,7 @@ def _chosen(
 
 
 class _Pack(NamedTuple):
-    """Items of a pack, and the number of items of its step, over which losses are averaged."""
+    """Items of a pack, and the number of items of the step that it belongs to, over which losses are averaged."""
 
     items: list[int]
     of_step: int
@@ -187,7 +193,7 @@ class _Pack(NamedTuple):
 def _accuracies(
     heads: Sequence[AttentiveHead], store: TokenStore, classes: Tensor, checks: Tensor, workspace: Workspace
 ) -> list[float]:
-    """Returns the top-1 accuracy of each head on items held out; not a number without any."""
+    """Returns the top-1 accuracy of each head on the held-out items; NaN if there are none."""
     hits = torch.zeros(len(heads), dtype=torch.float64)
     for items in store.packs(checks.tolist(), workspace.token_budget):
         logits = sweep_logits(heads, store.read(items), [store.lengths[item] for item in items]).cpu()

@@ -1,8 +1,8 @@
-"""Linear probe by stochastic gradient descent with a sweep of learning rates, as DINOv2 (arXiv:2304.07193).
+"""Linear probe by stochastic gradient descent with a sweep of learning rates, as in DINOv2 (arXiv:2304.07193).
 
-All rates are trained at once on the cached features, by SGD with momentum 0.9, no weight decay and a cosine schedule.
-The best rate is chosen on a fifth of the training items, and a head then learns with it from all of them. The test
-items are never used for a choice.
+The heads of all rates are trained at once on the cached features, by SGD with momentum 0.9, no weight decay and a
+cosine schedule. The best rate is chosen on a fifth of the training items; then a head is trained with it on all of
+them. The test items are never used for a choice.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from univitar_ds.tasks.labelled import Labelled, divided
 from univitar_ds.tasks.probes.sweep import Recipe, chosen, linear_heads, row_batches, train
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-"""Learning rates for a batch of 256; those of other batches are in proportion. Published (DINOv2)."""
+"""The learning rates of DINOv2 for a batch of 256; for other batch sizes they are scaled in proportion."""
 RECIPE = Recipe("sgd", RATES, batch=1024, epochs=10, least_steps=1000)
-"""Batch and epochs of DINOv2. 1,000 steps are chosen, for data of a few thousand items."""
+"""Batch size and epochs are those of DINOv2. The minimum of 1,000 steps is our choice, for a few thousand items."""
 BATCH_OF_RATES = 256
+"""Batch size to which RATES refer."""
 
 
 def linear_sgd(
     data: Labelled, modality: str, *, device: torch.device, epochs: int | None = None, progress: bool = False
 ) -> tuple[list[Figure], list[str]]:
-    """Returns top-1 and top-5 accuracy of the probe, and a note about the chosen rate.
+    """Returns top-1 and top-5 accuracy of the probe, and a note about the chosen learning rate.
 
-    Features stay on the host as float32, and are standardised batch by batch on `device`.
+    Features stay on the host in float32, and are standardised batch by batch on `device`.
     """
     recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
     features = _Standardised(data.train, device)
@@ -65,14 +66,15 @@ class _Standardised:
         return (features.to(self.device) - self._mean) / self._deviation
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Returns those of some training items, (n, D)."""
+        """Returns the standardised features of some training items, (n, D) on the device."""
         return self.of(self._train[rows])
 
 
 def _trained(
     features: _Standardised, data: Labelled, learns: Tensor, recipe: Recipe, rates: Sequence[float], desc: str | None
 ) -> list[nn.Linear]:
-    """Returns a head for each rate, trained on some training items."""
+    """Returns a head for each rate, trained on the training items `learns`. Args: desc: for the progress bar; None: no
+    bar."""
     steps, batch = recipe.plan(len(learns))
     heads = linear_heads(len(rates), data.train.shape[1], len(data.classes), features.device)
 
@@ -88,7 +90,7 @@ def _trained(
 
 @torch.no_grad()
 def _accuracies(heads: Sequence[nn.Linear], features: _Standardised, classes: Tensor, checks: Tensor) -> list[float]:
-    """Returns the top-1 accuracy of each head on items held out; not a number for a head that diverged."""
+    """Returns the top-1 accuracy of each head on the held-out items; NaN without any, and for a head that diverged."""
     if not len(checks):
         return [float("nan")] * len(heads)
     hits = torch.zeros(len(heads), dtype=torch.float64)

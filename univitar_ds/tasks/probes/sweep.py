@@ -1,6 +1,6 @@
 """Trains several heads at once on the same frozen features: one for each learning rate, as DINOv2 does.
 
-The heads share nothing but the features that they read, so each is trained as it would be alone. They are in float32.
+The heads share only the features that they read, so each is trained as it would be alone. They are in float32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Batch = TypeVar("Batch")
 class Recipe:
     """How heads are trained.
 
-    `rates`: learning rates, each with a head of its own; they fall to 0 by a cosine. `batch`: items of a step;
-    `epochs`: passes over the items, as many more as `least_steps` steps need. `decay`: weight decay.
+    `rates`: learning rates, each for a head of its own; they decay to 0 by a cosine. `batch`: items of a step;
+    `epochs`: passes over the items, more if they have fewer than `least_steps` steps; `decay`: weight decay.
     """
 
     optimizer: Literal["sgd", "adamw"]
@@ -33,7 +33,7 @@ class Recipe:
     decay: float = 0.0
 
     def plan(self, items: int) -> tuple[int, int]:
-        """Returns the number of steps, and of items in a step, for a number of items to learn from."""
+        """Returns the number of steps, and the number of items in a step, for a number of training items."""
         batch = min(self.batch, items)
         steps = max(self.epochs * -(-items // batch), self.least_steps)
         return steps, batch
@@ -52,9 +52,10 @@ def train(
     """Trains each head with its rate.
 
     Args:
-        batches: the packs of each step, at least `steps` of them.
-        loss: (heads,) losses of a pack. Those of the packs of a step are added, which bounds memory by a pack.
-        progress: text of a progress bar on stderr; None: none.
+        batches: the packs of each step, for at least `steps` steps.
+        loss: returns the losses of a pack, (heads,). The gradients of the packs of a step are accumulated, so that
+            memory is needed for one pack at a time.
+        progress: text of a progress bar on stderr; None: no bar.
     """
     groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     if recipe.optimizer == "sgd":
@@ -73,7 +74,7 @@ def train(
 
 
 def row_batches(rows: Tensor, batch: int, seed: int = 0) -> Iterable[Tensor]:
-    """Yields random batches of rows without end. In each pass over the rows, every row is in one of them.
+    """Yields random batches of rows endlessly. In each pass over the rows, every row is in exactly one batch.
 
     The last batch of a pass may be smaller.
     """
@@ -83,18 +84,19 @@ def row_batches(rows: Tensor, batch: int, seed: int = 0) -> Iterable[Tensor]:
 
 
 def best_of(scores: Sequence[float]) -> int:
-    """Returns the place of the best score, the first of several; one that is no number is the worst."""
+    """Returns the index of the best score, the first of equal ones. NaN is the worst score."""
     return max(range(len(scores)), key=lambda place: (scores[place] if scores[place] == scores[place] else -1, -place))
 
 
 def chosen(rates: Sequence[float], scores: Sequence[float], measure: str, held: str) -> tuple[int, str]:
-    """Returns the place of the rate with the best score on items held out, and a sentence about the choice.
+    """Returns the index of the rate with the best score on the held-out items, and a sentence about the choice.
 
-    Without items held out (`scores` are no numbers), it is the middle one. Args: measure, held: words for the sentence.
+    If all scores are NaN, since no items are held out, it is the middle rate.
+    Args: measure, held: the score and the held-out items, in words for the sentence.
     """
     if all(score != score for score in scores):
         place = len(rates) // 2
-        return place, f"learning rate {rates[place]:g}, the middle one of {_span(rates)}: no item is held out"
+        return place, f"learning rate {rates[place]:g}, the middle one of {_span(rates)}: no item is held out."
     place = best_of(scores)
     at_end = place in (0, len(rates) - 1) and len(rates) > 1 and scores[place] < 1
     edge = " It is at the end of the rates: one beyond may be better." if at_end else ""
@@ -107,7 +109,7 @@ def _span(rates: Sequence[float]) -> str:
 
 
 def linear_heads(count: int, width: int, classes: int, device: torch.device) -> list[nn.Linear]:
-    """Returns linear heads, which all begin with the same weights, as small as DINOv2's."""
+    """Returns linear heads that all start from the same weights, normal with deviation 0.01 as DINOv2's, and bias 0."""
     first = torch.randn(classes, width, generator=torch.Generator().manual_seed(0)) * 0.01
     heads = [nn.utils.skip_init(nn.Linear, width, classes, device=device) for _ in range(count)]
     for head in heads:

@@ -1,7 +1,7 @@
-"""Tokens of a data set in a file, from which random items are read, so that memory holds only those of a step.
+"""Tokens of a data set in a file, from which random items are read, so that memory holds only the items of a step.
 
-The encoder then runs once over the training items, however many epochs a probe takes. The file has no name: the system
-frees its space when the program ends, also when it is killed.
+The encoder thus runs once over the training items, for any number of epochs. The file has no name: the system frees its
+space when the program ends, also when it is killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LARGEST = 65504.0
 class RowStore:
     """Rows of numbers in a file without a name, in the order in which they are appended. A context manager.
 
-    Args: folder: on whose disk the file is, made if it is absent; width: numbers of a row; dtype: of numpy.
+    Args: folder: determines the disk, created if absent; width: numbers of a row; dtype: type of numpy.
     """
 
     def __init__(self, folder: Path, width: int, dtype: type) -> None:
@@ -54,7 +54,7 @@ class RowStore:
                 size = self.rows * self.width * self._dtype.itemsize
                 raise StorageError(
                     f"{self.rows} tokens take {size / 1e9:.1f} GB, and the disk of {self._folder} has only "
-                    f"{free / 1e9:.1f} GB left; name a folder on a larger disk by --cache, or take fewer items"
+                    f"{free / 1e9:.1f} GB left; name a folder on a larger disk with --cache, or use fewer items"
                 )
             self._file.write(content.data)
             self._file.flush()
@@ -68,7 +68,7 @@ class RowStore:
             with writing(self._folder):
                 got = os.preadv(self._file.fileno(), [left], place)
             if not got:
-                raise StorageError(f"{self._folder}: tokens that were written are no longer there; check the disk")
+                raise StorageError(f"{self._folder}: tokens that were written cannot be read back; check the disk")
             left, place = left[got:], place + got
         return found
 
@@ -76,9 +76,9 @@ class RowStore:
 class TokenStore:
     """Tokens (T, D) of items, in float16. A context manager.
 
-    They are stored relative to mean and deviation of the first pack: some dimensions of a token are hundreds of times
-    the others, and would lose what differs between items. `standardised` gives all tokens mean 0 and variance 1 in each
-    dimension over the whole store.
+    Each dimension is stored relative to its mean and deviation in the first pack: some dimensions are hundreds of times
+    larger than others, and in float16 would lose the differences between items. `read` and `standardised` return tokens
+    that have mean 0 and variance 1 in each dimension over the whole store.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,7 +97,7 @@ class TokenStore:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Dimensions of a token, D."""
         assert self._rows is not None, "a store without tokens"
         return self._rows.width
 
@@ -120,7 +120,8 @@ class TokenStore:
         self.lengths += lengths
 
     def finish(self, device: torch.device) -> None:
-        """Ends the appending: `read` and `standardised` give tokens on `device`."""
+        """Must be called after the last `append` and before `read` and `standardised`, which return tokens on
+        `device`."""
         assert self._rows is not None, "a store without tokens"
         assert self._first is not None
         mean = self._sums / self._rows.rows
@@ -142,7 +143,7 @@ class TokenStore:
         return self._begins[item]
 
     def standardised(self, tokens: Tensor) -> Tensor:
-        """Returns tokens of other items as `read` gives those of the store, (T, D) float32 on the device."""
+        """Standardises tokens of items that are not in the store as `read` does, (T, D) float32 on the device."""
         assert self._first is not None, "a store without tokens"
         assert self._scale is not None, "finish comes first"
         (first, spread), (mean, deviation) = self._first, self._scale
