@@ -38,13 +38,14 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True)
 class Classified:
-    """The result for a file: the best classes of each data set, or why it is left out."""
+    """The result for a file: the best classes of each data set, or the reason why the file is left out."""
 
     file: str
     classes: Sequence[Guess] = ()
     fault: LeftOut | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the result as a JSON object."""
         if self.fault is not None:
             return {"file": self.file, "ok": False, "error": self.fault.kind, "message": self.fault.message}
         classes = [{name: value for name, value in one._asdict().items() if value is not None} for one in self.classes]
@@ -52,7 +53,7 @@ class Classified:
 
 
 class Classifier:
-    """A model with classes. Runs on the GPU if there is one."""
+    """A model with classes. It runs on the GPU if there is one."""
 
     def __init__(
         self,
@@ -63,10 +64,11 @@ class Classifier:
     ) -> None:
         """Opens the model.
 
-        Args: labels: at least two names, for a whole model; None: the classes of a run of `objective.kind
-            classification`, by its trained head; templates: sentences for `labels`, None: `TEMPLATES`.
-        Raises: CheckpointError if the model cannot be opened; ConfigError if it has no text tower for labels or no head
-            for classes, or labels are fewer than two or repeated; UserError if a template has no {}.
+        Args: labels: at least two names, for a model with a text tower; None: the classes of a run of `objective.kind:
+            classification`, with its trained head; templates: sentences for `labels`, None: `TEMPLATES`.
+        Raises: CheckpointError if the model cannot be opened; ConfigError if labels are given and it has no text tower,
+            if no labels are given and it has no trained head, or if labels are fewer than two or repeated; UserError if
+            a template has no {}.
         """
         _check_labels(labels, templates)
         how = how or ModelOptions()
@@ -92,14 +94,14 @@ class Classifier:
 
     @property
     def sets(self) -> list[str | None]:
-        """The names of the data sets whose classes the model knows."""
+        """The names of the data sets that the classes are from; [None] for given labels."""
         return list(self._classes.names)
 
     def classify(self, files: Sequence[str], top: int) -> Iterator[Classified]:
         """Yields the result of each file in order, with the `top` best classes of each data set.
 
-        Of a folder, all images and videos are classified.
-        Raises: ConfigError if a file does not exist, or a folder holds none."""
+        For a folder, all images and videos in it are classified.
+        Raises: ConfigError if a file does not exist, or a folder has no images and videos."""
         places = find_places(files, shards=False)
         total = sum(map(len, places))
         found = read_units(self._model, self._kind, units(places, total, _AT_ONCE, Position(), 0), self._reading)
@@ -142,8 +144,8 @@ def _check_whole(model: str, stored: StoredModel, labels: Sequence[str] | None) 
         )
     if labels is None:
         raise ConfigError(
-            f"{model} compares images with names of classes: give them, as in --labels cat,dog. Only a run of "
-            "objective.kind classification has classes of its own"
+            f"{model} compares images with class names: give them, as in --labels cat,dog. Only a run of "
+            "objective.kind: classification has classes of its own"
         )
 
 

@@ -34,7 +34,7 @@ from univitar_ds.training.distributed.process_group import check_gpus, uses_cuda
 TOKEN_BUDGET = 16384
 """Default maximum number of tokens of a pack."""
 PART_ROWS, PART_ROWS_OF_TOKENS = 100_000, 1_000
-"""Default number of items of a part. Tokens take about a thousand times the space of a vector."""
+"""Default number of items of a part, for vectors and for tokens, which take about a thousand times the space."""
 _UNIT_ITEMS = {"tokens": 32}
 _UNIT_ITEMS_OF_VECTORS = 256
 """Maximum number of items of a unit of work. A pack has items of one unit."""
@@ -63,8 +63,9 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What is written. `tokens`: all tokens instead of one vector per item; `part_rows`: maximum number of rows of a
-    part; `split`: split of packed folders, None for all; `progress`: whether to show a bar on stderr."""
+    """Options of the result. `tokens`: all tokens instead of one vector per item; `part_rows`: maximum number of items
+    of a part, None for the default; `split`: split of packed folders, None for all; `progress`: whether to show a
+    progress bar on stderr."""
 
     tokens: bool = False
     part_rows: int | None = None
@@ -74,7 +75,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that was found: its setup for processes, and their number."""
+    """A stored model, the settings with which processes compute its features, and the number of processes."""
 
     stored: StoredModel
     setup: Setup
@@ -97,14 +98,14 @@ def embed_files(
     part_rows = options.part_rows or (PART_ROWS_OF_TOKENS if options.tokens else PART_ROWS)
     about = settings_of(opened.stored, setup, places, part_rows)
     if (rows := destination.completed(about)) is not None:
-        return rows, f"{out} is complete already; index {destination.index}"
+        return rows, f"{out} is already complete; index {destination.index}"
     with destination.opened(about) as done:
         write_parts(destination, done, setup, opened.nproc, (places, part_rows, "embed" if options.progress else None))
         return _summary(destination, *destination.complete())
 
 
 def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Opened:
-    """Opens a model and determines how items are read: by the configuration of a run, else by the defaults.
+    """Opens a model and determines how items are read: with the configuration of its run, else with the defaults.
 
     Raises: CheckpointError if the model cannot be opened; ConfigError if options do not fit it, or there are too few
         GPUs.
@@ -112,7 +113,7 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
     nproc = processes_of(how)
     folder = str(model_folder(model, how))
     stored = open_as(folder, how.weights, how.dtype)
-    if stored.format == "run":  # the checkpoint itself, since training may write a later one meanwhile
+    if stored.format == "run":  # names the checkpoint, since training may write a later one meanwhile
         folder = str(stored.path)
     recipe: RunConfig | None = stored.origin.get("recipe") if stored.format == "run" else None
     data = data_settings(how, nproc, None if recipe is None else recipe.data)
@@ -123,14 +124,16 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
 
 
 def processes_of(how: ModelOptions) -> int:
-    """Returns the number of processes: as asked for, else one per GPU. Raises: ConfigError if GPUs are too few."""
+    """Returns the number of processes: `how.nproc`, else one per GPU, or one on the CPU.
+
+    Raises: ConfigError if there are too few GPUs."""
     nproc = how.nproc or (torch.cuda.device_count() if uses_cuda() else 1)
     check_gpus(nproc)
     return nproc
 
 
 def model_folder(model: str, how: ModelOptions) -> Path:
-    """Returns the local folder of a model, see `local_folder`, which raises the same."""
+    """Returns the local folder of a model. Raises: as `local_folder`."""
     return local_folder(model, StorageSettings.of(_no_data(how.s3)))
 
 
@@ -150,7 +153,8 @@ def data_settings(how: ModelOptions, nproc: int, data: DataConfig | None) -> Dat
 
 
 def _frames(recipe: RunConfig | None, frames: int | None) -> tuple[int, Sampling]:
-    """Returns number and sampling of the frames of a video: as in the last stage of a run that reads videos."""
+    """Returns number and sampling of the frames of a video: `frames` sampled uniformly if it is given; else those of
+    the last stage of the run that reads videos, or the defaults without a run."""
     if frames is not None or recipe is None:
         return FRAMES if frames is None else frames, UNIFORM
     stages = [stage for stage in recipe.stages if "video" in stage_modalities(stage)] or recipe.stages
@@ -159,7 +163,7 @@ def _frames(recipe: RunConfig | None, frames: int | None) -> tuple[int, Sampling
 
 
 def for_places(reading: AnyReading, places: Sequence[Place]) -> AnyReading:
-    """Returns `reading` for places on S3: all processes then share the local copies of shards."""
+    """Returns `reading` with a shard cache that all processes share, if a place is on S3; else `reading` itself."""
     paths = [place[0] if isinstance(place, tuple) else place.path for place in places]
     files = [path for place in places if isinstance(place, tuple) for path in place]
     if not any(path.startswith(S3) for path in (*paths, *files)):
@@ -194,7 +198,7 @@ def settings_of(
 
 
 def reading_settings(reading: Any) -> dict[str, Any]:
-    """Returns what of a model's `Reading` determines the result, by names for messages."""
+    """Returns the settings of a `Reading` that determine the result, by the names that messages use."""
     data = reading.data
     return {
         "token_budget": reading.token_budget,
@@ -224,7 +228,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 def write_parts(
     destination: Destination, done: int, setup: AnySetup, nproc: int, what: tuple[Sequence[Place], int, str | None]
 ) -> None:
-    """Writes all parts from number `done` on. `what`: places, items of a part, and the title of a bar, None without."""
+    """Writes all parts from number `done` on.
+
+    Args: what: places, items of a part, and the title of the progress bar, None for no bar."""
     places, part_rows, title = what
     start, seen = Position(), 0
     for number in range(done):

@@ -35,9 +35,12 @@ TOKENS_AT_ONCE = 16384
 
 
 class Features(NamedTuple):
-    """Features of N items: `tokens`, a list of (t_i, D) with t_i = t*h*w tokens of an item in the order of its grid;
-    `pooled`, (N, D), by the attention pooling, or the mean of the tokens if the model is an encoder alone; `grid_thw`,
-    (N, 3)."""
+    """Features of N items.
+
+    `tokens`: a list of (t_i, D) with the t_i = t*h*w tokens of an item in the order of its grid; `pooled`: (N, D), by
+    the attention pooling of a model with a text tower, else the mean of the tokens; `grid_thw`: (N, 3) int64 on the
+    host.
+    """
 
     tokens: list[Tensor]
     pooled: Tensor
@@ -45,10 +48,10 @@ class Features(NamedTuple):
 
 
 class UniViTARModel(nn.Module):
-    """A trained model with its tokenizer and preprocessing, a classifier with its `classes`, or an encoder alone
-    (`joint` and `classes` are None).
+    """A trained model with its preprocessing: with two towers and a tokenizer, a classifier with its `classes`, or an
+    encoder alone (`joint` and `classes` are None).
 
-    Items of any size and number are packed into batches by number of tokens. Gradients are off.
+    Items of any size and number are packed into batches by number of tokens. Methods compute no gradients.
 
         model = UniViTARModel.from_pretrained("runs/photos")
         model.zero_shot([image], ["cat", "dog"])          # (1, 2) probabilities
@@ -116,8 +119,8 @@ class UniViTARModel(nn.Module):
     def features(self, items: Sequence[Item], *, tokens_at_once: int = TOKENS_AT_ONCE) -> Features:
         """Returns token and pooled features of images and videos, on the model's device.
 
-        Args: tokens_at_once: maximum number of tokens of a pack.
-        Raises: UserError if an item is no image or video.
+        Args: tokens_at_once: maximum number of tokens of a pack, unless one item has more.
+        Raises: UserError if an item is not an image or video.
         """
         tokens: list[Tensor] = []
         pooled, grids = [], []
@@ -150,7 +153,7 @@ class UniViTARModel(nn.Module):
         A tensor is a map (t, D, h, w) with "NCHW", where an image has t = 1, or tokens (t*h*w, D) with "NLC".
 
         Args: indices, norm, output_fmt: see `UniViTAR.forward_intermediates`; tokens_at_once: see `features`.
-        Raises: UserError if a block or format does not exist, or an item is no image or video.
+        Raises: UserError if a block or format does not exist, or an item is not an image or video.
         """
         found: list[list[Tensor]] = []
         for pixels, frames, part in self._packs(items, tokens_at_once):
@@ -171,7 +174,7 @@ class UniViTARModel(nn.Module):
         """Returns the attention probabilities of a block of the encoder, (H, t_i, t_i) for each item.
 
         Args: layer: see `UniViTAR.attention_maps`; tokens_at_once: see `features`.
-        Raises: UserError if the block does not exist, or an item is no image or video.
+        Raises: UserError if the block does not exist, or an item is not an image or video.
         """
         packs = self._packs(items, tokens_at_once)
         return [
@@ -184,7 +187,8 @@ class UniViTARModel(nn.Module):
     def encode_image(self, items: Sequence[Item], *, tokens_at_once: int = TOKENS_AT_ONCE) -> Tensor:
         """Returns the embeddings of images and videos, (N, E) float32 unit vectors on the model's device.
 
-        Without items, N is 0. Raises: UserError if the model is an encoder alone, or an item is no image or video.
+        Without items, N is 0.
+        Raises: UserError if the model has no text tower, or an item is not an image or video.
         """
         model = self._whole("encode_image")
         if isinstance(items, Sequence) and not items:
@@ -199,8 +203,8 @@ class UniViTARModel(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Returns the embeddings of texts, (N, E) float32 unit vectors on the model's device.
 
-        Long texts are cut to the model's context length. Without texts, N is 0.
-        Raises: UserError if the model is an encoder alone.
+        Long texts are truncated to the model's context length. Without texts, N is 0.
+        Raises: UserError if the model has no text tower.
         """
         model = self._whole("encode_text")
         if isinstance(texts, str):
@@ -217,7 +221,7 @@ class UniViTARModel(nn.Module):
         objective. With the softmax objective, a softmax over all texts gives the probabilities of an image's text.
 
         Args: image_embeddings: (N, E), of `encode_image`; text_embeddings: (M, E), of `encode_text`.
-        Raises: UserError for other shapes, or if the model is an encoder alone.
+        Raises: UserError for other shapes, or if the model has no text tower.
         """
         model = self._whole("similarity")
         self._check_embeddings(image_embeddings=image_embeddings, text_embeddings=text_embeddings)
@@ -229,18 +233,20 @@ class UniViTARModel(nn.Module):
     ) -> Tensor:
         """Returns the probabilities of classes, (N, C) float32, whose rows sum to 1.
 
-        A class is the normalised mean of the embeddings of its sentences (CLIP's prompt ensemble), and the
+        The embedding of a class is the normalised mean of the embeddings of its sentences (CLIP's prompt ensemble). The
         probabilities are a softmax of scale times cosine over the given classes, for both objectives.
 
         Args: class_names: one column each; a name may be repeated, as in some data sets; templates: sentences with {}
-        for the name.
-        Raises: UserError if there are no classes, or a template has no {}.
+            for the name.
+        Raises: UserError if there are no classes, a template has no {}, or as `encode_image`.
         """
         classes = self.encode_classes(class_names, templates)
         return self.class_probabilities(self.encode_image(items), classes)
 
     def encode_classes(self, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-        """Returns the embeddings of classes, (C, E) float32 unit vectors: see `zero_shot`, which raises the same."""
+        """Returns the embeddings of classes, (C, E) float32 unit vectors, see `zero_shot`.
+
+        Raises: UserError if there are no classes, a template has no {}, or the model has no text tower."""
         if not class_names or isinstance(class_names, str):
             raise UserError("class_names is a list of at least one name; put a single one in a list")
         if isinstance(templates, str):
@@ -254,12 +260,13 @@ class UniViTARModel(nn.Module):
     def classify(
         self, items: Sequence[Item], data_set: str | None = None, *, tokens_at_once: int = TOKENS_AT_ONCE
     ) -> Tensor:
-        """Returns the probabilities of the classes that a classifier was trained on, (N, C) float32, rows sum to 1.
+        """Returns the probabilities of the classes that a classifier was trained on, (N, C) float32, whose rows sum to
+        1.
 
         Column i is the class `class_names(data_set)[i]`.
         Args: data_set: the data set of the classes, if the classifier was trained on several; tokens_at_once: see
             `features`.
-        Raises: UserError if the model is no classifier, or as `class_names`; or an item is no image or video.
+        Raises: UserError as `class_names`, or if an item is not an image or video.
         """
         begin, end = self._span(data_set)
         packs = self._packs(items, tokens_at_once)
@@ -272,7 +279,7 @@ class UniViTARModel(nn.Module):
     def class_names(self, data_set: str | None = None) -> list[str]:
         """Returns the names of the classes of a classifier, in the order of the columns of `classify`.
 
-        Raises: UserError if the model is no classifier, `data_set` is unknown, or it is None and there are several.
+        Raises: UserError if the model is not a classifier, `data_set` is unknown, or it is None and there are several.
         """
         self._span(data_set)
         return list(self.classes.names[self._set(data_set)])
@@ -286,7 +293,7 @@ class UniViTARModel(nn.Module):
         return self.classes.spans[self._set(data_set)]
 
     def _set(self, data_set: str | None) -> str | None:
-        """Returns the name of a data set of the classifier; None is its only one. Raises: UserError."""
+        """Returns the name of a data set of the classifier; None means its only one. Raises: UserError."""
         sets = list(self.classes.names)
         if data_set is None and len(sets) == 1:
             return sets[0]
@@ -299,7 +306,7 @@ class UniViTARModel(nn.Module):
         """Returns the probabilities of classes, (N, C) float32, see `zero_shot`.
 
         Args: image_embeddings: (N, E); classes: (C, E), of `encode_classes`.
-        Raises: UserError for other shapes, or if the model is an encoder alone.
+        Raises: UserError for other shapes, or if the model has no text tower.
         """
         scale = self._whole("class_probabilities").logit_scale.float().exp()
         self._check_embeddings(image_embeddings=image_embeddings, classes=classes)

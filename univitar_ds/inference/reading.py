@@ -38,8 +38,8 @@ from univitar_ds.model.classification import ClassificationModel, class_logits
 from univitar_ds.model.contrastive import ContrastiveModel
 
 Kind = Literal["embedding", "mean", "pooled", "tokens", "logits"]
-"""The features: the joint embedding, the mean of the tokens, the pooled tokens (`UniViTARModel.pool`), all tokens, or
-the logits of a classifier's head."""
+"""Kinds of features: the joint embedding, the mean of the tokens, the pooled tokens (`UniViTARModel.pool`), all tokens,
+or the logits of a classifier's head."""
 FRAMES = 8
 """Default number of frames of a video."""
 _READ_AT_ONCE = 32
@@ -72,8 +72,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reading:
-    """How items are read: the model's size rule, the frames of a video, the maximum number of tokens of a pack, and
-    limits, workers and storage in `data`."""
+    """How items are read: with the size rule of `encoder`, `frames` of a video, `token_budget` as the maximum number of
+    tokens of a pack, and limits, workers and storage in `data`."""
 
     encoder: EncoderConfig
     data: DataConfig
@@ -122,8 +122,8 @@ Compute = Callable[["Pixels"], Sequence[Tensor]]
 
 
 class Pixels(NamedTuple):
-    """The items of a pack: `pixels` (B,) uint8 in order; number of frames, grid, and height and width before resizing
-    of each."""
+    """The items of a pack. `pixels`: (B,) uint8 of all items in order; `frames`: number of frames of each; `sizes`:
+    height and width of each before resizing."""
 
     pixels: np.ndarray
     frames: list[int]
@@ -133,7 +133,7 @@ class Pixels(NamedTuple):
 
 @dataclass(frozen=True)
 class _ModelRule(SizeRule):
-    """The size rule of `Preprocessor`, whose items are not limited to a pack."""
+    """The size rule of `Preprocessor`: items are not limited to the tokens of a pack."""
 
     relarge_ratio: float = 1.0
 
@@ -152,8 +152,12 @@ class _ModelRule(SizeRule):
 
 @dataclass(frozen=True)
 class _UnitPlan(Plan):
-    """A pack of a unit. `places` and `keys` are those of its items in the unit; `left_out` are items of the unit with
-    their places, and `last` marks the last pack, which has no items if there is nothing else to report."""
+    """A pack of a unit.
+
+    `places`: indices of its items in the unit; `keys`: their keys; `last`: whether it is the unit's last pack, which
+    may have no items; `left_out`: in the last pack, the items of the unit that are left out before decoding, with their
+    indices in the unit.
+    """
 
     unit: Unit | None = None
     places: tuple[int, ...] = ()
@@ -184,7 +188,7 @@ def rows_of_units(
     reading: ItemReading,
     finished: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Rows]:
-    """As `read_units`, for features (., `width`) that `compute` returns."""
+    """As `read_units`, with features of `width` dimensions that `compute` returns."""
     rules = reading.rules()
     settings = StorageSettings.of(reading.data)
 
@@ -306,7 +310,7 @@ def _plans(
 
 
 def _files(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
-    """Yields the files of a unit. The content decides whether a file is an image or a video."""
+    """Yields the files of a unit. The content of a file determines whether it is an image or a video."""
     for begin in range(0, len(unit.files), _READ_AT_ONCE):
         paths = unit.files[begin : begin + _READ_AT_ONCE]
         storages = [storage_for(path, settings) for path in paths]
@@ -325,7 +329,7 @@ def _files(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings:
 
 
 def _address(max_sample_mb: int, file: tuple[str, Storage]) -> MediaAddress | SampleError:
-    """Returns the address of a whole file; an error for one that is too large, no regular file, or cannot be read."""
+    """Returns the address of a whole file; an error if it is too large, not a regular file, or cannot be read."""
     path, storage = file
     try:
         length = storage.size(path)
@@ -374,7 +378,7 @@ def _sample(media: MediaAddress, size: MediaSize, rule: SizeRule) -> Sample:
 
 
 def _samples(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
-    """Yields the samples of a unit, and an error for each damaged range between them."""
+    """Yields the samples of a unit, and an error for each damaged range of the shard between them."""
     assert unit.shard is not None
     shard = replace(unit.shard, storage=storage_for(unit.shard.path, settings))
     with shard.storage.open(shard.path) as stream:

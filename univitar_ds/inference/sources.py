@@ -1,7 +1,7 @@
-"""Finds the items of sources, and divides them into units of work: files, folders of files, and shards.
+"""Finds the items of sources (files, folders of files, and shards), and divides them into units of work.
 
-The units depend only on the sources, not on the number of processes. A unit belongs to one part of the result. Every
-part but the last has the same number of items, so that a later process can begin with any part.
+The units depend only on the sources, not on the number of processes. A unit belongs to one part of the result. All
+parts except the last have the same number of items, so that a later call can begin with any part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Place = tuple[str, ...] | SourceShard
 
 
 class Position(NamedTuple):
-    """A position in a listing: the index of a place, and in it the index of a file or the byte of a sample."""
+    """A position in a list of places. `offset`: index of a file, or byte of a shard at which a sample begins."""
 
     place: int = 0
     offset: int = 0
@@ -45,8 +45,7 @@ class Position(NamedTuple):
 class Unit:
     """Consecutive items: `files`, or the samples of a shard whose headers begin in its bytes [start, end).
 
-    `number` is the position of the unit in the listing, `part` the part of the result, `after` the position after the
-    unit.
+    `number` is the index of the unit, `part` the part of the result, `after` the position after the unit.
     """
 
     number: int
@@ -63,13 +62,13 @@ def find_places(
 ) -> list[Place]:
     """Returns the places of the sources, in order.
 
-    A source is a file; a folder, whose images and videos are taken with those of its subfolders, in the order of their
-    names; or shards: a tar, a brace range of tars, or a folder with tars. All may be on S3. Hidden files are left out.
-    A file that several sources name is taken once.
+    A source is a file; a folder, with the images and videos in it and its subfolders, in the order of their names; or
+    shards: a tar, a brace range of tars, or a folder with tars. All may be on S3. Hidden files are left out. A file
+    that several sources name is listed once.
 
     Args: split: split of packed folders, None for all; shards: whether sources may be shards. If not, any local path
-        that is no folder is a file, and tars in folders are left out.
-    Raises: ConfigError if a source does not exist or holds nothing; DataError as `find_shards`.
+        that is not a folder is a file, and tars in folders are left out.
+    Raises: ConfigError if a source does not exist or has no items; DataError as `find_shards`.
     """
     found: list[list[str] | str] = []
     seen: set[str] = set()
@@ -102,9 +101,11 @@ def find_places(
 
 
 def units(places: Sequence[Place], part_items: int, unit_items: int, start: Position, part: int) -> Iterator[Unit]:
-    """Yields the units from `start` on, where `part` begins. Shards are scanned while the units are consumed.
+    """Yields the units from `start` on. Shards are scanned while the units are consumed.
 
-    Args: part_items: items of a part; unit_items: maximum number of items of a unit.
+    Args: part_items: items of a part; unit_items: maximum number of items of a unit; part: number of the part that
+    begins
+        at `start`.
     Raises: DataError if a shard cannot be read.
     """
     left = part_items
@@ -140,7 +141,8 @@ def count_items(places: Sequence[Place]) -> int | None:
 
 
 def fingerprint_of(places: Sequence[Place], settings: StorageSettings = LOCAL) -> str:
-    """Returns a hash of the items: names, sizes and times of files, or ETags on S3; of shards as in a run.
+    """Returns a hash of the items: names, sizes and times of files, or ETags on S3; the fingerprint of shards as in a
+    run.
 
     Raises: DataError if a shard cannot be read, or a store does not answer.
     """
@@ -208,7 +210,7 @@ def _files_of(folder: str) -> Iterator[str]:
     """Yields the images and videos in a folder and its subfolders, without hidden ones. Follows links, but visits each
     folder once.
 
-    A folder that cannot be read is an error, since its files would be missing silently.
+    Raises: ConfigError for a folder that cannot be read, since otherwise its files would be missing silently.
     """
 
     def unreadable(error: OSError) -> None:

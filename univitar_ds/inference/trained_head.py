@@ -25,7 +25,7 @@ class TrainedHead(NamedTuple):
 
 
 def classifies(stored: StoredModel) -> bool:
-    """Returns whether a stored model is that of a run of `objective.kind: classification`."""
+    """Returns whether a stored model is from a run of `objective.kind: classification`."""
     return stored.format == "run" and stored.origin["recipe"].objective.classifies
 
 

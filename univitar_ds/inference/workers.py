@@ -27,13 +27,14 @@ from univitar_ds.training.distributed.process_group import uses_cuda
 _AHEAD = 2
 """Number of units that a process has at a time: it decodes one while it computes features of the other."""
 _MOST_WAITING = 4
-"""Maximum number of units, per process, that are handed out and not yet yielded. It limits the memory of this process
+"""Maximum number of units, per process, that are assigned and not yet yielded. It limits the memory of this process
 while one unit takes long."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a process needs: the model's local folder, weights and type, kind of features, and how items are read."""
+    """Settings with which a process computes features: the model's local folder, weights and type, the kind of
+    features, and how items are read."""
 
     folder: str
     weights: Weights | None
@@ -51,13 +52,13 @@ class Setup:
 
 
 class AnySetup(Protocol):
-    """What a process needs to compute features. It is pickled for other processes."""
+    """Settings with which a process computes features. They are pickled for other processes."""
 
     kind: Kind
     reading: ItemReading
 
     def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
-        """Yields the features of the units. Args: rank: number of the process; finished: as of `compute`."""
+        """Yields the features of the units. Args: rank: number of the process; finished: see `compute`."""
 
 
 def open_as(folder: str, weights: Weights | None, dtype: torch.dtype | None) -> StoredModel:
@@ -67,13 +68,13 @@ def open_as(folder: str, weights: Weights | None, dtype: torch.dtype | None) -> 
 
 
 class _Finished(NamedTuple):
-    """The message that a pack of `count` items is finished."""
+    """Message of a worker: a pack of `count` items is finished."""
 
     count: int
 
 
 class _Failed(NamedTuple):
-    """The message of an error: a user's error, or the traceback of a bug."""
+    """Message of a worker that ends: the text of a UserError, or the traceback of a bug."""
 
     text: str
     bug: bool
@@ -81,6 +82,8 @@ class _Failed(NamedTuple):
 
 @dataclass
 class _Worker:
+    """A process. `pending`: units that it has received and not finished."""
+
     process: BaseProcess
     channel: Connection
     pending: int = 0
@@ -118,7 +121,7 @@ def compute(
 
 
 def _distributed(workers: list[_Worker], units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
-    """Hands out each unit to the worker with the fewest pending units, and yields the results in order."""
+    """Assigns each unit to the worker with the fewest pending units, and yields the results in order."""
     done: dict[int, Rows] = {}
     given = coming = 0
     more = True

@@ -1,5 +1,5 @@
-"""Checks the files of a peer before anything is built or any data is read: sizes that no published model has take
-memory and time without end."""
+"""Checks the sizes in the files of a peer before a model is built or data is read: a damaged or hostile file could
+otherwise demand any amount of memory and time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from univitar_ds.errors import CheckpointError
 from univitar_ds.peers.processing import image_settings
 
 _SIDE = 4096
-"""Most pixels of a side. The published models have at most 1,024; chosen."""
+"""Maximum pixels of a side: our choice. The published models have at most 1,024."""
 _MOST = {
     "num_hidden_layers": 1 << 10,
     "hidden_size": 1 << 16,
@@ -24,11 +24,13 @@ _MOST = {
     "max_num_patches": 1 << 16,
     **dict.fromkeys(("image_size", "size", "crop_size", "height", "width", "shortest_edge", "longest_edge"), _SIDE),
 }
-"""Largest values by the names of transformers, at any depth of the configuration and of the image processor's file."""
+"""Maximum values, by their names in transformers, at any depth of the configuration and the image processor's file."""
 
 
 def check_files(folder: Path) -> None:
-    """Raises: CheckpointError if a file is missing or cannot be read, or a size in it is above its limit."""
+    """Checks config.json and the image processor's file of a folder.
+
+    Raises: CheckpointError if one is missing or cannot be read, or a size in it is above its limit."""
     for path, values in ((folder / CONFIG_FILE, read_object(folder / CONFIG_FILE)), image_settings(folder)):
         for name, value in _numbers(values):
             if name in _MOST and value > _MOST[name]:
@@ -38,7 +40,7 @@ def check_files(folder: Path) -> None:
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yields the numbers of nested objects with their names; a list has that of its key. Its depth is that of JSON."""
+    """Yields the numbers of nested objects with their names; numbers in a list have the name of its key."""
     waiting: list[tuple[str, Any]] = list(values.items())
     while waiting:
         name, value = waiting.pop()

@@ -1,6 +1,6 @@
-"""A peer on its device: features of images and texts by transformers' own forward pass.
+"""A peer on its device: features of images and texts, computed by the forward pass of transformers.
 
-The class is named by `families.FAMILIES`, so no code of the folder runs, and weights are read as tensors alone
+`families.FAMILIES` determines the class, so no code of the folder runs, and only tensors are read from files of weights
 (safetensors, or a pickle with `weights_only`).
 """
 
@@ -35,7 +35,7 @@ class PeerModel:
     """A model of transformers with its image processor and, if it has a text tower, its tokenizer."""
 
     def __init__(self, folder: Path, kind: str, dtype: torch.dtype | None, device: torch.device) -> None:
-        """Opens the model. Args: kind: a key of `FAMILIES`; dtype: None: as stored.
+        """Opens the model in evaluation mode. Args: kind: a key of `FAMILIES`; dtype: None: as stored.
 
         Raises: CheckpointError if weights or image processor cannot be used; InstallationError without transformers.
         """
@@ -46,7 +46,7 @@ class PeerModel:
 
     @property
     def width(self) -> int:
-        """Width of the features: of the joint space if there is a text tower."""
+        """Width of the features: that of the joint space if there is a text tower."""
         config = self.module.config
         if not self.family.texts:
             return config.hidden_size
@@ -61,8 +61,8 @@ class PeerModel:
     def images(self, images: Sequence[np.ndarray], tokens_at_once: int, threads: int = 1) -> Tensor:
         """Returns features (N, D) float32 on the host: `get_image_features`, or the pooled output without a text tower.
 
-        Args: images: (H, W, 3) uint8 each; tokens_at_once: maximum number of tokens of a batch; threads: that prepare
-            images.
+        Args: images: (H, W, 3) uint8 each; tokens_at_once: maximum number of tokens of a batch, unless one image has
+            more; threads: number of threads that prepare images.
         Raises: CheckpointError if the image processor does not fit the model; UserError if the GPU has too little
             memory.
         """
@@ -110,7 +110,7 @@ class PeerModel:
 
     @contextmanager
     def _running(self, at_once: int) -> Iterator[None]:
-        """Turns the errors of the model's forward pass in the body into errors of the user."""
+        """Raises: UserError or CheckpointError in place of errors of the model's forward pass in the body."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -119,7 +119,7 @@ class PeerModel:
             raise
         except Exception as error:  # impossible values make the library raise anything, also MemoryError
             raise CheckpointError(
-                f"the model in {self.folder} cannot run on what its preprocessor_config.json and tokenizer make: "
+                f"the model in {self.folder} cannot run on the output of its preprocessor_config.json and tokenizer: "
                 f"{first_line(error)}; fetch config.json and these files of the same model"
             ) from error
 
@@ -132,14 +132,14 @@ def _loaded(folder: Path, loader: str, dtype: torch.dtype | None) -> nn.Module:
     with working_imports("transformers"):
         import transformers
 
-        kind: Any = getattr(transformers, loader)  # imported now
+        kind: Any = getattr(transformers, loader)  # transformers imports the class now
     try:
         with quiet():
             model, info = kind.from_pretrained(
                 folder,
                 local_files_only=True,
                 attn_implementation="sdpa",  # a configuration may name a kernel, whose code would run
-                dtype="auto" if dtype is None else dtype,  # not .to(), which would round rotary frequencies too
+                dtype="auto" if dtype is None else dtype,  # .to() would also round rotary frequencies
                 output_loading_info=True,
             )
     except Exception as error:  # hostile files make the library raise anything

@@ -1,7 +1,7 @@
-"""The image processor and the tokenizer of a peer, as transformers has them, without torchvision.
+"""The image processor and the tokenizer of a peer from transformers, without torchvision.
 
 Image processors run on Pillow (transformers' backend "pil"), so that features do not depend on whether torchvision is
-installed. DINOv3's exists for torchvision alone: `Dinov3Images` has its arithmetic in torch.
+installed. DINOv3's exists only for torchvision: `Dinov3Images` computes the same in torch.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def image_processor(folder: Path, kind: str) -> Images:
 
 
 def image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Returns the file with the settings of the image processor, and the settings, in the order of transformers.
+    """Returns the file with the settings of the image processor, and the settings. Looks for files in the order in
+    which transformers does.
 
-    Raises: CheckpointError if there is none, or it cannot be read.
+    Raises: CheckpointError if there is no such file, or it cannot be read.
     """
     path = folder / PROCESSOR_FILE
     if is_regular(path) and isinstance(nested := read_object(path).get("image_processor"), dict):
@@ -60,8 +61,8 @@ def image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     path = folder / IMAGES_FILE
     if not is_regular(path):
         raise CheckpointError(
-            f"{folder} has no {IMAGES_FILE}, which says how images are prepared, and no {PROCESSOR_FILE} with an "
-            "image_processor; copy it from the model's page"
+            f"{folder} has no {IMAGES_FILE} with the preprocessing of images, and no {PROCESSOR_FILE} with an "
+            "image_processor; copy one of them from the model's page"
         )
     return path, read_object(path)
 
@@ -69,10 +70,12 @@ def image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 class Dinov3Images:
     """DINOv3's image processor: values of 0 to 1 are resized (bilinear, antialiased), and then normalised."""
 
-    _MEANT = ("do_resize", "do_rescale", "do_normalize")
+    _REQUIRED = ("do_resize", "do_rescale", "do_normalize")
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        """Raises: CheckpointError for settings that it does not have. Args: values: of preprocessor_config.json."""
+        """Args: values: content of preprocessor_config.json; where: its path, for messages.
+
+        Raises: CheckpointError for settings that this class does not support."""
         size = values.get("size", {"height": 224, "width": 224})
         try:
             self._size = int(size["height"]), int(size["width"])
@@ -83,13 +86,13 @@ class Dinov3Images:
             self._factor = float(values.get("rescale_factor", 1 / 255))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{where} has no usable size, mean or std ({error}); fetch it again") from error
-        other = [name for name in self._MEANT if values.get(name, True) is not True]
+        other = [name for name in self._REQUIRED if values.get(name, True) is not True]
         other += ["do_center_crop"] * bool(values.get("do_center_crop"))
         other += ["resample"] * (values.get("resample", 2) != Image.Resampling.BILINEAR)
         if other or not all(0 < side <= 4096 for side in self._size):
             raise CheckpointError(
                 f"{where} has another {' and '.join(other) or 'size'} than DINOv3's releases, which is not supported; "
-                "take the release's file"
+                "use the release's file"
             )
 
     def __call__(self, image: Image.Image) -> Mapping[str, Tensor]:
@@ -120,7 +123,8 @@ def text_processor(folder: Path, config: Any, *, full_length: bool) -> Texts:
         out = tokenizer(list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt")
         if int(out["input_ids"].max()) >= config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer in {folder} has more tokens than the model, {config.vocab_size}; it is of another model"
+                f"the tokenizer in {folder} has more tokens than the model ({config.vocab_size}), so it is of another "
+                "model; put the tokenizer.json of this model there"
             )
         return {name: out[name] for name in _INPUTS if name in out}
 

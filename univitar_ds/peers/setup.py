@@ -1,7 +1,7 @@
-"""Computes a peer's features of units of files or samples, as `inference.workers` does for our own models.
+"""Computes a peer's features of units of files or samples, as `inference.workers` does for the project's models.
 
-Items are decoded at their own size, in confined processes; the peer's image processor resizes them. A peer reads images
-only: the features of a video are the mean over its frames.
+Items are decoded at their original size, in confined processes; the peer's image processor resizes them. A peer reads
+only images: the features of a video are the mean over its frames.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PeerReading:
     frames: int = FRAMES
     sampling: Sampling = UNIFORM
     token_budget: int = _PACK_CELLS
-    """In cells of PATCH x PATCH pixels: the model's tokens are known when the images are resized."""
+    """Maximum of a pack, in cells of PATCH x PATCH pixels: the number of tokens is known only after resizing."""
     remote: bool = False
 
     def rules(self) -> dict[Modality, SizeRule]:
@@ -57,7 +57,8 @@ class PeerReading:
 
 @dataclass(frozen=True)
 class _OriginalSize(SizeRule):
-    """Keeps the size. A grid has the frames, and the cells of PATCH x PATCH pixels that cover one."""
+    """Keeps the size of items. A grid has the number of frames, and the cells of PATCH x PATCH pixels that cover a
+    frame."""
 
     original = True
 
@@ -71,7 +72,7 @@ class _OriginalSize(SizeRule):
         if token_count(grid) > self.most_tokens:
             raise SampleError(
                 "too_large",
-                f"{frames} frames of {width} x {height} px exceed the memory for an item; give fewer --frames",
+                f"{frames} frames of {width} x {height} px exceed the limit of memory for an item; give fewer --frames",
             )
         return grid
 
@@ -81,8 +82,11 @@ class _OriginalSize(SizeRule):
 
 @dataclass(frozen=True)
 class PeerSetup:
-    """What a process needs to compute a peer's features: the model's local folder, `model_type` and type, and how items
-    are read. `tokens_at_once`: maximum number of tokens of a batch."""
+    """Settings with which a process computes a peer's features.
+
+    `folder`: the model's local folder; `peer`: its `model_type`; `dtype`: None: as `feature_dtype`; `tokens_at_once`:
+    maximum number of tokens of a batch; `reading`: how items are read.
+    """
 
     folder: str
     peer: str
@@ -99,7 +103,7 @@ class PeerSetup:
         return PeerModel(Path(self.folder), self.peer, self.dtype or feature_dtype(device), device)
 
     def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
-        """Yields the features of the units, as `inference.workers.AnySetup`."""
+        """Yields the features of the units, see `inference.workers.AnySetup`."""
         model = self.load(rank)
 
         def features(pack: Pixels) -> Sequence[Tensor]:

@@ -195,7 +195,7 @@ def test_an_image_processor_of_another_size_is_refused(folders, images, tmp_path
     values = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
     values["size"] = {"height": 48, "width": 48}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="cannot run on what its preprocessor_config"):
+    with pytest.raises(CheckpointError, match="cannot run on the output of its preprocessor_config"):
         PeerModel(tmp_path, "siglip", None, CPU).images(images, 1000)
 
 

@@ -32,7 +32,7 @@ _NAMES = {r"part-\d{5,}\.json|settings\.json|lock": None}
 
 @dataclass
 class FinishedPart:
-    """The content of a finished part: file, keys of its rows, items that were left out, and the position after it."""
+    """The record of a finished part: file, position after it, keys of its rows, and items that were left out."""
 
     file: str
     after: Position
@@ -41,6 +41,7 @@ class FinishedPart:
 
     @classmethod
     def read(cls, path: Path) -> Self:
+        """Reads the record that `Destination.finish` has written to `path`."""
         content = json.loads(read_bytes(path))
         left_out = [LeftOut(*one) for one in content["left_out"]]
         return cls(content["file"], Position(*content["after"]), content["keys"], left_out)
@@ -68,8 +69,8 @@ class Destination:
         """Locks the result for this process while the body runs. Yields the number of finished parts.
 
         Args: settings: everything that determines the result.
-        Raises: ConfigError if there are files of another result, or another process writes this one; StorageError if
-        the folder cannot be written.
+        Raises: ConfigError if there are files of another result, or another process is writing this one; StorageError
+            if the folder cannot be written.
         """
         self._settings = settings
         with writing(self._progress):
@@ -95,16 +96,16 @@ class Destination:
             content = json.loads(read_bytes(self.index))
             found, rows = dict(content["settings"]), sum(part["rows"] for part in content["parts"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.index} is no index of this command; name another --out") from error
+            raise ConfigError(f"{self.index} is not an index of this command; name another --out") from error
         self._compare(found, settings, f"remove {self.index.name} and its parts, or name another --out")
         return rows
 
     def part(self, number: int) -> FinishedPart:
-        """Returns a finished part."""
+        """Returns the record of a finished part."""
         return FinishedPart.read(self._record(number))
 
     def begin(self, number: int, kind: Kind, width: int) -> Part:
-        """Returns a new part. Raises: StorageError."""
+        """Returns a new part to be written. Raises: StorageError."""
         return open_part(self._path(number), kind, width)
 
     def finish(self, number: int, part: Part, about: FinishedPart) -> None:
@@ -118,7 +119,9 @@ class Destination:
         return self._path(number).name
 
     def complete(self) -> tuple[int, int, int]:
-        """Writes index and report, after the last part. Returns the numbers of parts, rows and items left out.
+        """Writes the index and the list of items that were left out, after the last part.
+
+        Returns: the numbers of parts, rows and items left out.
 
         Raises: StorageError.
         """
@@ -165,7 +168,9 @@ class Destination:
         names = sorted(os.listdir(self.out.absolute().parent))
         others = [name for name in names if parts.fullmatch(name) or name in (self.index.name, self.report.name)]
         if others:
-            raise ConfigError(f"{self.out.with_name(others[0])} is of another result; remove it, or name another --out")
+            raise ConfigError(
+                f"{self.out.with_name(others[0])} is part of another result; remove it, or name another --out"
+            )
 
     def _check_settings(self) -> None:
         path = self._progress / _SETTINGS

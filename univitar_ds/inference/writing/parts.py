@@ -1,6 +1,6 @@
 """Writes the features of a part to one file as they are computed: safetensors or Parquet.
 
-A file gets its name when it is complete. Equal rows give equal bytes.
+A file gets its name when it is complete. Equal rows give files with equal bytes.
 
 safetensors, all float32: `embedding` (N, E), or `mean` (N, D), or `tokens` (T, D) with `offsets` (N + 1,) int64 (item i
 has the tokens offsets[i] to offsets[i + 1]) and `grid_thw` (N, 3) int64.
