@@ -36,6 +36,8 @@ def linear(data: Labelled, modality: str, *, progress: bool) -> tuple[list[Figur
     probe = _fitted(train, data.train_classes, best)
     scores = _scores(probe, test, len(data.classes))
     figures = data.accuracies(scores, "linear probe", modality)
+    if not len(checks):
+        return figures, [f"Linear probe of {modality}s: C = {best:g}, since no item is held out to choose it."]
     note = f"Linear probe of {modality}s: C = {best:g} of {STRENGTHS[0]:g} to {STRENGTHS[-1]:g}"
     return figures, [f"{note}, with top-1 {100 * held_out:.1f} % on {len(checks)} training items held out."]
 

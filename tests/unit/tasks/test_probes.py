@@ -55,6 +55,13 @@ def test_the_linear_probe_is_logistic_regression_on_standardised_features():
     assert figures[0].value > 0.6
 
 
+def test_with_one_item_a_class_no_strength_is_chosen():
+    data = Labelled(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), ["a", "b", "c"])
+    assert linear(data, "image", progress=False)[1] == [
+        "Linear probe of images: C = 1, since no item is held out to choose it."
+    ]
+
+
 def test_random_features_are_at_chance():
     """The interval of the result holds the chance level: nothing of the test items reaches the probe."""
     data = random_data(rows=600)
