@@ -102,7 +102,7 @@ class UniViTARModel(nn.Module):
     def of(cls, stored: StoredModel, *, attention: str = "auto") -> Self:
         """Builds the model from a stored one. Raises: CheckpointError as `from_pretrained`."""
         if stored.joint is None:
-            return cls(build_encoder(stored, attention=attention), Preprocessor(stored.encoder))
+            return cls(build_encoder(stored, attention=attention), Preprocessor(stored.encoder)).eval()
         return cls(build_model(stored, attention=attention), Preprocessor(stored.encoder), stored.joint).eval()
 
     @property
@@ -260,8 +260,7 @@ class UniViTARModel(nn.Module):
     def classify(
         self, items: Sequence[Item], data_set: str | None = None, *, tokens_at_once: int = TOKENS_AT_ONCE
     ) -> Tensor:
-        """Returns the probabilities of the classes that a classifier was trained on, (N, C) float32, whose rows sum to
-        1.
+        """Returns the probabilities of the classes of a classifier, (N, C) float32, whose rows sum to 1.
 
         Column i is the class `class_names(data_set)[i]`.
         Args: data_set: the data set of the classes, if the classifier was trained on several; tokens_at_once: see
@@ -322,9 +321,10 @@ class UniViTARModel(nn.Module):
 
     def _whole(self, method: str) -> ContrastiveModel:
         if not isinstance(self.module, ContrastiveModel):
+            what = "an encoder alone" if self.classes is None else "a classifier"
             raise UserError(
-                f"{method} needs the whole model, and this is an encoder alone; open the run or its export/model, or "
-                "take features()"
+                f"{method} needs a model with a text tower, and this is {what}; open a run with a text tower or its "
+                "export/model, or use features()"
             )
         return self.module
 

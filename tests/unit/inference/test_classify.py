@@ -143,6 +143,8 @@ def test_the_python_api_gives_the_probabilities_of_the_command(trained, folder, 
     with pytest.raises(UserError, match=r"None; .* cars, pets"):
         model.classify([Image.open(path)])
     assert len(model.features([Image.open(path)]).tokens) == 1
+    with pytest.raises(UserError, match="encode_text needs a model with a text tower, and this is a classifier"):
+        model.encode_text(["a cat"])
 
 
 def test_only_a_classifier_has_classes(run, folder):

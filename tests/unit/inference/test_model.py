@@ -148,6 +148,7 @@ def test_embeddings_of_another_width_are_refused(model, images, texts, said):
 @pytest.mark.parametrize("case", CASES)
 def test_an_encoder_alone_gives_features(case, items):
     model = UniViTARModel.from_pretrained(golden(case).folder)
+    assert not model.training
     encoder = UniViTAR.from_pretrained(golden(case).folder)
     values, grids = Preprocessor.from_pretrained(golden(case).folder)(items[:1])
     found = model.features(items[:1])
