@@ -79,8 +79,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def int64(text: str) -> int:
-    """Parses an integer of JSON, for `parse_int`. Raises: ValueError above 64 bits: a float may not hold such a
-    number."""
+    """Parses an integer of JSON, for `parse_int`. Raises: ValueError if it has more than 64 bits."""
     value = int(text)
     if abs(value) >= 1 << 63:
         raise ValueError(f"{shortened(text)} is above 64 bits")

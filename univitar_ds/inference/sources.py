@@ -104,8 +104,7 @@ def units(places: Sequence[Place], part_items: int, unit_items: int, start: Posi
     """Yields the units from `start` on. Shards are scanned while the units are consumed.
 
     Args: part_items: items of a part; unit_items: maximum number of items of a unit; part: number of the part that
-    begins
-        at `start`.
+        begins at `start`.
     Raises: DataError if a shard cannot be read.
     """
     left = part_items

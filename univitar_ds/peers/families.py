@@ -1,6 +1,4 @@
-"""The families of models of transformers that can be measured. They are recognised by config.json, without
-transformers.
-"""
+"""The families of models of transformers that can be measured, recognised by config.json without transformers."""
 
 from __future__ import annotations
 

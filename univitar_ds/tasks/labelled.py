@@ -58,8 +58,11 @@ class Labelled:
 
 
 def labelled(train: Features, test: Features, kind: str) -> Labelled:
-    """Returns both splits with class indices. Args: kind: modality of the items. Raises: DataError as
-    `common_classes`."""
+    """Returns both splits with class indices.
+
+    Args: kind: modality of the items.
+    Raises: DataError as `common_classes`.
+    """
     classes = common_classes(train.labels, test.labels, kind)
     index_of = {label: index for index, label in enumerate(classes)}
     known = [row for row, label in enumerate(test.labels) if label in index_of]

@@ -49,10 +49,9 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chosen(train: Tensor, classes: Tensor, learns: Tensor, checks: Tensor, progress: bool) -> tuple[float, float]:
-    """Returns the strength with the best top-1 on the held-out items, the smallest of equally good ones, and this
-    top-1.
+    """Returns the best strength and its top-1 on the held-out items; the smallest of equally good strengths.
 
-    Without held-out items it is 1, and top-1 is NaN."""
+    Without held-out items they are 1 and NaN."""
     if not len(checks):  # every class has one item
         return 1.0, float("nan")
     results: dict[float, float] = {}

@@ -39,8 +39,8 @@ def check_fp8() -> None:
 
 
 def use_fp8(model: nn.Module) -> None:
-    """Replaces the linear layers of all blocks of a model whose sizes are multiples of MULTIPLE. Must be called before
-    DeepSpeed wraps the model.
+    """Replaces linear layers in all blocks of a model, if both sizes of a layer are multiples of MULTIPLE. Must be
+    called before DeepSpeed wraps the model.
 
     Raises: as `check_fp8`; ConfigError if no layer has sizes that are multiples of MULTIPLE.
     """

@@ -243,7 +243,8 @@ class _Trainer:
             self.engine.close()
 
     def memory_remedy(self) -> str:
-        """Returns for a message where a run ran out of memory, which settings lower its use, and a table of its use."""
+        """Returns text for an error message: where the memory ran out, the settings that lower its use, and a table of
+        its use."""
         progress = self.state.progress
         stage = self.cfg.stages[min(progress.stage, len(self.cfg.stages) - 1)]
         every = self.engine.module.vision.checkpoint_every

@@ -35,7 +35,7 @@ Results = Sequence[Mapping[str, Any]]
 """The results of one evaluation, equal on all ranks: for each kind of weights `weights` (averaged or trained),
 `figures` as `Figure.to_dict` returns them, and `notes`. The weights that are exported come first."""
 Evaluate = Callable[[Engine, Callable[[], bool]], Results | None]
-"""Evaluates the weights of an engine; all ranks call it. The second argument returns whether this rank is asked to
+"""Evaluates the weights of an engine. All ranks call it, with a function that returns whether the rank is asked to
 stop.
 
 Returns: None if a rank was asked to stop. Raises: on all ranks if one of them fails, as `all_ranks_or_none`."""
@@ -88,7 +88,8 @@ class MidEvaluation:
         self._logs.write_evaluation(line, self._text(progress.step, seconds, chosen, better))
         if chosen is None and self._cfg.best is not None and self._world.is_main:
             logger.warning(
-                "evaluation.best is %s, which no figure is called, so no best checkpoint is kept; choose one of %s",
+                "evaluation.best is %s, which is not the name of a figure, so no best checkpoint is kept; "
+                "choose one of %s",
                 self._cfg.best,
                 ", ".join(sorted(values)),
             )

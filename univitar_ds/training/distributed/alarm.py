@@ -24,8 +24,8 @@ from univitar_ds.training.distributed.process_group import World, known_to_all
 
 LOOK_S = 1.0
 GRACE_S = 2.0
-"""Seconds that the failing rank gives the others to end. Until LOOK_S before, a rank that has read the error may end by
-itself, for example because it raises the same error."""
+"""Seconds that the failing rank waits for the others to end. A rank that has read the error ends LOOK_S earlier, unless
+it ends by itself before, for example with the same error."""
 HEARD_S = 5.0
 """Maximum time that a rank with an error waits until the other ranks have read it."""
 _FAULT, _HEARD = "fault", "heard"

@@ -100,7 +100,8 @@ def check_gpus(processes: int) -> None:
 
 
 def start_world(timeout: timedelta = PEER_TIMEOUT, store: dist.Store | None = None) -> World:
-    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; without them, one of one rank.
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe. If they are not set, the group
+    has one rank.
 
     Args: store: of a rendezvous that has already taken place; None: waits for the other ranks here.
     Raises: ConfigError if this rank has no usable GPU, see `check_gpus`; UserError if not all ranks join, see

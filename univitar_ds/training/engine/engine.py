@@ -1,6 +1,6 @@
 """DeepSpeed behind a small interface: only this file and `zero3.py` of the trainer import DeepSpeed.
 
-This file handles six behaviours of DeepSpeed that would give wrong results without an error:
+This file handles six behaviours of DeepSpeed, most of which would give wrong results without an error:
 - DeepSpeed averages gradients over ranks and over accumulation. The loss is already divided by a global count, so
   `backward` undoes both averages.
 - Under ZeRO-3 a parameter that a step does not use is updated again with its previous gradient, so `zero_grad` clears
@@ -184,9 +184,9 @@ class Engine:
     def step(self, report: Tensor | None = None) -> None:
         """Must be called after every pack. The last call of a step updates the parameters and their average.
 
-        Args: report: (n,) numbers of the step on the device, in the last call only. Afterwards `reported` has them:
-        they
-            are copied to the host together with the norm, since the device runs out of work during each wait for it.
+        Args: report: (n,) numbers of the step on the device, in the last call only. They are copied to `reported`
+        together
+            with the norm, since the device runs out of work during each wait for it.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()

@@ -16,7 +16,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     """Calls the optimizer of a plugin for each flat tensor."""
 
     def __init__(self, groups: list[dict[str, Any]], name: str, plugin: Plugin, rule: Optimizer) -> None:
-        """Args: groups: see `optim.parameter_groups`; name: of the optimizer, for messages; rule: the optimizer."""
+        """Args: groups: see `optim.parameter_groups`; name: of the optimizer, for messages; plugin: that registers it;
+        rule: the optimizer."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         self._name, self._plugin, self._rule = name, plugin, rule
 

@@ -33,7 +33,7 @@ class _Plan:
 
     def __init__(self, modules: Sequence[nn.Module], order: Sequence[Any], distance: int) -> None:
         """Args: modules: in the order of the trace; order: DeepSpeed's entries of weights, in the order in which they
-        are prefetched; distance: elements that may be used before a weight whose next use keeps it gathered."""
+        are prefetched; distance: a weight stays gathered if fewer elements than this are used before its next use."""
         self._modules, self._distance = modules, distance
         self.order = [entry.param for entry in order]
         self._places = [entry.step_id_last_used_at for entry in order]
