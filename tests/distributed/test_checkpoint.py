@@ -203,7 +203,7 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
             "it lacks more, other.bias, other.weight",
             "it has mean, spare.weight that the model lacks",
             "vision_proj.weight is [16, 24], not [8, 24]",
-            "logit_bias trained in one and frozen in the other",
+            "logit_bias trained in one of them and frozen in the other",
         ):
             assert part in foreign[1]
     kinds = sorted(kind for _, (kind, _) in answers)

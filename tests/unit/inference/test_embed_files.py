@@ -263,7 +263,7 @@ def test_files_of_others_are_not_replaced(run, folder, tmp_path):
         embed(run, [folder], tmp_path / "f.safetensors")
     assert (tmp_path / "f-00000.safetensors").read_bytes() == b"mine"
     (tmp_path / "g.safetensors.index.json").write_text(json.dumps([]))
-    with pytest.raises(ConfigError, match="no index of this command"):
+    with pytest.raises(ConfigError, match="not an index of this command"):
         embed(run, [folder], tmp_path / "g.safetensors")
 
 

@@ -107,5 +107,5 @@ def test_a_store_returns_items_in_any_order_with_mean_0_and_variance_1(tmp_path)
 
 def test_a_disk_that_is_nearly_full_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(token_store, "_SPARE_BYTES", 1 << 62)
-    with TokenStore(tmp_path) as store, pytest.raises(StorageError, match="--cache, or take fewer items"):
+    with TokenStore(tmp_path) as store, pytest.raises(StorageError, match="--cache, or use fewer items"):
         store.append(torch.zeros(4, 2), [4])
