@@ -236,7 +236,7 @@ def test_an_interrupted_call_continues_with_the_first_unfinished_part(run, folde
     embed(run, [folder], out, part_rows=4)
     assert begun == [0, 1, 2, 2, 3, 4]
     assert files_of(out.parent) == files_of(whole.parent)
-    assert "complete already" in embed(run, [folder], out, part_rows=4)
+    assert "already complete" in embed(run, [folder], out, part_rows=4)
     assert len(begun) == 6
 
 

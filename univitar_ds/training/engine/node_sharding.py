@@ -60,7 +60,7 @@ class Sharding:
             dist.broadcast(tensor.data, src=self.rank, group=self.across)
 
     def agree_on_norms(self, optimizer: Any) -> None:
-        """Makes all groups clip their gradients with the same norm. Sums of equal shards may round differently on
+        """Makes all groups scale their gradients by the same norm. Sums of equal shards may round differently on
         machines with another topology, and the weights of the groups would diverge."""
         if self.across is None:
             return
