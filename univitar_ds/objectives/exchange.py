@@ -106,7 +106,7 @@ class Exchange:
         return Blocks(self, self.size)
 
     def total(self, value: Tensor) -> float:
-        """Returns the sum over ranks. Synchronizes with the device: training runs the backward only if the loss is
+        """Returns the sum over ranks. Synchronizes with the device: a loss that is not finite must get a gradient that is not
         finite."""
         if self.size > 1:
             dist.all_reduce(value, group=self.group)

@@ -284,8 +284,8 @@ def _report(output: Outputs, distillation: Distillation | None) -> Tensor:
     """Returns the numbers of the step's result that are on the device: scale and bias, and this rank's sums of
     distillation.
 
-    They are read together with the gradient's norm. The host waits for the device three times in a step: for the
-    numbers of items (`Exchange`), for the loss (`objectives.pairs`), and for the norm.
+    They are read together with the gradient's norm. Before, the host waits for the device once: for the loss
+    (`Exchange.total`). Without `counts` it also waits for the numbers of items (`Exchange`).
     """
     scale_and_bias = torch.cat([output[2].detach().reshape(1), output[3].detach().reshape(1)]).double()
     return torch.cat([scale_and_bias, distillation.sums]) if distillation else scale_and_bias
