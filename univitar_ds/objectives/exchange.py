@@ -106,8 +106,8 @@ class Exchange:
         return Blocks(self, self.size)
 
     def total(self, value: Tensor) -> float:
-        """Returns the sum over ranks. Synchronizes with the device: a loss that is not finite must get a gradient that is not
-        finite."""
+        """Returns the sum over ranks. Synchronizes with the device: a loss that is not finite must get a gradient that
+        is not finite."""
         if self.size > 1:
             dist.all_reduce(value, group=self.group)
         return value.item()

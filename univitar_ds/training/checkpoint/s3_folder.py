@@ -70,7 +70,10 @@ class S3Folder(Target):
         return Entry(part.name, 0, len(content), digest.hexdigest())
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Downloads nothing: the store compared the bytes with the checksum when it received them."""
+        """Compares sizes and checksums of the stored objects with their entries. Downloads nothing: the store compared
+        the bytes with the checksum when it received them.
+
+        Raises: CheckpointError if an object is missing or differs."""
         with self._storing():
             for entry in entries:
                 if not holds(self._storage, self._url(self._name, entry.name), entry.bytes, entry.sha256):

@@ -64,6 +64,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0 of the group."""
         return self.rank == 0
 
     def lanes(self, count: int) -> list[int]:

@@ -92,6 +92,7 @@ class ParamShard:
 
     @property
     def length(self) -> int:
+        """Number of elements of each view."""
         return next(iter(self.tensors.values())).numel()
 
 

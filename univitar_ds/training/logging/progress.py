@@ -34,6 +34,7 @@ class Outlook:
 
     @property
     def eta(self) -> str:
+        """The remaining time as text."""
         return "ETA unknown" if self.remaining_s is None else f"ETA {duration(self.remaining_s)}"
 
 

@@ -160,6 +160,7 @@ class SampleLog:
             append_line(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 

@@ -96,9 +96,11 @@ class DeviceMarks:
 class Observer(Protocol):
     """An object that is called at each step and phase, such as a profiler."""
 
-    def begin_step(self, number: int) -> None: ...
+    def begin_step(self, number: int) -> None:
+        """Called before a step, with its number."""
 
-    def end_step(self, number: int) -> None: ...
+    def end_step(self, number: int) -> None:
+        """Called after a step, with its number."""
 
     def annotate(self, name: str) -> AbstractContextManager[Any]:
         """Returns a context for a phase or call."""
