@@ -36,7 +36,7 @@ class Collected:
 def collect(paths: Sequence[Path]) -> Collected:
     """Reads results: JSON files of `eval TASK --json` or `eval RUN --out`, and folders with such files.
 
-    Files are read in the order of their arguments, those of a folder in the order of their names.
+    Files are read in the order of the arguments, and in a folder in the order of their names.
     Raises: UserError if a file is damaged, or if there is no file.
     """
     models: dict[str, None] = {}

@@ -63,7 +63,7 @@ def save_checkpoint(
     Args:
         state, cursors: see `copied_state`.
         keep: number of newest checkpoints to keep.
-    Raises: as `protocol.save_now`; `atomic_dir` says what a crash leaves.
+    Raises: as `protocol.save_now`. For the files that a crash leaves, see `atomic_dir`.
     """
     target = LocalFolder(root, step, Retention(keep))
     save_now(saving(target, copied_state(engine, state, cursors, Staging(engine.world)), engine.world), engine.world)

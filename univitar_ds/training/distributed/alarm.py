@@ -36,8 +36,7 @@ def ending_together(world: World) -> Iterator[None]:
     """Ends all ranks within seconds if the body raises on one of them. All ranks run the body.
 
     The rank that fails raises its error, after the others have read it. The others end with its exit code; rank 0
-    prints the rank, its machine and the error. Errors that all ranks raise, as those of `all_ranks_or_none`, are not
-    sent.
+    prints the rank, its machine and the error. Errors that all ranks raise, as `all_ranks_or_none` does, are not sent.
     """
     if world.size == 1:
         yield

@@ -27,7 +27,8 @@ KIND = "muon"
 MOMENTUM = "momentum_buffer"
 """The name of the moment in checkpoints, as in torch.optim.Muon."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of x, x^3 and x^5 in an iteration (https://kellerjordan.github.io/posts/muon/), those of torch.optim.Muon."""
+"""Coefficients of x, x^3 and x^5 in an iteration (https://kellerjordan.github.io/posts/muon/), as in
+torch.optim.Muon."""
 EPS = 1e-7
 """Minimum norm that a matrix is divided by."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -1,4 +1,4 @@
-"""Finds a rank that makes the others wait, and the phase that takes it longer.
+"""Finds a rank that makes the others wait, and the phase in which it is slower.
 
 A rank's own time is its time in all phases of a step except the collectives, in which it waits for others. A rank
 stands out in a window of steps if its own time is the largest, more than `STANDS_OUT` times the median of the other
