@@ -156,7 +156,7 @@ def test_a_folder_on_s3_gives_the_same_as_on_a_disk(run, folder, written, tmp_pa
         said = embed(run, [place.removesuffix("/holiday")], tmp_path / "f.safetensors", how=how)
         assert f"{IMAGES + VIDEOS} rows in f-00000.safetensors" in said
         again = embed(run, [place.removesuffix("/holiday")], tmp_path / "f.safetensors", how=how)
-        assert "is complete already" in again
+        assert "is already complete" in again
     local, remote = vectors_of(written), vectors_of(tmp_path / "f.safetensors")
     assert list(remote) == [key.replace(str(folder), place) for key in local]
     for one, other in zip(local.values(), remote.values(), strict=True):

@@ -27,7 +27,7 @@ from univitar_ds.training.distributed.process_group import (
 logger = logging.getLogger(__name__)
 
 AGAIN_S = 30.0
-"""Seconds after which a save is repeated that the storage has failed in a way that may pass."""
+"""Seconds after which a save that failed with a transient error of the storage is repeated."""
 
 
 class Saves:
@@ -37,9 +37,9 @@ class Saves:
     save; the ranks agree on that in a message that each step sends in any case. `done` is called with the target of
     each completed save.
 
-    If the storage fails on any rank in a way that may pass (`UserError.transient`), the whole checkpoint is written
-    again after `AGAIN_S`, once, from the same copy of the training state. `failed` is called on all ranks with the
-    event. Any other error, and a second one, is raised.
+    After a transient error of the storage on any rank (`UserError.transient`), the whole checkpoint is written again
+    once, after `AGAIN_S`, from the same copy of the training state. `failed` is called on all ranks with the event. Any
+    other error, and a second one, is raised.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Saves:
             self.finish()
 
     def ready(self) -> bool:
-        """Whether this rank has finished its current job of a save, without an error or with one that may pass."""
+        """Whether this rank has finished its current job of a save, without an error or with a transient one."""
         return self._flight is not None and self._flight.work.done and self._flight.fatal is None
 
     def raise_failed(self) -> None:
@@ -89,7 +89,7 @@ class Saves:
             raise self._flight.fatal
 
     def advance(self) -> None:
-        """Begins the next job of a save, or the save again, after all ranks were `ready`. Raises: as `begin`."""
+        """Begins the next job of a save, or repeats the save, after all ranks were `ready`. Raises: as `begin`."""
         flight = self._flight
         assert flight is not None
         try:
@@ -135,10 +135,11 @@ class Saves:
         self.advance()
 
     def _again(self, flight: _Flight, error: Exception) -> Job | None:
-        """Returns the first job of another attempt, after an error that all ranks know. All ranks call it.
+        """Prepares a second attempt after an error that all ranks raise. All ranks call it.
 
-        Returns: None if the checkpoint is complete and only outdated ones could not be removed; the next save does it.
-        Raises: `error` if another attempt cannot help, or this was one already.
+        Returns: the first job of the attempt; None if the checkpoint is complete and only outdated ones could not be
+            removed, which the next save does.
+        Raises: `error` if it is not transient, or if this was the second attempt.
         """
         own = None if isinstance(error, PeerFailure) else [str(error), _transient(error)]
         found = gather_json([own, flight.target.published], self._world)
@@ -177,7 +178,7 @@ class _Flight:
         self.work = _Work(job, note, in_thread=self._in_thread)
 
     def repeat(self, world: World) -> Job:
-        """Returns the first job of another attempt to write the same checkpoint, which begins with a pause."""
+        """Returns the first job of a second attempt to write the same checkpoint, which begins with a pause."""
         self.jobs.close()
         self.jobs, self.repeated = saving(self.target, self._content, world), True
         first = next(self.jobs)
@@ -201,8 +202,9 @@ def _transient(error: BaseException) -> bool:
 
 
 class _Work:
-    """A job in a daemon thread, which does not keep the process alive, or done at once. Args: note: ends the message of
-    an error that may pass."""
+    """A job that runs in a daemon thread, which does not keep the process alive, or directly.
+
+    Args: note: is appended to the message of a transient error."""
 
     def __init__(self, job: Job, note: str, *, in_thread: bool) -> None:
         self._job, self._note = job, note
