@@ -1,3 +1,3 @@
-"""The command `univitar-ds`, with one file per group of subcommands."""
+"""The command-line interface `univitar-ds`, with one file per group of subcommands."""
 
 __all__ = ["main"]

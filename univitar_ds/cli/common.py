@@ -1,4 +1,4 @@
-"""Helpers of the commands of `univitar-ds`."""
+"""Options and parsers that the commands of `univitar-ds` share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 def add_command(
     commands, name: str, run, help_text: str, description: str = "", *, leaves_files: bool = True
 ) -> argparse.ArgumentParser:
-    """Adds a command to `commands`. Returns the command's parser.
+    """Adds a command to `commands`, the subparsers of argparse. Returns the command's parser.
 
-    Args: run: called with the parsed arguments, returns the exit status or None; leaves_files: whether the results are
-        also in files, so that the command succeeds even if stdout fails.
+    Args: run: called with the parsed arguments, returns the exit status or None; description: text of `--help`, by
+        default `help_text`; leaves_files: whether the command also writes its results to files, so that it succeeds
+        even if stdout cannot be written.
     """
     parser = commands.add_parser(
         name,
@@ -32,19 +33,21 @@ def add_overrides(
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Adds the option --weights, which selects trained or averaged weights of a run."""
+    """Adds the option --weights, which selects the trained or the averaged (EMA) weights of a run."""
     parser.add_argument(
-        "--weights", choices=("trained", "averaged"), help="default: averaged if the run has optimizer.ema_decay"
+        "--weights",
+        choices=("trained", "averaged"),
+        help="weights of a run (default: averaged if the run has optimizer.ema_decay)",
     )
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of an S3 store."""
+    """Adds the options of an S3 store: endpoint, profile and region."""
     parser.add_argument(
         "--s3-endpoint", metavar="URL", help="address of a store other than AWS, e.g. http://127.0.0.1:9000"
     )
     parser.add_argument("--s3-profile", metavar="NAME", help="a profile of ~/.aws/config")
-    parser.add_argument("--s3-region", metavar="NAME")
+    parser.add_argument("--s3-region", metavar="NAME", help="region of the store, such as eu-central-1")
 
 
 def shown(text: str) -> str:
@@ -57,17 +60,20 @@ def shown(text: str) -> str:
 
 
 def shown_lines(text: str) -> str:
-    """Returns a text of several lines as `shown` does."""
+    """Returns `text` with the same escapes as `shown`, except that line breaks stay."""
     return "\n".join(map(shown, text.split("\n")))
 
 
 def expand(text: str) -> Path:
-    """Returns a path, expanded as in a run file (`config.paths`). Raises: ConfigError if it cannot be expanded."""
+    """Returns a path with ~ and variables expanded as in a run file (`config.paths`).
+
+    Raises: ConfigError if it cannot be expanded.
+    """
     return Path(expand_place(text))
 
 
 def expand_place(text: str) -> str:
-    """Returns a path or s3:// address, expanded as in a run file. Raises: ConfigError if it cannot be expanded."""
+    """Returns a path or s3:// address as text, expanded as `expand` does. Raises: ConfigError as `expand`."""
     from univitar_ds.config import paths  # needs pydantic, which `--help` does not need
 
     return paths.expand(text)

@@ -10,20 +10,20 @@ from univitar_ds.screen import show
 
 DESCRIPTION = """Describe the keys of the run file: type, limits, default and meaning.
 
-KEY: a section or a key, such as data, data.sources, stages.0.lr or stages.N.lr; without it, the sections.
+KEY: a section or a key, such as data, data.sources, stages.0.lr or stages.N.lr. Without it, the sections are listed.
 
   univitar-ds config stages
   univitar-ds config data.lanes
-  univitar-ds config --schema > run.schema.json   for editors: put this line on top of a run file beside it
+  univitar-ds config --schema > run.schema.json   for editors; first line of a run file in the same folder:
       # yaml-language-server: $schema=run.schema.json"""
 
 
 def add_config(commands) -> None:
-    """Adds `config` to `commands`."""
+    """Adds the command `config` to `commands`."""
     parser = add_command(
         commands, "config", _config, "describe the keys of the run file", DESCRIPTION, leaves_files=False
     )
-    parser.add_argument("key", nargs="?", metavar="KEY", help="a section or a key (default: the sections)")
+    parser.add_argument("key", nargs="?", metavar="KEY", help="a section or a key (default: list the sections)")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of run files")
 
 

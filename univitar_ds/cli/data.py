@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 _MAX_NAMED = 10
-"""Maximum number of extensions that `data verify` prints; the report lists all."""
+"""Maximum number of file extensions that `data verify` prints; the report lists all."""
 
 
 def add_data(commands) -> None:
-    """Adds `data` and its subcommands to `commands`."""
-    data = commands.add_parser("data", help="pack, verify, inspect and make data").add_subparsers(
+    """Adds the command `data` and its subcommands to `commands`."""
+    data = commands.add_parser("data", help="pack, verify, inspect and render data").add_subparsers(
         metavar="WHAT", required=True
     )
     _add_pack(data)
@@ -40,31 +40,34 @@ def add_data(commands) -> None:
         "inspect",
         _inspect,
         "print and draw the packs that a run would read",
-        "Read packs as the run would, print statistics and plot an image (PNG): the sizes of the items,\n"
-        "the fill of the packs, and one pack item by item.",
+        "Read packs as the run would, print statistics, and draw a plot (PNG): the sizes of the items,\n"
+        "the fill of the packs, and the items of one pack.",
         leaves_files=False,
     )
     inspect.add_argument("--config", required=True, help="a run file or the name of a shipped recipe")
-    inspect.add_argument("--packs", type=positive, default=50, help="packs of each modality to read (default 50)")
-    inspect.add_argument("--png", type=expand, default=Path("inspect.png"), help="the image (default inspect.png)")
-    inspect.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    inspect.add_argument("--packs", type=positive, default=50, help="packs to read of each modality (default 50)")
+    inspect.add_argument(
+        "--png", type=expand, default=Path("inspect.png"), help="file of the plot (default inspect.png)"
+    )
+    inspect.add_argument("--json", action="store_true", help="print the statistics as JSON")
     add_overrides(inspect)
     scenes = add_command(data, "scenes", _scenes, "render the demo's scenes and moving shapes")
-    scenes.add_argument("out", type=expand)
-    scenes.add_argument("--images", type=positive, default=4000)
-    scenes.add_argument("--videos", "--clips", type=positive, default=1500)
-    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("out", type=expand, help="folder to write")
+    scenes.add_argument("--images", type=positive, default=4000, help="number of images (default 4000)")
+    scenes.add_argument("--videos", "--clips", type=positive, default=1500, help="number of videos (default 1500)")
+    scenes.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
 
 
 _PACK = """\
 Turn images and videos with captions or labels into WebDataset shards and a manifest.
 
-The form of SRC is recognised, or named by --format:
+The format of SRC is detected, or set by --format:
   folder       files with captions in a .txt of the same name (a/b.jpg, a/b.txt), or with a metadata.jsonl:
                  {"file": "a/b.jpg", "kind": "image", "caption": "...", "label": "cat", "split": "train"}
-               (`captions` gives a list; fields may be absent except file and either a caption or a label)
+               (`captions` takes a list of captions; only file and either a caption or a label are required)
   classes      class folders, train/cat/a.jpg, or cat/a.jpg without splits
-  imagefolder  Hugging Face's: metadata.jsonl, .csv or .parquet with file_name, beside the files or in each split
+  imagefolder  as in Hugging Face datasets: metadata.jsonl, .csv or .parquet with file_name, beside the files or in
+               each split
   table        .csv, .tsv, .jsonl, .json (a list of objects) or .parquet; `--format csv` reads any file as CSV
                (a column of .parquet may hold the files themselves, as Hugging Face's datasets writes them)
   tables       a folder of .parquet tables, with splits in their names (train-00000-of-00002.parquet)
@@ -80,19 +83,20 @@ The form of SRC is recognised, or named by --format:
   univitar-ds data pack 'cc3m/{00000..00331}.tar' data/cc3m --split train
   univitar-ds data pack s3://bucket/photos data/photos
 
-Paths in a table start in its folder, or in the folder of --images, and must stay in it, absolute ones too; `--images /`
-allows all. Rows of one file are joined. Tables and .txt are UTF-8, or UTF-16 with a byte order mark. Of the .json in
-tars, caption, label and set are kept. Links to folders are followed, and each folder is packed once.
+Paths in a table are relative to its folder, or to the folder of --images. All paths, also absolute ones, must be inside
+that folder; `--images /` allows all. Rows with the same file become one sample. Tables and .txt are UTF-8, or UTF-16
+with a byte order mark. Of a .json in a tar, caption, label and set are kept. Links to folders are followed, and each
+folder is packed once.
 
-Files, samples and lines of tables that cannot be read are left out and listed in the manifest with the reason; faults
-in our own metadata.jsonl end the command. After an interruption the same command continues where it stopped.
+Files, samples and lines of tables that cannot be read are left out and listed in the manifest with the reason; an error
+in the metadata.jsonl of a `folder` ends the command. After an interruption the same command continues where it stopped.
 Objects of s3://bucket/prefix are copied into OUT first and removed at the end (with OUT at s3://, into
 ~/.local/state/univitar_ds/pack). Of a table there, the files that it names below its folder are copied.
-A run reads tars as they are and packs other forms itself: data.sources.N.path may be any of them."""
+`train` reads tars as they are and packs the other formats itself: data.sources.N.path may be any of them."""
 
 
 def _add_pack(data) -> None:
-    pack = add_command(data, "pack", _pack, "turn images and videos in any usual form into shards", _PACK)
+    pack = add_command(data, "pack", _pack, "turn images and videos in a common format into shards", _PACK)
     pack.add_argument(
         "source", type=expand_place, metavar="SRC", help="a folder, table, JSON of COCO, or tars; also s3://"
     )
@@ -102,7 +106,7 @@ def _add_pack(data) -> None:
         metavar="OUT",
         help="a folder, or s3://bucket/prefix; shards are uploaded one by one and verified",
     )
-    pack.add_argument("--format", metavar="NAME", help="form of SRC (default: it is recognised)")
+    pack.add_argument("--format", metavar="NAME", help="format of SRC (default: detected)")
     pack.add_argument(
         "--plugin",
         metavar="FILE.py",
@@ -110,7 +114,7 @@ def _add_pack(data) -> None:
         default=[],
         help="a Python file or module that registers a reader of SRC; may be repeated (docs/plugins.md)",
     )
-    pack.add_argument("--split", metavar="NAME", help="split of files that name none (default train)")
+    pack.add_argument("--split", metavar="NAME", help="split of files for which SRC gives none (default train)")
     pack.add_argument(
         "--captions",
         choices=("one", "lines"),
@@ -127,7 +131,7 @@ def _add_pack(data) -> None:
     pack.add_argument(
         "--class-names", type=expand, metavar="FILE", help="names of class folders: lines of a folder, a tab and a name"
     )
-    pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default 64)")
+    pack.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard in MB (default 64)")
     pack.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check the files")
     pack.add_argument("--no-verify", action="store_true", help="read headers only; do not decode every file once")
     add_storage(pack)
@@ -141,10 +145,11 @@ def _add_verify(data) -> None:
         "check whole sources: every shard, every sample",
         "Read every byte of every shard, compare it with its manifest and decode every sample. All errors are\n"
         "listed in a report (JSON) with shard, key, byte and a sentence. Exit status 1 if there are any.\n\n"
-        "--config applies the limits and data.s3 of the run file, and the templates of its sources to each SOURCE\n"
-        "that is one of them or in the folder of one. Without a SOURCE, the data.sources of the run file are\n"
-        "checked, each with its own split. If all sources of the run file are checked, modalities that the\n"
-        "stages read but the sources lack (no videos although video_ratio is above 0) are errors too.",
+        "With --config, the limits and data.s3 of the run file apply. A SOURCE that is a source of the run file,\n"
+        "or inside the folder of one, is read with the class names, templates and captions of that source.\n"
+        "Without a SOURCE, the data.sources of the run file are checked, each with its own split. If all sources\n"
+        "of the run file are checked, a modality that the stages read and the sources lack (no videos although\n"
+        "video_ratio is above 0) is an error too.",
     )
     verify.add_argument(
         "sources",
@@ -158,8 +163,10 @@ def _add_verify(data) -> None:
     )
     verify.add_argument("--split", help="split of packed folders (default: all splits, or the split of the run file)")
     verify.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that check shards")
-    verify.add_argument("--no-decode", action="store_true", help="check headers and checksums only, do not decode")
-    verify.add_argument("--report", type=expand, default=Path("verify.json"), help="default verify.json")
+    verify.add_argument("--no-decode", action="store_true", help="check headers and checksums only; do not decode")
+    verify.add_argument(
+        "--report", type=expand, default=Path("verify.json"), help="file of the report (default verify.json)"
+    )
     add_storage(verify)
 
 
@@ -168,8 +175,8 @@ def _add_probe(data) -> None:
         data,
         "probe",
         _probe,
-        "report how a run would read single files",
-        "Read each file with the loader as one sample and print the result.\n\n"
+        "report how a run would read individual files",
+        "Read each file as the loader would read a sample, and print the result.\n\n"
         "With --json one line per file: file, ok, kind (image, video), width, height, frames, grid (time, height and\n"
         "width in tokens), tokens, downscaled; and error and message for files that would be left out.\n"
         "The exit status is 1 if a file does not exist, and 0 for any content.",
@@ -308,7 +315,9 @@ def _sources_to_verify(arguments: argparse.Namespace, data: DataConfig | None) -
 
 
 def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-    """Returns templates, class names and captions of the source of the run file at or above the path of `named`."""
+    """Returns templates, class names and captions of the first source whose path is that of `named` or a folder above
+    it; {} if there is none.
+    """
     place = _place(named)
     for known, source in ((_place(source), source) for source in sources):
         if place == known or place.startswith(f"{known}/"):
@@ -317,7 +326,7 @@ def _about(named: SourceConfig, sources: Sequence[SourceConfig]) -> dict[str, An
 
 
 def _place(source: SourceConfig) -> str:
-    """Returns a canonical spelling of the path of a folder or of tars."""
+    """Returns the path of a source in a form that can be compared: absolute, without a slash at the end."""
     from univitar_ds.data.shards.listing import place_of
 
     place = place_of(source)
@@ -383,9 +392,10 @@ def _say(line: str) -> None:
 
 
 def _storage_settings(arguments: argparse.Namespace, data: DataConfig | None = None) -> StorageSettings:
-    """Returns the settings of the run file, if there is one, overridden by the options.
+    """Returns the storage settings of the run file, if one is given, overridden by the options --s3-*.
 
-    The run file's cache is not used: the store itself must be read, and reading all data would evict shards of a run.
+    The shard cache of the run file is not used: `data verify` must read the store itself, and reading all data would
+    evict the shards of a run.
     """
     from univitar_ds.config.data import CacheConfig
     from univitar_ds.data.storage.base import StorageSettings

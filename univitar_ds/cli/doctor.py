@@ -15,7 +15,7 @@ _PLAIN = "\x1b[0m"
 
 
 def add_doctor(commands) -> None:
-    """Adds the command to `commands`."""
+    """Adds the command `doctor` to `commands`."""
     parser = add_command(
         commands,
         "doctor",
@@ -26,20 +26,20 @@ def add_doctor(commands) -> None:
         "  univitar-ds doctor --config photos\n"
         "  srun univitar-ds doctor --config photos       in a job, with the tasks of the run; slurm/preflight.sbatch\n"
         "  torchrun --nproc-per-node 8 -m univitar_ds doctor --config photos\n"
-        "Nothing stays on a disk. Exit status: 0 without a failed row, 1 with one, 2 if ranks are missing.",
+        "No file is left on a disk. Exit status: 0 if no row failed, 1 if one did, 2 if ranks are missing.",
         leaves_files=False,
     )
     parser.add_argument(
         "--config",
         metavar="RUN",
-        help="a run file, the name of a recipe, or the folder of a run: its sources, models and folder are checked too",
+        help="a run file, the name of a shipped recipe, or a run's folder: sources, models and folder are checked too",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
         "--timeout",
         type=positive,
         metavar="SECONDS",
-        help="longest time of a check, and of the wait for other ranks (default 120)",
+        help="limit of the time of each check, and of the wait for other ranks (default 120)",
     )
     add_overrides(parser)
 
@@ -49,12 +49,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from univitar_ds.errors import ConfigError
 
     if arguments.overrides and arguments.config is None:
-        raise ConfigError(f"{arguments.overrides[0]} overrides a run file; give one by --config")
+        raise ConfigError(f"{arguments.overrides[0]} overrides a key of a run file; name the run file with --config")
     report = examine(arguments.config, arguments.overrides, arguments.timeout or LIMIT_S)
     if report.main:
         show(json.dumps(report.to_json(), indent=2) if arguments.json else table(report, colours=_has_colours()))
     code = 1 if report.failed else 0
-    if report.hung or len(report.nodes) > 1:  # a thread that waits for a disk or another rank would keep the process
+    if report.hung or len(report.nodes) > 1:  # a waiting thread would keep the process alive
         clean()
         sys.stdout.flush()
         os._exit(code)
@@ -62,7 +62,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def table(report, *, colours: bool) -> str:
-    """Returns the report as text. Control characters of names are escaped."""
+    """Returns the report as text. Control characters in names are escaped."""
     lines = []
     for state, word, text in report.lines():
         painted = f"{_COLOURS[state]}{word}{_PLAIN}" if colours and state else word
@@ -73,6 +73,6 @@ def table(report, *, colours: bool) -> str:
 def _has_colours() -> bool:
     try:
         terminal = sys.stdout.isatty()
-    except (ValueError, AttributeError):  # closed, or a stand-in of a notebook
+    except (ValueError, AttributeError):  # closed, or the replacement that a notebook installs
         return False
     return terminal and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")

@@ -21,21 +21,21 @@ EMBED = """Write the embeddings of images and videos to files.
 SOURCE: an image or video; a folder, with the folders in it; or shards: a tar, a brace range of tars
 (train-{000..127}.tar), a packed folder. Each may be on s3://.
 
-A row is the joint embedding, a unit vector, or the mean of the tokens if MODEL is an encoder alone. With --tokens it
-is all tokens of the last block. Items are resized to the model's native resolution (its config.json). Of a video, 8
-frames are taken, or those that the configuration of the run MODEL says. Files are decoded in separate processes; a
-damaged or hostile file is left out and listed.
+A row is the joint embedding of an item, a unit vector; if MODEL is only an encoder, it is the mean of the tokens. With
+--tokens it is all tokens of the last block. Items are resized by the model's native-resolution rule (its config.json).
+A video is read as --frames evenly spaced frames; by default as in the configuration of the run MODEL, else as 8 frames.
+Files are decoded in separate processes; a damaged or hostile file is left out and listed.
 
 --out features.safetensors writes
   features-00000.safetensors, ...      parts of at most 100,000 rows (1,000 with --tokens): embedding or mean
                                        (N, width), or tokens (T, width), offsets (N + 1,) and grid_thw (N, 3)
   features.safetensors.index.json      columns key, part and row
-  features.safetensors.bad.jsonl       what was left out, and why; only if there is anything
---out features.parquet writes parts with the columns key and embedding, mean, or tokens and grid_thw
+  features.safetensors.bad.jsonl       the files that were left out and the reasons; only if there are any
+--out features.parquet writes parts with the column key and either embedding, mean, or tokens and grid_thw
 (pip install 'univitar_ds[parquet]').
 
-After an interruption the same command continues with the first unfinished part. The number of processes
-may be another: the features are the same.
+After an interruption the same command continues with the first unfinished part. It may use another number of
+processes: the features are the same.
 
   univitar-ds embed runs/photos ~/photos --out photos.safetensors
   univitar-ds embed runs/photos s3://bucket/photos --out photos.safetensors
@@ -44,11 +44,11 @@ CLASSIFY = """Name the most probable classes of images and videos.
 
 FILE: an image or video, or a folder, with the folders in it.
 
-With --labels, a class is the mean of its sentences, as in zero_shot() of the Python interface; the probabilities of
-all labels sum to 1. Without, MODEL is a run of objective.kind classification: its trained head names the classes of
-its training (classes.json), for each data set those of that set.
+With --labels, the embedding of a class is the mean over its templates, as in zero_shot() of the Python interface; the
+probabilities of all labels sum to 1. Without --labels, MODEL must be a run of objective.kind classification: its
+trained head predicts the classes of the training data (classes.json), separately for each data set.
 
-A damaged file is a row with the reason, and the exit status is then 1. With --json, one line per file: file, ok, and
+A damaged file gets a row with the reason, and the exit status is then 1. With --json, one line per file: file, ok, and
 classes (label, probability, and set if the data set has a name), or error and message.
 
   univitar-ds classify runs/photos *.jpg --labels cat,dog,horse --top 2
@@ -56,14 +56,14 @@ classes (label, probability, and set if the data set has a name), or error and m
 
 
 def add_inference(commands) -> None:
-    """Adds `embed` and `classify` to `commands`."""
+    """Adds the commands `embed` and `classify` to `commands`."""
     embed = add_command(commands, "embed", _embed, "write the embeddings of images and videos to files", EMBED)
     embed.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
     embed.add_argument(
         "sources", nargs="+", type=expand_place, metavar="SOURCE", help="files, folders or shards; also s3://"
     )
     embed.add_argument("--out", type=expand, required=True, metavar="FILE", help="name.safetensors or name.parquet")
-    embed.add_argument("--tokens", action="store_true", help="all tokens instead of one vector per item")
+    embed.add_argument("--tokens", action="store_true", help="write all tokens instead of one vector per item")
     embed.add_argument("--split", help="split of packed folders (default: all)")
     embed.add_argument("--part-rows", type=positive, metavar="N", help="maximum rows of a part")
     embed.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
@@ -93,22 +93,24 @@ def add_inference(commands) -> None:
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of how a model is opened and items are read."""
+    """Adds the options for opening a model and reading items."""
     parser.add_argument(
-        "--frames", type=positive, metavar="N", help="frames of a video, evenly spaced (default: of the run, else 8)"
+        "--frames", type=positive, metavar="N", help="evenly spaced frames of a video (default: as in the run, else 8)"
     )
     parser.add_argument(
         "--token-budget", type=positive, default=16384, metavar="N", help="maximum tokens of a pack (default 16384)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: bfloat16 on a GPU, else as stored"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the weights (default: bfloat16 on a GPU, else as stored)",
     )
-    parser.add_argument("--workers", type=positive, metavar="N", help="decoding processes of each process")
+    parser.add_argument("--workers", type=positive, metavar="N", help="decoding processes for each process of --nproc")
     add_weights(parser)
 
 
 def model_options(arguments: argparse.Namespace) -> ModelOptions:
-    """Returns what the options of `add_reading` and `add_storage` say."""
+    """Returns the options of `add_reading` and `add_storage` as `ModelOptions`."""
     import torch
 
     from univitar_ds.config.data import S3Config
@@ -151,7 +153,7 @@ def _classify(arguments: argparse.Namespace) -> int:
 
 
 def _row(one: Classified, width: int, several: bool) -> str:
-    """Returns the line of a file. Args: several: whether the model knows the classes of several data sets."""
+    """Returns the line of a file. Args: several: whether the model has classes of several data sets."""
     if one.fault is not None:
         found = f"{one.fault.kind}: {one.fault.message.removeprefix(f'{one.file}: ')}"
     else:

@@ -10,20 +10,20 @@ from univitar_ds.errors import DataError
 from univitar_ds.screen import show
 
 _log = logging.getLogger(__name__)
-_LOOK_GIVES_UP_S = 30.0
-"""Seconds after which a store that does not answer ends the look."""
-_DESCRIPTION = """Look at data and at this machine, and print a commented run file that trains on them.
+_SURVEY_GIVES_UP_S = 30.0
+"""Seconds after which the command fails if a store does not answer. A run waits longer."""
+_DESCRIPTION = """Inspect data and this machine, and print a run file with comments that trains on them.
 
 A SOURCE is what data.sources.N.path of a run file may be: a packed folder, tars (also at s3://), or a folder or table
-that `data pack` reads. The look is short: it lists files and reads the headers of some. Each chosen number in the run
-file has a comment with its reason.
+that `data pack` reads. Files are listed, and the headers of some are read. Each chosen number in the run file has a
+comment with its reason.
 
   univitar-ds init photos > run.yaml
   univitar-ds train --config run.yaml --nproc 2"""
 
 
 def add_init(commands) -> None:
-    """Adds the command to `commands`."""
+    """Adds the command `init` to `commands`."""
     summary = "write a run file that fits your data and this machine"
     parser = add_command(commands, "init", _init, summary, _DESCRIPTION, leaves_files=False)
     parser.add_argument(
@@ -34,7 +34,9 @@ def add_init(commands) -> None:
         help="folder, table, JSON of COCO, or tars; also s3://",
     )
     parser.add_argument(
-        "--size", choices=("tiny", "0.3b", "0.6b", "1b"), help="encoder (default: by the data and the machine)"
+        "--size",
+        choices=("tiny", "0.3b", "0.6b", "1b"),
+        help="size of the encoder (default: by the data and the machine)",
     )
     parser.add_argument(
         "--gpus", type=_count, metavar="N", help="number of GPUs of the run, 0 for the CPU (default: of this machine)"
@@ -73,7 +75,7 @@ def _init(arguments: argparse.Namespace) -> None:
         raise DataError(f"{twice} is given twice; give each source once")
     keys = {"endpoint_url": arguments.s3_endpoint, "profile": arguments.s3_profile, "region": arguments.s3_region}
     s3 = {key: value for key, value in keys.items() if value is not None}
-    settings = StorageSettings(**s3, give_up_s=_LOOK_GIVES_UP_S)
+    settings = StorageSettings(**s3, give_up_s=_SURVEY_GIVES_UP_S)
     surveys = [survey(source, settings) for source in arguments.sources]
     machine = this_machine().with_gpus(arguments.gpus)
     text = draft(surveys, machine, size=arguments.size, hours=arguments.hours, s3=s3)

@@ -1,4 +1,4 @@
-"""The command `univitar-ds`. Each subcommand imports its modules when it runs, so that `--help` is fast."""
+"""The entry point of `univitar-ds`. Each subcommand imports its modules when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ EXAMPLES = """examples:
   univitar-ds plan --config univitar_1b --nodes 32     memory, time and cost on a cluster
   univitar-ds data pack PHOTOS data/photos             shards and a manifest from a folder of files
   univitar-ds data verify data/photos                  check every shard and sample, write a report
-  univitar-ds data probe *.jpg video.mp4               how a run would read single files
-  univitar-ds data inspect --config photos             the packs of a run: fill, tokens, bad samples, an image
+  univitar-ds data probe *.jpg video.mp4               how a run would read these files
+  univitar-ds data inspect --config photos             the packs of a run: fill, tokens, bad samples, a plot
   univitar-ds doctor --config photos                   is this machine, or are these nodes, ready for the run?
   univitar-ds train --config photos --nproc 2          train, evaluate and export on two local processes
   univitar-ds train --config run.yaml seed=3 stages.0.lr=5e-4
@@ -48,11 +48,13 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status.
 
-    0: success; 1: `data verify`, `data probe` or `classify` found damaged or missing files, `embed` none that it could
-    use, or `doctor` something that failed; 2: an error of the user; 85: a run was asked to stop and has saved a
-    checkpoint; 130: interrupted.
+    0: success; 1: `data verify`, `data probe` or `classify` found damaged or missing files, `embed` found no file that
+    it could use, or a check of `doctor` failed; 2: an error that the user can correct; 85: a run was asked to stop and
+    has saved a checkpoint; 130: interrupted.
 
-    If a command that only prints cannot print: 141 if the reader of a pipe has closed it, as after SIGPIPE, else 2.
+    If a command that writes no files cannot print: 141 if the reader of a pipe has closed it, as after SIGPIPE, else 2.
+
+    Args: arguments: of the command line, without the program's name; None: those of this process.
     """
     prepare_screen()
     drop_current_folder()  # also here, because the console script does not run `__main__`
@@ -84,9 +86,9 @@ def _failed(error: UserError) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses arguments with overrides both before and after options, which argparse alone rejects."""
+    """Parses arguments. Overrides may stand before and after options, which argparse alone rejects."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["eval"] and words[1:2] and words[1] in (*TASKS, TABLE):  # a folder of this name is ./NAME
+    if words[:1] == ["eval"] and words[1:2] and words[1] in (*TASKS, TABLE):  # ./NAME is a folder
         words[:2] = [" ".join(words[:2])]
     parsed, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
@@ -97,7 +99,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 class _Versions(argparse.Action):
-    """Prints the versions in the installed packages' metadata, without imports, and ends the command."""
+    """Prints versions from the metadata of the installed packages, without importing them, and exits."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         import importlib.metadata
@@ -113,7 +115,7 @@ class _Versions(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands."""
+    """Returns the argument parser with all commands."""
     parser = argparse.ArgumentParser(
         prog="univitar-ds",
         description=DESCRIPTION,
@@ -161,14 +163,14 @@ def _add_train(commands) -> None:
     parser.add_argument(
         "--nproc",
         type=positive,
-        help="processes to start on this machine (default 1); with it, variables of launchers (RANK, ...) are ignored",
+        help="processes to start on this machine (default 1); if given, variables of launchers (RANK, ...) are ignored",
     )
     parser.add_argument(
         "--extend",
         nargs="*",
         metavar="KEY=VALUE",
-        help="with --resume, also of a finished run: adds a stage, which is the last stage with these keys changed, at "
-        "least one, such as samples=200000 lr=1e-5",
+        help="with --resume, also for a finished run: adds a stage, a copy of the last stage with at least one key "
+        "changed, such as samples=200000 lr=1e-5",
     )
     parser.add_argument(
         "--dry-run",
@@ -184,17 +186,17 @@ def _add_after_training(commands) -> None:
         commands,
         "eval",
         _evaluate,
-        "retrieval and zero-shot of a run on its held-out data",
-        "Retrieval and zero-shot of a run's last checkpoint on its evaluation.sources, written to evaluation.json in\n"
-        "the run's folder. Keys of evaluation, data and logging that an evaluation reads can be overridden:\n"
+        "retrieval and zero-shot classification of a run on its held-out data",
+        "Evaluate retrieval and zero-shot classification of a run's last checkpoint on its evaluation.sources, and\n"
+        "write the results to evaluation.json in the run's folder. Keys of evaluation, data and logging that an\n"
+        "evaluation reads can be overridden:\n"
         "  univitar-ds eval runs/photos evaluation.sources.0.path=data/other --out other.json\n"
         "  univitar-ds eval runs/photos 'evaluation.sources=[{path: 0.tar, class_names: names.txt}]' \\\n"
         "      'evaluation.image_templates=[\"a photo of a {}\"]'\n"
-        "Results on other data or with other templates are printed and written to --out FILE; results in RUN stay.\n"
-        "Other tasks, also for models that are no run:\n"
+        "Results on other data or with other templates are printed, and written to --out FILE if it is given;\n"
+        "evaluation.json of RUN is not changed. Other tasks, also for models that are not runs:\n"
         "  univitar-ds eval zero-shot|retrieval|knn|linear|attentive|dense|tokens MODEL --data SOURCE\n"
-        "A run whose folder has the name of a task is ./NAME.\n"
-        "An evaluation that cannot measure anything is an error.",
+        "Give a folder that has the name of a task as ./NAME. An evaluation that measures nothing is an error.",
     )
     evaluate.add_argument(
         "folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints, or RUN/checkpoints/best"
@@ -207,9 +209,9 @@ def _add_after_training(commands) -> None:
         "report",
         _report,
         "print the results of runs, and write a page of them",
-        "Prints the results of runs. With --out, also writes one HTML file that needs no network: results with chance\n"
-        "levels and intervals, examples, curves with the stages, events, and for several runs what differs in their\n"
-        "configurations. A run may be in training.\n\n"
+        "Print the results of runs. With --out, also write one HTML file that needs no network: results with chance\n"
+        "levels and intervals, examples, curves with the stages, events, and for several runs the differences of\n"
+        "their configurations. A run may still be training.\n\n"
         "  univitar-ds report runs/photos\n"
         "  univitar-ds report runs/photos --out report.html\n"
         "  univitar-ds report runs/photos --out report.html --images cat.jpg walk.mp4 --caption 'a cat'\n"
@@ -220,16 +222,18 @@ def _add_after_training(commands) -> None:
     report.add_argument("--out", type=expand, metavar="FILE", help="write the page to this file")
     report.add_argument(
         "--images", nargs="+", type=expand, metavar="FILE", default=[],
-        help="with --out: images and videos of which to draw the features, by the runs' last checkpoints",
+        help="with --out: images and videos whose features are drawn, from the last checkpoint of each run",
     )  # fmt: skip
-    report.add_argument("--caption", metavar="TEXT", help="with --images: where they are similar to this text")
-    report.add_argument("--png", type=expand, metavar="FOLDER", help="with --out: write its curves as PNG files too")
+    report.add_argument(
+        "--caption", metavar="TEXT", help="with --images: also draw the similarity of each patch to this text"
+    )
+    report.add_argument("--png", type=expand, metavar="FOLDER", help="with --out: also write the curves as PNG files")
 
 
 def _add_demo(commands) -> None:
     demo = add_command(commands, "demo", _demo, "data, training, evaluation and export on rendered scenes")
-    demo.add_argument("--folder", type=expand, default=Path("demo"))
-    demo.add_argument("--nproc", type=positive, default=2)
+    demo.add_argument("--folder", type=expand, default=Path("demo"), help="folder to write (default demo)")
+    demo.add_argument("--nproc", type=positive, default=2, help="processes of the training (default 2)")
     demo.add_argument(
         "--install-seconds", type=float, help="seconds that the installation took, for the table of times"
     )

@@ -17,10 +17,9 @@ from univitar_ds.screen import show
 if TYPE_CHECKING:
     from univitar_ds.planning.forecast.plan import Plan
 
-_DESCRIPTION = """What a run needs on a cluster, before it is started: memory of a GPU by part, time of a step and MFU,
-FLOPs and bytes, host memory and cores for the loader, checkpoints, reading, days and GPU hours of all
-stages, and how it scales to 1,024 GPUs. Needs no GPU; reads no weights, and manifests of sources on this
-machine only.
+_DESCRIPTION = """Predict what a run needs on a cluster: memory of a GPU by part, time of a step and MFU, FLOPs and
+bytes, host memory and cores for the loader, checkpoints, reading, days and GPU hours of all stages, and scaling
+to 1,024 GPUs. Needs no GPU and reads no weights.
 
   univitar-ds plan --config univitar_0p6b --nodes 32 --gpus-per-node 8 --gpu h100
   univitar-ds plan --config run.yaml --nodes 2 --gpus-per-node 8 --gpu a100 --sweep
@@ -32,7 +31,7 @@ message has a remedy; with --sweep the table shows what fits."""
 
 
 def add_plan(commands) -> None:
-    """Adds the command."""
+    """Adds the command `plan` to `commands`."""
     parser = add_command(
         commands, "plan", _plan, "memory, time and cost of a run on a cluster", _DESCRIPTION, leaves_files=False
     )

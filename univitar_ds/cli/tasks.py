@@ -16,37 +16,39 @@ if TYPE_CHECKING:
 
 TASKS = ("zero-shot", "retrieval", "knn", "linear", "attentive", "dense", "tokens")
 PROBES = ("knn", "linear", "attentive", "tokens")
-"""Tasks that learn from items of another split."""
+"""Tasks that are fitted on the items of a training split."""
 BY_FEATURES = ("zero-shot", "retrieval", "knn", "linear")
-"""Tasks on a vector for each item, computed by several processes and kept; peers have them too. The others run the
-encoder in one process."""
+"""Tasks on one vector per item, which several processes compute and --cache keeps. They accept models of transformers
+too (`peers`). All other tasks run the encoder in one process."""
 _MODEL = """
 MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
 """
 _PEERS = """\
 Or a CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3 model of transformers, as a folder or hub name: its own image processor
-and forward pass are used, and a video is the mean of its frames.
+and forward pass are used, and the vector of a video is the mean over its frames.
 """
 _SOURCE = """\
-SOURCE: what `data pack` reads: a packed folder, tars, class folders, a table, an imagefolder, COCO's captions ...;
-folders and tables are packed once into --cache. Or a folder of CLIP_benchmark (classnames.txt, test/*.tar).
+SOURCE: a packed folder, or anything that `data pack` reads: tars, class folders, a table, an imagefolder, COCO's
+captions ...; folders and tables are packed once into --cache. Or a folder of CLIP_benchmark (classnames.txt,
+test/*.tar).
 """
 _FEATURES = """
 Features are computed by --nproc processes, with the same result for any number, and are kept in --cache: after an
-interruption the same command continues, and the other task on the same model, data and split computes none again:
-zero-shot and retrieval have the same features, knn and linear have. At most 20 GB are kept; remove the folder
-`features` in --cache to free them.
+interruption the same command continues. On the same model, data and split, zero-shot and retrieval share their
+features, and so do knn and linear. At most 20 GB are kept; to free them, remove the folder `features` in --cache.
 """
 _FIGURES = """
-Images and videos are measured apart. Each result has its 95 % bootstrap interval over the items, and the chance level.
+Images and videos are evaluated separately. Each result has a 95 % bootstrap interval over the items, and the chance
+level.
 """
 _ABOUT = {
     "zero-shot": (
         "zero-shot classification with class names as texts",
-        """Classify images and videos by the nearest class. A class is the mean of its sentences, as in CLIP.
+        """Assign each item to the class with the most similar text embedding: the mean over its templates, as in CLIP.
 
-Items need labels that are names, or --class-names. Images take CLIP's 80 sentences for ImageNet unless --templates or
-CLIP_benchmark's templates say otherwise; videos take "a video of a {}.".
+The labels of the items must be class names; for numbers, give --class-names. By default images use CLIP's 80 templates
+for ImageNet, and videos "a video of a {}."; --templates FILE replaces both. The class is {} in a template, or {c} as in
+those of CLIP_benchmark.
 """,
         """
   univitar-ds eval zero-shot runs/photos --data imagenet/val --class-names imagenet_names.txt
@@ -55,17 +57,17 @@ CLIP_benchmark's templates say otherwise; videos take "a video of a {}.".
     ),
     "retrieval": (
         "image-text and video-text retrieval",
-        """Find the captions of an item among all captions, and the items of a caption: recall at 1, 5 and 10.
+        """Retrieve the captions of each item among all captions, and the items of each caption: recall at 1, 5 and 10.
 
-With --captions lines, each line of a text is a caption of its own.
+With --captions lines, each line of a text is a separate caption.
 """,
         """
   univitar-ds eval retrieval runs/photos --data data/flickr30k --captions lines""",
     ),
     "knn": (
         "k nearest neighbours on the encoder's features",
-        """Give each test item the class that its nearest training items vote for, as in DINO: cosine, votes
-exp(cosine / 0.07).
+        """Classify each test item by a vote of its k nearest training items, as in DINO: by cosine similarity, with
+votes weighted by exp(cosine / 0.07).
 """,
         """
   univitar-ds eval knn runs/photos --data data/pets --train-split train --split test""",
@@ -75,11 +77,11 @@ exp(cosine / 0.07).
         """Train a linear classifier on the pooled features of the training split, and score it on the test split.
 
 --solver lbfgs: scikit-learn's logistic regression (pip install 'univitar_ds[eval]'). The strength of its penalty is
-chosen on a fifth of the training items. It holds all features in float64.
---solver sgd: as DINOv2, 13 learning rates at once, each with a head in float32: SGD with momentum 0.9, no weight decay,
-a cosine schedule, batches of 1,024, 10 epochs (at least 1,000 steps). The best rate is chosen on a fifth of the
-training items; a head then learns with it from all of them. It holds all features in float32: 5 GB for ImageNet at
-width 1024.
+chosen on a fifth of the training items. All features are in memory in float64.
+--solver sgd: as in DINOv2, heads with 13 learning rates are trained together in float32: SGD with momentum 0.9, no
+weight decay, a cosine schedule, batches of 1,024, 10 epochs (at least 1,000 steps). The best rate is chosen on a fifth
+of the training items; a new head is then trained with it on all of them. All features are in memory in float32: 5 GB
+for ImageNet at width 1024.
 """,
         """
   univitar-ds eval linear runs/photos --data data/pets --train-split train --split test
@@ -89,11 +91,11 @@ width 1024.
         "attentive probe on the encoder's tokens",
         """Train a learned query that attends to all tokens of an item, and a linear head on the result: AIM's probe.
 
-The encoder is frozen and sees each training item once, at its native size: the tokens are kept in a file without a name
-in --cache, 2 bytes a number, that vanishes with the command. ImageNet at 256 tokens and width 1024 takes 670 GB: name a
-large local disk by --cache, and bound the tokens by --max-tokens. Memory holds the tokens of a step only. 5 learning
-rates are trained at once by AdamW, 20 epochs in batches of 256 (at least 200 steps); the best one is chosen on a tenth
-of the training items, and its head is scored as it is.
+The encoder is frozen and encodes each training item once, at its native size. The tokens are kept in an unnamed
+temporary file in --cache, 2 bytes per value, which is gone when the command ends. ImageNet at 256 tokens and width 1024
+takes 670 GB: set --cache to a large local disk, and limit the tokens by --max-tokens. Memory holds the tokens of one
+step only. Heads with 5 learning rates are trained together by AdamW, 20 epochs in batches of 256 (at least 200 steps);
+the best one is chosen on a tenth of the training items and is scored without further training.
 """,
         """
   univitar-ds eval attentive runs/photos --data data/pets
@@ -101,19 +103,19 @@ of the training items, and its head is scored as it is.
     ),
     "dense": (
         "dense probe: segmentation by a linear head on the patches",
-        """Train a linear head on the features of patches to name the class of each pixel: mean intersection over union.
+        """Train a linear head on patch features to predict the class of each pixel: mean intersection over union.
 
-The encoder is frozen and sees each image whole at its native size, or with --window as square windows that overlap,
+The encoder is frozen and encodes each image whole at its native size, or with --window as overlapping square windows,
 whose logits are averaged. In training a pixel has the logits of its patch; for the score, logits are enlarged
-bilinearly to the size of the label map. 5 learning rates are trained at once by AdamW, in batches of 16, 20 epochs (at
-least 500 steps); the best is chosen on a tenth of the training images. Their features are kept in a file without a name
-in --cache while the command runs: 2 bytes a number and 2 for each pixel, 80 GB for ADE20K at width 1024.
+bilinearly to the size of the label map. Heads with 5 learning rates are trained together by AdamW, in batches of 16, 20
+epochs (at least 500 steps); the best is chosen on a tenth of the training images. The features are kept in an unnamed
+temporary file in --cache while the command runs: 2 bytes per value and 2 per pixel, 80 GB for ADE20K at width 1024.
 
 SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation.
-Or a folder of images, or of a folder of images for each split, with --masks MASKS: the label map of SOURCE/a/b.jpg is
-MASKS/a/b.png; --image-suffix and --mask-suffix give other ends of both names. Images without one are left out. A label
-map is a grey or palette image (PNG) with the number of the class of each pixel; --ignore names the values that are no
-class, in ADE20K 0.
+Or a folder of images, or a folder with one folder of images for each split, and --masks MASKS: the label map of
+SOURCE/a/b.jpg is MASKS/a/b.png; --image-suffix and --mask-suffix set other endings of the two names. Images without a
+label map are left out. A label map is a grey or palette image (PNG) whose values are class numbers; --ignore lists the
+values that are not classes, 0 in ADE20K.
 
 Each result has its 95 % bootstrap interval over the images; chance is to predict the most frequent class everywhere.
 """,
@@ -125,11 +127,12 @@ Each result has its 95 % bootstrap interval over the images; chance is to predic
     ),
     "tokens": (
         "accuracy against resolution: a sweep over tokens per item",
-        """Measure kNN or zero-shot top-1 with several numbers of tokens per item: native aspect ratio against squares.
+        """Measure kNN or zero-shot top-1 at several numbers of tokens per item: native aspect ratio against squares.
 
-A native item has the most tokens up to the number; for a square it is stretched or squeezed. Small items are enlarged.
-A note gives the difference of both on the same items, with its interval, and their mean numbers of tokens. --by knn
-takes the votes of the 20 nearest training items at the same resolution; --by zero-shot class names as texts.
+At its native aspect ratio, an item gets as many tokens as possible up to the number; as a square, it is stretched.
+Small items are enlarged. A note gives the difference between the two on the same items, with its interval, and their
+mean numbers of tokens. --by knn classifies by the 20 nearest training items at the same resolution, --by zero-shot by
+the text embeddings of the class names.
 """,
         """
   univitar-ds eval tokens runs/photos --data data/pets --by knn --counts 64,144,256,576 --png tokens.png""",
@@ -138,7 +141,7 @@ takes the votes of the 20 nearest training items at the same resolution; --by ze
 
 
 def add_tasks(commands) -> None:
-    """Adds a command for each task to `commands`; `main.parse` takes its two words together."""
+    """Adds a command `eval TASK` for each task to `commands`; `main.parse` joins its two words."""
     for task in TASKS:
         help_text, about, examples = _ABOUT[task]
         description = f"{about}{_common(task)}{examples}"
@@ -153,7 +156,10 @@ def add_tasks(commands) -> None:
         if task in ("linear", "attentive", "dense"):
             parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training items")
         parser.add_argument(
-            "--cache", type=expand, metavar="DIR", help="for packed data and features (~/.cache/univitar_ds/data)"
+            "--cache",
+            type=expand,
+            metavar="DIR",
+            help="folder of packed data and features (default ~/.cache/univitar_ds/data)",
         )
         if task in BY_FEATURES:
             parser.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
@@ -163,56 +169,75 @@ def add_tasks(commands) -> None:
 
 
 def _common(task: str) -> str:
-    """Returns the part of a description that tasks share; the dense probe has its own data and figures."""
+    """Returns the part of a description that tasks share; the dense probe describes its own data and figures."""
     if task == "dense":
         return _MODEL
     return f"{_MODEL}{_PEERS}{_SOURCE}{_FEATURES}{_FIGURES}" if task in BY_FEATURES else f"{_MODEL}{_SOURCE}{_FIGURES}"
 
 
 def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
-    """Adds the options of tasks on images and videos with labels or captions."""
+    """Adds the options of tasks on items with labels or captions: all but the dense probe."""
     parser.add_argument("--split", default="test", help="split that is scored (default test)")
     if task in PROBES:
-        parser.add_argument("--train-split", default="train", help="split to learn from (default train)")
-        parser.add_argument("--train-data", type=expand_place, metavar="SOURCE", help="its source (default SOURCE)")
+        parser.add_argument("--train-split", default="train", help="split to train on (default train)")
+        parser.add_argument(
+            "--train-data", type=expand_place, metavar="SOURCE", help="source of the training split (default --data)"
+        )
     if task in ("zero-shot", "tokens"):
         parser.add_argument(
             "--templates",
             type=expand_place,
             metavar="TEXTFILE",
-            help="a sentence per line, with {} for the class; imagenet: CLIP's 80 (default for images)",
+            help="a template per line, with {} for the class; imagenet: CLIP's 80 (default for images)",
         )
     if task == "retrieval":
-        parser.add_argument("--captions", choices=("one", "lines"), default="one", help="captions of a text")
+        parser.add_argument(
+            "--captions",
+            choices=("one", "lines"),
+            default="one",
+            help="content of a text: one caption (default), or one per line",
+        )
     else:
         parser.add_argument("--class-names", type=expand_place, metavar="TEXTFILE", help="names of numbered labels")
     if task == "knn":
-        parser.add_argument("--neighbours", type=_counts, metavar="K,K", help="numbers of neighbours (10,20)")
+        parser.add_argument("--neighbours", type=_counts, metavar="K,K", help="numbers of neighbours (default 10,20)")
     if task == "linear":
-        parser.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="default lbfgs")
+        parser.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="see above (default lbfgs)")
     if task == "attentive":
-        parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an item (default: of the model)")
+        parser.add_argument(
+            "--max-tokens", type=positive, metavar="N", help="maximum of an item (default: the model's)"
+        )
     if task == "tokens":
         parser.add_argument(
             "--counts", type=_counts, metavar="N,N", help="tokens per item (default 64,144,256,576,1024)"
         )
-        parser.add_argument("--by", choices=("knn", "zero-shot"), help="default: zero-shot with a text tower, else knn")
+        parser.add_argument(
+            "--by", choices=("knn", "zero-shot"), help="default: zero-shot if the model has a text tower"
+        )
         parser.add_argument("--png", type=expand, metavar="FILE", help="also draw the curves")
 
 
 def _add_dense(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="validation", help="split that is scored (default validation)")
-    parser.add_argument("--train-split", default="training", help="split to learn from (default training)")
-    parser.add_argument("--train-data", type=expand_place, metavar="SOURCE", help="its source (default SOURCE)")
-    parser.add_argument("--masks", type=expand_place, metavar="FOLDER", help="of label maps (default: ADE20K's layout)")
-    parser.add_argument("--train-masks", type=expand_place, metavar="FOLDER", help="of --train-data (default --masks)")
-    parser.add_argument("--mask-suffix", default=".png", metavar="TEXT", help="end of their names (default .png)")
-    parser.add_argument("--image-suffix", metavar="TEXT", help="end of the names of images (default: the extension)")
+    parser.add_argument("--train-split", default="training", help="split to train on (default training)")
     parser.add_argument(
-        "--ignore", type=_labels, default=(255,), metavar="N,N", help="values that are no class (default 255)"
+        "--train-data", type=expand_place, metavar="SOURCE", help="source of the training split (default --data)"
+    )
+    parser.add_argument(
+        "--masks", type=expand_place, metavar="FOLDER", help="folder of label maps (default: ADE20K's layout)"
+    )
+    parser.add_argument(
+        "--train-masks", type=expand_place, metavar="FOLDER", help="label maps of --train-data (default --masks)"
+    )
+    parser.add_argument("--mask-suffix", default=".png", metavar="TEXT", help="ending of label maps (default .png)")
+    parser.add_argument("--image-suffix", metavar="TEXT", help="ending of images (default: the extension)")
+    parser.add_argument(
+        "--ignore", type=_labels, default=(255,), metavar="N,N", help="values that are not classes (default 255)"
     )
     parser.add_argument("--window", type=positive, metavar="PX", help="side of sliding windows (default: whole images)")
-    parser.add_argument("--stride", type=positive, metavar="PX", help="of windows (default: two thirds of a window)")
+    parser.add_argument(
+        "--stride", type=positive, metavar="PX", help="step between windows (default: two thirds of a window)"
+    )
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -222,7 +247,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def _labels(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if strange := [part for part in parts if not part.isdecimal() or int(part) >= 1 << 16]:
-        raise argparse.ArgumentTypeError(f"{strange[0]} is no value of a label map, which are 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{strange[0]} is not a value of a label map; give values from 0 to 65535")
     return tuple(map(int, parts))
 
 

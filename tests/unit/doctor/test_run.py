@@ -100,7 +100,7 @@ def test_the_command_ends_with_0_without_a_failed_row(monkeypatch, capsys):
 
 def test_overrides_need_a_run_file(capsys):
     assert main(["doctor", "data.lanes=3"]) == 2
-    assert "data.lanes=3 overrides a run file; give one by --config" in capsys.readouterr().err
+    assert "data.lanes=3 overrides a key of a run file; name the run file with --config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "soon"])

@@ -161,7 +161,7 @@ def test_a_value_of_label_maps_is_a_whole_number(run, capsys):
     for value in ("x", "-1", "65536"):
         with pytest.raises(SystemExit):
             main(["eval", "dense", str(run), "--data", "nowhere", f"--ignore={value}"])
-        assert f"{value} is no value of a label map, which are 0 to 65535" in capsys.readouterr().err
+        assert f"{value} is not a value of a label map; give values from 0 to 65535" in capsys.readouterr().err
 
 
 def test_processes_are_for_tasks_that_compute_features_by_them(capsys):

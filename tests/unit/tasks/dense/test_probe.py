@@ -164,4 +164,4 @@ def test_a_narrow_image_that_windows_would_enlarge_beyond_the_limit_is_left_out(
 def test_an_ignored_value_that_no_label_map_can_have_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "dense", "run", "--data", "data", "--ignore", "0,70000"])
-    assert "70000 is no value of a label map, which are 0 to 65535" in capsys.readouterr().err
+    assert "70000 is not a value of a label map; give values from 0 to 65535" in capsys.readouterr().err
