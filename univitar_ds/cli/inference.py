@@ -105,7 +105,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="dtype of the weights (default: bfloat16 on a GPU, else as stored)",
     )
-    parser.add_argument("--workers", type=positive, metavar="N", help="decoding processes for each process of --nproc")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="decoding processes of each process that runs MODEL"
+    )
     add_weights(parser)
 
 

@@ -1,3 +1,3 @@
-"""What a run will do: checks before it starts, sizes of its packs, model and checkpoints, and a report of all that."""
+"""Planning of a run: checks before it starts, and predicted batch sizes, parameters, memory and step time."""
 
 __all__ = ["checks", "deepspeed_auto", "gpus", "memory", "report", "sizes", "step_time"]

@@ -1,5 +1,7 @@
-"""Checks of a run before it starts. Independent faults are reported together. Nothing is written
-but the shards of sources that are no shards."""
+"""Checks of a run before it starts. Independent errors are reported together.
+
+Nothing is written, except that `pack=True` packs sources into shards that are not shards already.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
     from univitar_ds.planning.deepspeed_auto import Choice
 
 Model = tuple[Mapping[str, Any], int | None]
-"""The description of a run's model (`ContrastiveModel.description`), and the number of classes of a classifier."""
+"""The description of a model (`ContrastiveModel.description`), and its number of classes; None: not a classifier."""
 _Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
 
 
 class SeveralFaults(ConfigError):
-    """Several errors of one run, each with its sentence."""
+    """Several errors of one run. The message lists the message of each; `errors` holds the errors."""
 
     def __init__(self, errors: Sequence[UserError]) -> None:
         lines = [str(error).replace("\n  - ", "\n    - ") for error in errors]
@@ -40,13 +42,13 @@ class SeveralFaults(ConfigError):
 
 
 class Faults:
-    """Runs checks that do not depend on each other, and raises the errors of all of them."""
+    """Collects the errors of checks that do not depend on each other, so that all are raised together."""
 
     def __init__(self) -> None:
         self._errors: list[UserError] = []
 
     def of(self, check: Callable[_Given, _Result], *given: _Given.args, **options: _Given.kwargs) -> _Result | None:
-        """Returns the result of a check; None if it raised a UserError, which is kept."""
+        """Calls `check(*given, **options)` and returns its result; None if it raised a UserError, which is kept."""
         try:
             return check(*given, **options)
         except UserError as error:
@@ -57,7 +59,7 @@ class Faults:
         return bool(self._errors)
 
     def raise_all(self) -> None:
-        """Raises: the error that was kept; if there are several, a SeveralFaults."""
+        """Raises the error that was kept, or a SeveralFaults if there are several. Does nothing without errors."""
         if len(self._errors) == 1:
             raise self._errors[0]
         if self._errors:
@@ -66,10 +68,11 @@ class Faults:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, checked.
+    """The checked inputs of a run.
 
-    `deepspeed`: the JSON as read; `resolved`: as DeepSpeed gets it; `shards`, `evaluation`: of both lists of sources;
-    `start`: the opened model `model.init_from`; `teacher`: its configuration. None: the run has none.
+    `deepspeed`: the DeepSpeed JSON as read; `resolved`: the complete configuration that DeepSpeed gets; `shards`,
+    `evaluation`: the shards of `data.sources` and `evaluation.sources`; `start`: the opened model `model.init_from`,
+    None without one; `teacher`: shape of the teacher, None without one.
     """
 
     config: RunConfig
@@ -80,11 +83,11 @@ class Inputs:
     start: StoredModel | None
     teacher: TeacherShape | None
     choice: Choice | None = None
-    """Of `deepspeed: auto`; None: the run file names a configuration."""
+    """The configuration that `deepspeed: auto` chose; None if the run file names one."""
 
     @property
     def joint(self) -> JointConfig | None:
-        """The joint embedding that the run takes from `start`, None if it makes its own."""
+        """The joint embedding that the run takes from `start`; None if the run file configures it."""
         whole = self.start is not None and self.config.model.init_part == "model"
         return self.start.joint if whole else None
 
@@ -92,12 +95,12 @@ class Inputs:
 def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = False) -> Inputs:
     """Checks everything that a new run on `world_size` ranks reads.
 
-    Args: recipe: name of the run file in messages; pack: whether sources that are no shards are packed, after
-        everything else was checked. Otherwise such a source is a fault, unless it was packed before.
-    Returns: the inputs; their configuration has the joint embedding of `model.init_from` if that is a whole model, and
-        the packed sources.
-    Raises: the UserError of the fault, such as DataError or CheckpointError; ConfigError with all faults if there are
-        several.
+    Args: recipe: name of the run file in messages; pack: whether to pack sources that are not shards, after everything
+        else was checked. Without it such a source is an error, unless it was packed before.
+    Returns: the inputs. Their `config` names the packed sources, and has the joint embedding of `model.init_from` if
+        `model.init_part` is "model".
+    Raises: the UserError of the check that failed, such as DataError or CheckpointError; SeveralFaults if several
+        checks failed.
     """
     check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
     faults = Faults()
@@ -118,10 +121,11 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
 
 
 def check_reopened(config: RunConfig, deepspeed: str, world_size: int, run_file: str, *, pack: bool = False) -> Inputs:
-    """Checks what a run that continues on `world_size` ranks reads.
+    """Checks what a run reads that is resumed on `world_size` ranks.
 
-    Args: deepspeed: name or path of the JSON; run_file: name of the run file in messages; pack: see `check_run`.
-    Returns: the inputs with packed sources; without the model that the run has started from, and the teacher.
+    Args: deepspeed: name or path of the DeepSpeed JSON, or AUTO; run_file: path of the config.yaml in the run's folder;
+        pack: see `check_run`.
+    Returns: the inputs with packed sources. `start` and `teacher` are None: they were checked when the run was made.
     Raises: as `check_run`.
     """
     check_libraries(config)  # alone: with a broken library other checks would fail for the same reason
@@ -140,9 +144,12 @@ def check_reopened(config: RunConfig, deepspeed: str, world_size: int, run_file:
 def _configuration(
     config: RunConfig, deepspeed: str, world_size: int, run_file: str, faults: Faults
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Returns a DeepSpeed JSON as read, and as DeepSpeed gets it; (None, None) if it is still to be chosen or at fault.
+    """Returns a DeepSpeed JSON as read, and the complete configuration that DeepSpeed gets.
 
-    Args: deepspeed: name or path of the JSON, or AUTO; run_file: name of the run file in messages.
+    A value is None if its check failed; both are None for AUTO, whose configuration is chosen later.
+
+    Args: deepspeed: name or path of the JSON, or AUTO; run_file: name of the run file in messages; faults: keeps the
+        errors.
     """
     if deepspeed == AUTO:
         faults.of(packs_per_rank, config, world_size)
@@ -154,9 +161,9 @@ def _configuration(
 
 
 def _with_choice(found: Inputs, world_size: int, run_file: str, model: Callable[[], Model]) -> Inputs:
-    """Returns the inputs with the configuration that `deepspeed: auto` takes.
+    """Returns the inputs with the configuration that `deepspeed: auto` chooses.
 
-    Args: model: returns the description of the model and its number of classes; it is called if there are GPUs.
+    Args: model: returns the description of the model and its number of classes; called only if there are GPUs.
     """
     from univitar_ds.drafting.machine import this_machine
     from univitar_ds.planning.deepspeed_auto import choose, ranks_of
@@ -177,7 +184,8 @@ def _with_choice(found: Inputs, world_size: int, run_file: str, model: Callable[
 def foreseen_model(found: Inputs) -> Model:
     """Returns the description of a new run's model, and its number of classes if it is a classifier.
 
-    A tokenizer that is still to be trained is taken to have `model.text.vocab_size` tokens.
+    If the tokenizer is not trained yet, `model.text.vocab_size` tokens are assumed. The classes are read from the
+    samples of the sources (`find_classes`).
     """
     from univitar_ds.model.build import describe, described_encoder
     from univitar_ds.tokenization import load_tokenizer, special_ids
@@ -195,7 +203,8 @@ def foreseen_model(found: Inputs) -> Model:
 def saved_model(run: Path, config: RunConfig, saved: Mapping[str, Any] | None = None) -> Model:
     """Returns the description of the model of the run in folder `run`, and its number of classes if it is a classifier.
 
-    Args: saved: the description in a checkpoint, if it has one."""
+    Args: saved: the description in a checkpoint, if it has one.
+    """
     from univitar_ds.formats.run import run_description
 
     classes = len(ClassList.read(run / CLASSES)) if config.objective.classifies else None
@@ -203,7 +212,10 @@ def saved_model(run: Path, config: RunConfig, saved: Mapping[str, Any] | None = 
 
 
 def find_classes(config: RunConfig) -> ClassList:
-    """Returns the classes of a classification run. Raises: DataError if the sources have no labels to choose from."""
+    """Returns the classes of a classification run, from the labels of all samples of its sources.
+
+    Raises: DataError if a source cannot be read, or no data set has two labels.
+    """
     from univitar_ds.data.labels import iterate_labels
     from univitar_ds.data.storage.base import StorageSettings
 
@@ -213,9 +225,10 @@ def find_classes(config: RunConfig) -> ClassList:
 def _sources(
     config: RunConfig, faults: Faults, pack: bool
 ) -> tuple[RunConfig, Sequence[SourceShard], Sequence[SourceShard]]:
-    """Returns the configuration with packed sources, and the shards of training and evaluation.
+    """Returns the configuration with packed sources, and the shards of training and evaluation; () if a check failed.
 
-    With other faults nothing is packed, and sources are checked only if all of them are shards."""
+    If `faults` has errors already, nothing is packed, and sources are checked only if all of them are shards.
+    """
     from univitar_ds.data.writing.packed_sources import all_are_shards, with_packed_sources
 
     if faults and not all_are_shards(config):
@@ -226,8 +239,11 @@ def _sources(
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Imports the plugins of a run. Raises: PluginError if one cannot be imported; if none has the run's objective or
-    optimizer; or if that objective is no sum over pairs, or the optimizer does not update each weight on its own."""
+    """Imports the plugins of a run, and checks its objective and optimizer if they come from a plugin.
+
+    Raises: PluginError if a plugin cannot be imported; if none registers the run's objective or optimizer; if that
+        objective is not a sum over pairs, or that optimizer does not update each weight independently of the others.
+    """
     if config.plugins:
         startup.phase("importing the plugins")
     load_plugins(config.plugins)
@@ -246,7 +262,10 @@ def check_plugins(config: RunConfig) -> None:
 
 
 def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:
-    """Returns the ZeRO stage of a DeepSpeed JSON called `name`. Raises: ConfigError if a run cannot use it."""
+    """Returns the ZeRO stage of a DeepSpeed JSON. Args: name: of the JSON, in messages.
+
+    Raises: ConfigError for a stage other than 1, 2 and 3.
+    """
     section = deepspeed.get("zero_optimization", {})
     stage = section.get("stage", 0) if isinstance(section, dict) else section
     if stage not in (1, 2, 3):
@@ -257,7 +276,8 @@ def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:
 def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShard]]:
     """Returns the shards of training and evaluation.
 
-    Raises: DataError if a source is missing or has no usable samples, with all such sources; StorageError.
+    Raises: DataError that names all sources that are missing or have no usable samples; SeveralFaults if several checks
+        failed; StorageError.
     """
     from univitar_ds.data.shards.contents import check_contents
     from univitar_ds.data.shards.sources import find_shards, validate_sources
@@ -284,9 +304,9 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
 
 
 def check_teacher(config: RunConfig) -> TeacherShape | None:
-    """Returns the teacher's configuration, so that an unsupported model is rejected early; None without a teacher.
+    """Returns the shape of the teacher from its configuration file, without its weights; None without a teacher.
 
-    Raises: UserError as `read_teacher`.
+    Raises: as `read_teacher`, for a model that is not supported.
     """
     if config.objective.teacher is None:
         return None
@@ -296,8 +316,11 @@ def check_teacher(config: RunConfig) -> TeacherShape | None:
 
 
 def check_libraries(config: RunConfig) -> None:
-    """Raises: InstallationError if the installation is not one for training, or a text tower cannot be built;
-    ConfigError if `model.fp8` is asked of a GPU that has none."""
+    """Checks that the packages of a run are installed and that its GPU has the requested precision.
+
+    Raises: InstallationError if a package is missing that training, a tracker or another key of the run needs, or
+        transformers cannot build a text tower; ConfigError if `model.fp8` is true and the GPU has no 8-bit products.
+    """
     startup.phase("checking the installation")
     with extra("train"):
         for package in ("deepspeed", "tensorboard"):
@@ -342,13 +365,18 @@ def check_text(config: RunConfig) -> None:
 
 
 def given_tokenizer(config: RunConfig) -> Path | None:
-    """Returns the path of the configured tokenizer.json, or of that in the text tower's folder; None without both."""
+    """Returns the path of `model.text.tokenizer`, or of the tokenizer.json in `model.text.path`; None without both."""
     text = config.model.text
     return Path(text.tokenizer) if text.tokenizer else Path(text.path, TOKENIZER) if text.path else None
 
 
 def open_start(config: RunConfig) -> StoredModel | None:
-    """Opens the model that the run starts from, None without one. Raises: CheckpointError."""
+    """Returns the model that the run starts from (`model.init_from`), None without one.
+
+    A model on S3 or on the hub is copied to this machine first, and the checksums of a run's checkpoint are compared.
+
+    Raises: CheckpointError or ConfigError if it cannot be opened.
+    """
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.formats.recognise import open_stored
 
@@ -362,10 +390,10 @@ def open_start(config: RunConfig) -> StoredModel | None:
 
 
 def check_shapes(config: RunConfig, start: StoredModel | None, ranks: int | None = None) -> None:
-    """Checks the shapes of the run's model, and the weights that it starts from.
+    """Checks the shapes of the run's model, and that the weights it starts from fit them and are complete.
 
-    Args: start: the opened model `model.init_from`; ranks: of the run, if known.
-    Raises: CheckpointError or ConfigError if they do not fit.
+    Args: start: the opened model `model.init_from`, None without one; ranks: number of ranks, None if unknown.
+    Raises: CheckpointError or ConfigError if something does not fit.
     """
     from univitar_ds.model.build import check_model
     from univitar_ds.model.from_stored import check_complete
@@ -378,9 +406,12 @@ def check_shapes(config: RunConfig, start: StoredModel | None, ranks: int | None
 
 
 def with_joint(config: RunConfig, joint: JointConfig | None) -> RunConfig:
-    """Returns the configuration with the joint embedding of the model that the whole run starts from.
+    """Returns the configuration with embedding width, pooling heads and context length of the model it starts from.
 
-    Only keys that the run file leaves out are set. Raises: ConfigError if the run file gives another tokenizer.
+    Only keys that the run file leaves out are set.
+
+    Args: joint: of the whole model that the run starts from; None: nothing is changed.
+    Raises: ConfigError if the run file sets `model.text.tokenizer`, which comes with that model.
     """
     if joint is None:
         return config
@@ -395,7 +426,7 @@ def with_joint(config: RunConfig, joint: JointConfig | None) -> RunConfig:
 
 
 def existing_parent(path: Path) -> Path:
-    """Returns `path` or the nearest path above it that exists."""
+    """Returns the absolute `path`, or its nearest parent that exists."""
     path = path.absolute()
     while not os.path.lexists(path):
         path = path.parent
@@ -403,7 +434,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_lengths(run: Path) -> None:
-    """Raises: OSError if a name in the path is longer than its file system allows, before any folder is made."""
+    """Checks the path of a run's folder. Raises: OSError if a name in it is too long for the file system."""
     import errno
 
     parent = existing_parent(run)

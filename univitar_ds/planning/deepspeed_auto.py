@@ -1,6 +1,6 @@
 """Chooses the DeepSpeed configuration of a run with `deepspeed: auto` by the memory of a GPU.
 
-The rule is stated in `ds_configs/README.md`. All figures are derived from shapes; none is measured on a GPU.
+`ds_configs/README.md` states the rule. Memory is predicted from shapes (`planning.memory`), not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, pea
 from univitar_ds.planning.sizes import Counts, amount
 
 USABLE = 0.8
-"""Share of a GPU's memory that may be planned: the rest is for CUDA itself, a teacher and fragmentation."""
+"""Share of a GPU's memory that the prediction may fill. The rest is for CUDA itself, a teacher and fragmentation."""
 SEVERAL_PACKS = 4
-"""Packs of a rank in a step from which ZeRO-1 is taken: it exchanges gradients once a step, after the backward pass,
-ZeRO-2 for each pack, beside it. Chosen, not measured."""
+"""Minimum number of packs of a rank in a step for ZeRO-1. ZeRO-1 exchanges gradients once a step, after the backward
+pass; ZeRO-2 exchanges them for each pack, overlapped with the backward pass. Chosen, not measured."""
 ON_CPU = "zero3_cpu"
 OFFLOADED = "zero3_offload"
 ON_GPUS = ("zero1", "zero2", "zero3_node", "zero3", OFFLOADED)
-"""Candidates, from the fewest to the most messages of a step. The first that fits is taken."""
+"""Candidates, in the order of the number of messages in a step. The first that fits is chosen."""
 _TASKS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run: `size` in all, `node` of them on each machine, each with a GPU of at least `gpu_memory` bytes
-    (0: on a CPU)."""
+    """The ranks of a run. `size`: number of ranks; `node`: ranks on each machine; `gpu_memory`: bytes of the smallest
+    GPU, 0 on a CPU."""
 
     size: int
     node: int
@@ -41,7 +41,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen configuration: its name in `ds_configs/`, and the reason. `fits`: whether it fits by the estimate."""
+    """A chosen configuration: its name in `ds_configs/`, and the reason. `fits`: whether the predicted memory fits."""
 
     name: str
     reason: str
@@ -49,12 +49,12 @@ class Choice:
 
     @property
     def line(self) -> str:
-        return f"deepspeed: {AUTO} takes {self.name}: {self.reason}"
+        return f"deepspeed: {AUTO} chooses {self.name}: {self.reason}"
 
 
 def ranks_of(world_size: int, machine: Machine, environment: Mapping[str, str]) -> Ranks:
-    """Returns the ranks of a run. A launcher's variable says how many a machine has; without one, each GPU has a
-    rank."""
+    """Returns the ranks of a run. The number on each machine comes from the launcher's variables, or else from the
+    number of its GPUs; without GPUs, all ranks are on one machine."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
     found = (_TASKS.match(environment.get(name, "")) for name in names)  # Slurm writes 8(x2),4
     node = next((int(match[0]) for match in found if match), machine.gpus or world_size)
@@ -62,12 +62,12 @@ def ranks_of(world_size: int, machine: Machine, environment: Mapping[str, str]) 
 
 
 def choose(config: RunConfig, description: Mapping[str, Any], counts: Counts, ranks: Ranks) -> Choice:
-    """Returns the first of ON_GPUS that fits into a GPU with the activations of the largest pack; ON_CPU without GPUs.
+    """Returns the first of ON_GPUS whose predicted memory fits into a GPU in every stage; ON_CPU without GPUs.
 
-    If none fits by the estimate, that which needs least without offloading.
+    If none fits, returns the one without offloading that needs the least memory.
 
-    Args: description: `ContrastiveModel.description` of the model.
-    Raises: ConfigError if the ranks do not divide the lanes.
+    Args: description: `ContrastiveModel.description` of the model; counts: its numbers of parameters.
+    Raises: ConfigError if the number of ranks does not divide the lanes.
     """
     if not ranks.gpu_memory:
         return Choice(ON_CPU, "fp32 on a CPU, since no GPU is used")
@@ -95,6 +95,10 @@ def choose(config: RunConfig, description: Mapping[str, Any], counts: Counts, ra
 
 
 def _candidates(ranks: Ranks, packs: int, tensor: int) -> Sequence[str]:
+    """Returns the names in ON_GPUS that these ranks can use.
+
+    Args: packs: of a rank in a step; tensor: `model.tensor_parallel`.
+    """
     if ranks.size == 1:
         return ("zero2", OFFLOADED)
     left_out = set() if packs >= SEVERAL_PACKS else {"zero1"}
@@ -108,9 +112,9 @@ def _candidates(ranks: Ranks, packs: int, tensor: int) -> Sequence[str]:
 def _largest(
     config: RunConfig, description: Mapping[str, Any], counts: Counts, ranks: Ranks, name: str
 ) -> tuple[float, StageConfig]:
-    """Returns the bytes of a GPU in the stage that needs most, and that stage.
+    """Returns the predicted peak memory of a GPU in bytes in the stage that needs most, and that stage.
 
-    `checkpoint_every: auto` counts as recomputation of every block: it recomputes less where memory is left.
+    For `checkpoint_every: auto`, recomputation of every block is assumed, the kind with the least memory.
     """
     resolved = resolve_deepspeed(config, ranks.size, read_deepspeed(name), (AUTO, name))
     model, place = PlannedModel(config, description, counts), Placement(ranks.size, ranks.node, resolved)

@@ -1,4 +1,4 @@
-"""GPUs that the model of a step knows: what their makers publish, and the rates that kernels are taken to reach."""
+"""The GPUs of the predictions: published figures, and the rates that kernels are assumed to reach."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 GPUS_OF_A_NODE = 8
-"""Of a DGX or HGX, published."""
+"""GPUs of a DGX or HGX machine (published)."""
 Kind = Literal["published", "derived", "measured", "chosen"]
 KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Assumption:
-    """A number of the model, with where it comes from.
+    """A number that the prediction uses, with its unit and source.
 
-    `kind`: published by a maker or paper; derived by counting, which a test repeats; measured here on a CPU; chosen:
-    plausible, and not measured on a GPU.
+    `kind`: "published" by a maker or in a paper; "derived" by counting, which a test repeats; "measured" on a CPU;
+    "chosen" as plausible, without a measurement.
     """
 
     value: float
@@ -29,10 +29,13 @@ class Assumption:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU and its links. Rates of matrix products and attention are in FLOP/s, those of memory and links in bytes/s.
+    """A GPU and its links. `peak`, `products` and `attention_*` are in FLOP/s, `memory` in bytes, the others in
+    bytes/s.
 
-    `node_link`: to the other GPUs of a node, `network`: to other nodes, both in one direction and per GPU. The rates of
-    attention are those of flash-attn 2, which torch's varlen attention has too, on a B200 of flash-attn 4.
+    `peak`: published, of bf16 matrix products; `products`: reached by matrix products; `attention_forward`,
+    `attention_backward`: reached by attention, with flash-attn 2 (torch's varlen attention has the same kernels), on a
+    B200 with flash-attn 4; `bandwidth`: of the memory; `node_link`: to the other GPUs of a node; `network`: to other
+    nodes, both in one direction and per GPU.
     """
 
     peak: Assumption
@@ -45,7 +48,7 @@ class Gpu:
     attention_backward: Assumption
 
     def assumptions(self) -> Iterator[tuple[str, Assumption]]:
-        """Yields the names and values of all numbers."""
+        """Yields the name of each field and its assumption."""
         yield from ((field.name, getattr(self, field.name)) for field in fields(self))
 
 
@@ -101,13 +104,15 @@ GPUS = {
         attention_backward=_chosen(400e12, "FLOP/s", "flash-attn 4 at heads of 64 to 80"),
     ),
 }
-"""By the name that is a word of the name that the driver reports."""
+"""GPUs by name. The key is one of the words in the name that the driver reports."""
 
 
 def known_gpu(name: str) -> str | None:
-    """Returns the key of GPUS of a device that the driver reports, such as "NVIDIA H100 80GB HBM3"; None for others.
+    """Returns the key in GPUS of a device, None if it is not in GPUS.
 
-    Cards for PCIe have lower clocks and no NVLink, and are not known; nor are parts of a GPU and the A100 of 40 GB.
+    PCIe cards are not, since they have lower clocks and no NVLink; nor are MIG instances and the A100 of 40 GB.
+
+    Args: name: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
     """
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     if words & {"PCIE", "NVL", "MIG", "40GB"}:

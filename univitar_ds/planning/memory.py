@@ -1,19 +1,20 @@
-"""Predicts the memory of a rank in a training step by part, from shapes, at the moments at which it can peak.
+"""Predicts the memory of a rank in a training step by part, from shapes, at each moment at which it can peak.
 
-A step holds what stays between steps (`sizes.memory_of_rank`), and adds:
+At all moments a rank holds its states (`sizes.memory_of_rank`), the weights of a teacher and the pixels of all packs.
+With ZeRO-3, gathered weights are added while modules run. In addition:
 
-| moment | in addition to the states |
+| moment | in addition |
 |---|---|
-| teacher | weights and widest layer of the teacher |
+| teacher | activations of a layer of the teacher |
 | loss | activations of both towers, features for the teacher, texts and a chunk of logits |
-| text backward | activations of both towers, gradients of a text block, buckets of gradients |
-| encoder backward | activations of the encoder, what its last block recomputes and its gradients, buckets |
-| gradients | the last bucket being reduced, with ZeRO-1 all gradients |
-| update | the optimizer's copies; on a CPU two temporaries of AdamW; five copies of parts of Muon's matrices |
-| evaluation | between two steps: whole weights of each kind, the buffer in which they are gathered, a pack's forward |
+| text backward | activations of both towers, features for the teacher, gradients of a text block, buckets |
+| encoder backward | activations of the encoder, what its last block recomputes, gradients of that block, buckets |
+| gradients | the last bucket while it is reduced; all gradients if they do not stay between steps, or with ZeRO-1 |
+| update | float32 copies of the optimizer; on a CPU two temporaries of AdamW; five copies of a rank's Muon matrices |
+| evaluation | between steps, with its own pixels: whole weights of each kind, the buffer that gathers them, a block |
 
-The prediction is the largest of them. `tests/pretence/test_memory.py` compares it with the real step on a simulated
-GPU, `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
+The prediction is the largest of these sums. `tests/pretence/test_memory.py` compares it with the real step on a
+simulated GPU, `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from univitar_ds.model.blocks.activations import FUSED, SELECTIVE, SPLIT, Kept, 
 
 FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
-"""What runs the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
+"""Implementation of the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
 EVALUATION = "evaluation"
 """The moment between two steps at which the run evaluates."""
 GATHERED_AT_ONCE = 1 << 25
-"""Elements of whole weights that are gathered at a time, see `training.checkpoint.whole_weights`."""
+"""Number of elements of whole weights that are gathered at a time, see `training.checkpoint.whole_weights`."""
 REDUCED_AT_ONCE = 500_000_000
-"""Gradients that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
+"""Number of gradient elements that DeepSpeed reduces at once with ZeRO-1 in bf16 (its default)."""
 _BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
     "fused": {2: FUSED, 4: FUSED},
     "compiled": {2: Kept(6, 7, 3), 4: Kept(6, 7, 3)},
@@ -50,18 +51,19 @@ _SPLIT_BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
 }
 """The same with tensor parallelism, whose norms over a split width run in plain torch everywhere."""
 _SPLIT_GRADIENTS = {2: 6, 4: 4}
-"""Gradients of a feed-forward layer of which a rank has a part, in values of this part, by the bytes of a value. Those
-of its norm are in float32."""
+"""Gradients of a feed-forward layer whose width is split over ranks, as multiples of a rank's part of the width, by the
+bytes of a value. Those of its norm are in float32."""
 _TEXT = (8, 2)
-"""What a text block keeps, in multiples of (D, F): its input, two norms, queries, keys, values, the attention's result,
-their sum; both sides of the activation function."""
+"""Values per token that a text block keeps, as multiples of (D, F). D: its input, two norms, queries, keys, values, the
+result of attention, and the sum of that with the input. F: input and output of the activation function."""
 _POOLING = 4
-"""The encoder's result and its norm, keys and values for the attention pooling, in multiples of D."""
+"""Values per token that the attention pooling keeps, as a multiple of D: its input, the norm of it, keys, values."""
 
 
 @dataclass(frozen=True)
 class TextShape:
-    """A text tower: width, blocks, feed-forward width, and tokens of a padded caption. `trained`: if it is trained."""
+    """A text tower. `hidden`: width; `layers`: blocks; `inner`: feed-forward width; `length`: tokens of a padded
+    caption; `trained`: whether it is trained."""
 
     hidden: int
     layers: int
@@ -72,7 +74,7 @@ class TextShape:
 
 @dataclass(frozen=True)
 class TeacherMemory:
-    """A frozen ViT: width, blocks, and bytes of its weights on a rank."""
+    """A teacher, which is a frozen ViT. `layers`: its blocks; `weights`: bytes of its weights on a rank."""
 
     width: int
     layers: int
@@ -93,10 +95,10 @@ class EvaluationLoad:
 class StepLoad:
     """What a rank computes in a step.
 
-    `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of a pack; `items`: of a pack; `packs`: of the rank;
-    `kept`: packs whose graphs are in memory together; `kind`: recomputation; `texts`: of all ranks; `chunk`: texts
-    that are compared at a time; `trains_encoder`: whether blocks get gradients; `tensor`: ranks that share the weights
-    of a block; `evaluation`: None if it is not counted.
+    `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of the pixels of a pack; `items`: of a pack; `packs`: of
+    the rank; `kind`: recomputation, as `checkpoint_every`; `texts`: of all ranks; `chunk`: texts that the loss compares
+    at a time; `kept`: packs whose autograd graphs are in memory together; `trains_encoder`: whether blocks of the
+    encoder get gradients; `tensor`: ranks that share the weights of a block; `evaluation`: None if it is not counted.
     """
 
     encoder: EncoderConfig
@@ -118,13 +120,14 @@ class StepLoad:
 
 @dataclass(frozen=True)
 class States:
-    """What a rank holds, and how its engine works.
+    """The states of a rank, and the settings of its engine.
 
     `parts`: bytes between steps, from `sizes.memory_of_rank`, without those in host memory; `zero`: the section
-    `zero_optimization`; `parameters`: all of them, `trained`: the trained ones; `block`: of the largest block; `ranks`:
-    those that share a training state; `width`: bytes of a weight in the forward pass; `gradient`: of an accumulated
-    gradient; `text`: parameters of the text tower; `matrices`: trained parameters that Muon updates, and
-    `matrix_width` bytes of a value in its messages.
+    `zero_optimization`; `parameters`: number of parameters; `trained`: of trained parameters; `block`: of parameters of
+    the largest block; `ranks`: ranks that share a training state; `width`: bytes of a weight in the forward pass;
+    `gradient`: bytes of an accumulated gradient; `text`: parameters of the text tower; `matrices`: trained parameters
+    that Muon updates; `matrix_width`: bytes of a value in Muon's messages; `offloaded`: whether the optimizer is in
+    host memory.
     """
 
     parts: Mapping[str, float]
@@ -147,12 +150,12 @@ class States:
 
     @property
     def share(self) -> float:
-        """Number of trained parameters whose optimizer states this rank has."""
+        """Number of trained parameters whose optimizer states a rank has."""
         return self.trained / self.ranks
 
     @property
     def bucket(self) -> int:
-        """Elements of a bucket of gradients."""
+        """Number of elements in a bucket of gradients."""
         return self.zero.get("reduce_bucket_size", 500_000_000)
 
 
@@ -173,7 +176,7 @@ class Peak:
 
 
 def peak(load: StepLoad, states: States) -> Peak:
-    """Returns the memory of a rank at the moment of a step that needs most."""
+    """Returns the memory of a rank at the moment of a step with the largest sum."""
     found = moments(load, states)
     sizes = {moment: sum(parts.values()) for moment, parts in found.items()}
     moment = max(sizes, key=sizes.__getitem__)
@@ -181,7 +184,7 @@ def peak(load: StepLoad, states: States) -> Peak:
 
 
 def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
-    """Returns the bytes of a rank by part, at each moment of the module's table."""
+    """Returns the bytes of a rank by part, for each moment in the table of this module."""
     vision, text = encoder_kept(load, states), text_kept(load, states)
     distilled = _distilled(load, states)
     teacher = {} if load.teacher is None else {"teacher": load.teacher.weights}
@@ -201,7 +204,7 @@ def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
     }
     if load.teacher is not None:
         found["teacher"] = [before, running, {"teacher": _teacher_forward(load, states)}]
-    found["encoder backward"].append({"text tower": -text})  # its own graph is freed by then
+    found["encoder backward"].append({"text tower": -text})  # the graph of this pack's texts is freed by then
     moments_of_step = {name: _sum([always, *parts]) for name, parts in found.items()}
     if load.evaluation is None:
         return moments_of_step
@@ -212,8 +215,8 @@ def moments(load: StepLoad, states: States) -> dict[str, dict[str, float]]:
 
 
 def _evaluation(load: StepLoad, own: EvaluationLoad, states: States) -> dict[str, float]:
-    """Returns the bytes that an evaluation adds: weights in bfloat16 on a GPU, and a block's forward pass without
-    gradient: input, sum and norm, and gate, up and their norm, in plain torch another of these."""
+    """Returns the bytes that an evaluation adds, by part: weights (bfloat16 on a GPU), and the forward pass of a block
+    without gradients: input, sum and norm; gate, up and their norm, of which plain torch has one more."""
     width = 2 if states.kernels == "fused" else FP32
     block = 3 * load.encoder.hidden_size + (4 if states.kernels == "plain" else 3) * load.encoder.inner_width
     copies = {"weights of the evaluation": own.weights * width + GATHERED_AT_ONCE * FP32}
@@ -221,17 +224,20 @@ def _evaluation(load: StepLoad, own: EvaluationLoad, states: States) -> dict[str
 
 
 def kept_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels, tensor: int = 1) -> float:
-    """Returns the bytes that an encoder keeps for a token between its forward and backward pass.
+    """Returns the bytes per token that an encoder keeps between its forward and backward pass.
 
-    Args: width: bytes of a value; tensor: ranks that share the weights of a block.
+    Args: kind: recomputation, as `checkpoint_every`; width: bytes of a value; tensor: ranks that share the weights of a
+        block.
     """
     return bytes_per_token(encoder, kind, width=width, tensor=tensor, block=_block(kernels, width, tensor))
 
 
 def backward_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels, tensor: int = 1) -> float:
-    """Returns the bytes of a token that the backward pass of a block adds: what it computes again, and gradients.
+    """Returns the bytes per token that the backward pass of a block adds: recomputed activations, and gradients.
 
-    The peak is at the gradient of the feed-forward gate: two tensors of F and two of D, in plain torch four of F.
+    The peak is at the gradient of the feed-forward gate: two tensors of width F and two of width D; in plain torch four
+    of width F.
+
     Args: as `kept_bytes`.
     """
     across, inner = encoder.hidden_size, encoder.inner_width
@@ -250,7 +256,7 @@ def _block(kernels: Kernels, width: int, tensor: int) -> Kept:
 
 
 def encoder_kept(load: StepLoad, states: States) -> float:
-    """Returns the bytes of the encoder's activations of a pack between forward and backward pass, with its pooling."""
+    """Returns the bytes of the activations of encoder and pooling for a pack, between forward and backward pass."""
     if not load.trains_encoder:
         return 0.0
     kept = kept_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels, tensor=load.tensor)
@@ -258,7 +264,8 @@ def encoder_kept(load: StepLoad, states: States) -> float:
 
 
 def encoder_backward(load: StepLoad, states: States) -> float:
-    """Returns the bytes of a pack that the backward pass of the last block adds. The pooling's are freed by then."""
+    """Returns the bytes that the backward pass of the last block adds for a pack, less those of the pooling, which are
+    freed by then."""
     if not load.trains_encoder:
         return 0.0
     added = backward_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels, tensor=load.tensor)
@@ -266,7 +273,7 @@ def encoder_backward(load: StepLoad, states: States) -> float:
 
 
 def text_kept(load: StepLoad, states: States) -> float:
-    """Returns the bytes of the text tower's activations of a pack."""
+    """Returns the bytes of the text tower's activations for a pack."""
     text = load.text
     if text is None or not text.trained:
         return 0.0
@@ -275,7 +282,7 @@ def text_kept(load: StepLoad, states: States) -> float:
 
 
 def text_backward(load: StepLoad, states: States) -> float:
-    """Returns the bytes of gradients in a text block."""
+    """Returns the bytes of the gradients of activations in a text block, for a pack."""
     text = load.text
     if text is None or not text.trained:
         return 0.0
@@ -283,13 +290,16 @@ def text_backward(load: StepLoad, states: States) -> float:
 
 
 def _pooling(load: StepLoad, states: States) -> int:
-    """Returns the bytes that the attention pooling keeps for a token."""
+    """Returns the bytes per token that the attention pooling keeps."""
     return states.width * _POOLING * load.encoder.hidden_size
 
 
 def _between(states: States) -> dict[str, float]:
-    """Returns the bytes that stay between steps. ZeRO-2 allocates its gradients in each step, and ZeRO-3 keeps its
-    bucket if the optimizer is offloaded."""
+    """Returns the bytes that stay between steps, by part.
+
+    ZeRO-2, and ZeRO-1 in float32, allocate their gradients in each step. ZeRO-3 with an offloaded optimizer keeps its
+    bucket.
+    """
     parts = dict(states.parts)
     if states.stage == 3 and not states.offloaded:
         return parts
@@ -301,22 +311,24 @@ def _between(states: States) -> dict[str, float]:
 
 
 def _gradients(load: StepLoad, states: States) -> dict[str, float]:
-    """Returns the bytes of gradients of earlier packs and blocks, where they do not stay between steps."""
+    """Returns the bytes of the gradients of earlier packs during a backward pass, if they do not stay between steps."""
     if "gradients" in _between(states) or load.packs == 1:
         return {}
     return {"gradients": states.parts["gradients"]}
 
 
 def _all_gradients(states: States) -> dict[str, float]:
-    """Returns the bytes of all gradients of a rank after the backward pass, where they do not stay between steps."""
+    """Returns the bytes of all gradients of a rank after the backward pass, if they do not stay between steps."""
     return {} if "gradients" in _between(states) else {"gradients": states.parts["gradients"]}
 
 
 def _gathered(states: States, *, after_text: bool = False) -> dict[str, float]:
-    """Returns the bytes of weights that ZeRO-3 has gathered while modules run, and of those that it prefetches.
+    """Returns the bytes of the weights that ZeRO-3 holds gathered while modules run, and of those that it prefetches.
 
-    If all weights may stay gathered, the backward pass prefetches nothing, and the text tower's weights are freed after
-    its backward pass. Args: after_text: whether that is over.
+    If all weights may stay gathered (`stage3_max_live_parameters`), the backward pass prefetches nothing, and the text
+    tower's weights are freed after its backward pass.
+
+    Args: after_text: whether the backward pass of the text tower is over.
     """
     if states.stage != 3 or states.ranks == 1:
         return {}
@@ -329,7 +341,8 @@ def _gathered(states: States, *, after_text: bool = False) -> dict[str, float]:
 
 
 def _buckets(states: States) -> float:
-    """Returns the bytes of buckets that only the backward pass has: with ZeRO-3 gradients that wait to be reduced."""
+    """Returns the bytes of gradient buckets that exist only during the backward pass. With ZeRO-3 they hold gradients
+    that are not reduced yet."""
     if states.stage == 3:
         return 0.0 if states.offloaded else min(states.bucket, states.trained) * states.width
     if states.stage == 1 and states.width < FP32:
@@ -338,9 +351,10 @@ def _buckets(states: States) -> float:
 
 
 def _exchange(states: States) -> float:
-    """Returns the bytes of copies in which gradients are exchanged at the end of a backward pass.
+    """Returns the bytes of the copies through which gradients are exchanged at the end of a backward pass.
 
-    ZeRO-1 in bf16 exchanges all at once: gradients in bf16, joined in float32, and in the type of the message.
+    ZeRO-1 in bf16 exchanges all gradients then: it holds them in bf16, and REDUCED_AT_ONCE of them also joined in
+    float32 and in the dtype of the message.
     """
     if states.stage == 1 and states.width < FP32:
         at_once = min(states.trained, REDUCED_AT_ONCE)
@@ -349,10 +363,11 @@ def _exchange(states: States) -> float:
 
 
 def _update(states: States) -> float:
-    """Returns the bytes of the update: a float32 copy of the gradient of a group, and on a CPU AdamW's temporaries.
+    """Returns the bytes of the update: a float32 copy of the gradients of a group, and on a CPU AdamW's temporaries.
 
-    While Muon's matrices are whole, a rank has five copies of its share, in the type of the messages: momentum, send
-    and receive buffers, and the results."""
+    For Muon, a rank adds five copies of its share of the matrices, in the dtype of the messages: momentum, send and
+    receive buffers, and results.
+    """
     most = states.zero.get("sub_group_size", 10**9) if states.stage == 3 else states.share
     muon = 5 * min(states.matrices / states.ranks, most) * states.matrix_width
     if states.offloaded:
@@ -370,8 +385,8 @@ def _loss(load: StepLoad, states: States) -> float:
 
 
 def _distilled(load: StepLoad, states: States) -> float:
-    """Returns the bytes that distillation keeps of a pack: features of student and teacher in the teacher's width, both
-    masked and normalized in float32, and the norm before the student's head."""
+    """Returns the bytes that distillation keeps for a pack: features of student and teacher in the teacher's width,
+    both masked and normalized in float32, and the output of the norm before the student's head."""
     if load.teacher is None:
         return 0.0
     values = load.teacher.width * (2 * states.width + 4 * FP32) + load.encoder.hidden_size * states.width
@@ -379,12 +394,13 @@ def _distilled(load: StepLoad, states: States) -> float:
 
 
 def _teacher_forward(load: StepLoad, states: States) -> float:
-    """Returns the bytes of a teacher's layer without gradient: input, norm, queries, keys, values, feed-forward."""
+    """Returns the bytes of the activations of a teacher's layer: input, norm, queries, keys, values, feed-forward."""
     assert load.teacher is not None
     return load.tokens * load.teacher.width * (2 + 3 + 2 * 4) * min(2, states.width)
 
 
 def _sum(parts: list[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the sums of sizes by name, without those that are 0."""
     total: dict[str, float] = {}
     for one in parts:
         for name, size in one.items():
@@ -393,5 +409,5 @@ def _sum(parts: list[Mapping[str, float]]) -> dict[str, float]:
 
 
 def pixel_bytes(tokens: float, *, video: bool) -> float:
-    """Returns the bytes of a pack's pixels: a token is a patch of one frame of an image, of two frames of a video."""
+    """Returns the bytes of a pack's pixels (uint8). A token is a patch of an image, or of two frames of a video."""
     return tokens * PATCH * PATCH * 3 * (2 if video else 1)

@@ -1,4 +1,4 @@
-"""Describes what a run will do, as text: data, steps, parameters, memory, checkpoints, and what it starts from."""
+"""The report of `train --dry-run` as text: data, steps, parameters, memory, checkpoints, and initial weights."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from univitar_ds.training.engine.optim import trained_parts
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is described: its inputs, folder, number of ranks and model.
+    """A run to be reported: its inputs, folder, number of ranks and model.
 
-    `description`: of the model, as `ContrastiveModel.description`; `classes`: of a classifier; `done`: steps and
-    samples in the last checkpoint, None for a new run.
+    `description`: of the model, as `ContrastiveModel.description`; `classes`: number of classes, None if the model is
+    not a classifier; `done`: steps and samples in the last checkpoint, None for a new run.
     """
 
     inputs: Inputs
@@ -59,7 +59,7 @@ class Plan:
 
 
 def report(plan: Plan) -> str:
-    """Returns the description of a run in sections.
+    """Returns the report of a run, in sections.
 
     Raises: ConfigError if the disk has too little space for the checkpoints; UserError if the model cannot be built.
     """
@@ -81,7 +81,8 @@ def report(plan: Plan) -> str:
     if unused := unused_parts(config):
         sections["set but not used"] = [line.replace(" is set but not used", "") for line in unused]
     lines = [line for title, body in sections.items() for line in [title, *(f"  {line}" for line in body), ""]]
-    return "\n".join([*lines, "Nothing was written. The same command without --dry-run starts the run."])
+    verb = "starts" if plan.done is None else "continues"
+    return "\n".join([*lines, f"Nothing was written. The same command without --dry-run {verb} the run."])
 
 
 def _run(plan: Plan) -> Iterator[str]:
@@ -111,7 +112,7 @@ def _stage(config: RunConfig, stage: StageConfig, encoder: EncoderConfig, means:
     steps = math.ceil(stage.samples / (least if mean is None else mean))
     length = f"{'' if least == most else 'about '}{steps:,} steps"
     if fewest < steps:
-        length = f"{fewest:,}-{steps:,} steps (no manifest says how large the items are)"
+        length = f"{fewest:,}-{steps:,} steps (item sizes are unknown: not in the manifests)"
     tokens = steps * lanes * stage.token_budget
     yield f"{stage.name}: {stage.samples:,} samples, {length}, up to {steps * lanes:,} packs and {tokens:,} tokens"
     if stage.video_ratio < 1:
@@ -154,7 +155,8 @@ def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     used = [(sizes.memory_of_rank(config, stage, counts, sharing, resolved), stage.name) for stage in config.stages]
     memory, name = max(used, key=lambda entry: entry[0].device + entry[0].host)
     groups = f", in {ranks // sharing} groups" if sharing < ranks else ""
-    yield f"{sizes.RULE[resolved['zero_optimization']['stage']]}; {sharing} here{groups}"
+    plural = "" if sharing == 1 else "s"
+    yield f"{sizes.RULE[resolved['zero_optimization']['stage']]} over {sharing} rank{plural}{groups}"
     for part, size in memory.parts.items():
         yield f"{part:<16} {amount(size):>15}" + ("  (in host memory)" if part in memory.offloaded else "")
     total = f"{'total':<16} {amount(memory.device):>15}"
@@ -182,10 +184,10 @@ def _checkpoints(plan: Plan, counts: sizes.Counts, means: Means) -> Iterator[str
     count = kept_checkpoints(config, plan.encoder, means)
     needed = size * count
     if config.evaluation.every_samples:
-        yield f"the best one stays, {amount(size)} in addition"
+        yield f"the best one is kept too, {amount(size)} in addition"
     if (every := config.checkpoint.keep_every_steps) is not None:
         more = count - kept_after(config, 0)
-        yield f"one every {every:,} steps stays for good, {more:,} in addition, {amount(needed)} at the end"
+        yield f"one every {every:,} steps is never removed, {more:,} in addition, {amount(needed)} at the end"
     if plan.done is None and free < needed:
         raise ConfigError(
             f"{count} checkpoints need {amount(needed)} and {amount(free)} are free in {plan.run.parent}; "
@@ -198,7 +200,7 @@ def _starts(plan: Plan) -> Iterator[str]:
     if plan.done is not None:
         yield f"the last checkpoint in {plan.run}"
     elif start is None:
-        yield "encoder: initial weights"
+        yield "encoder: randomly initialized"
     else:
         part = "the whole model" if config.model.init_part == "model" else "the encoder"
         yield f"model.init_from: {part} of {start.path} ({start.format})"
@@ -215,7 +217,7 @@ def _text(config: RunConfig) -> str:
     text = config.model.text
     if config.model.init_part == "model":
         return "text tower and tokenizer: those of model.init_from"
-    tower = f"weights of {text.path}" if text.path is not None else "initial weights"
+    tower = f"weights of {text.path}" if text.path is not None else "randomly initialized"
     given = given_tokenizer(config)
     if given is not None:
         return f"text tower: {tower}; tokenizer {given}"

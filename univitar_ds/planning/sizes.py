@@ -1,4 +1,4 @@
-"""Sizes of a run's model: parameters by part, memory of a rank by ZeRO stage, and bytes of a checkpoint."""
+"""Sizes of a run: parameters by part, memory of a rank between steps by ZeRO stage, and bytes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FP32 = 4
 MUON = "muon"
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 RULE = {
-    1: "ZeRO-1: optimizer states are shared by the ranks; each has all weights and gradients",
-    2: "ZeRO-2: optimizer states and gradients are shared by the ranks; each has all weights",
-    3: "ZeRO-3: weights, gradients and optimizer states are shared by the ranks",
+    1: "ZeRO-1: each rank has all weights and gradients; optimizer states are sharded",
+    2: "ZeRO-2: each rank has all weights; gradients and optimizer states are sharded",
+    3: "ZeRO-3: weights, gradients and optimizer states are sharded",
 }
-"""What each rank holds, by ZeRO stage."""
+"""What each rank holds between steps, by ZeRO stage."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,19 @@ class Counts:
 
     by_part: Mapping[str, int]
     matrices: Mapping[str, int] = field(default_factory=dict)
-    """Those of `by_part` that are in matrices of blocks, which Muon updates."""
+    """Of the parameters in `by_part`, those in the matrices of blocks, which Muon can update."""
     shapes: Mapping[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
-    """Of these matrices, by part."""
+    """Shapes of these matrices, by part."""
 
     @property
     def total(self) -> int:
         return sum(self.by_part.values())
 
     def split(self, tensor: int) -> Counts:
-        """Returns the parameters of a rank, of `tensor` ranks that share the weights of each block."""
+        """Returns the counts of one rank if `tensor` ranks share the weights of each block (tensor parallelism).
+
+        The result has no `shapes`.
+        """
         parts = (self.by_part, self.matrices)
         return Counts(*({part: n // tensor if part == "blocks" else n for part, n in own.items()} for own in parts))
 
@@ -71,7 +74,8 @@ class Counts:
     def moments(self, config: RunConfig, stage: StageConfig) -> int:
         """Returns the bytes of the optimizer's moments of all parameters that a stage trains.
 
-        Raises: PluginError if the optimizer is that of a plugin that was not imported."""
+        Raises: PluginError if the optimizer comes from a plugin that was not imported.
+        """
         cfg, trained, matrices = config.optimizer, self.trained(config, stage), self.of_muon(config, stage)
         return matrices * _bytes_of(cfg, {"kind": MUON}) + (trained - matrices) * _bytes_of(cfg, {})
 
@@ -91,7 +95,10 @@ def _bytes_of(cfg: OptimizerConfig, group: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a rank, without activations, communication buffers and teacher; `host`: of those, in host memory."""
+    """Bytes of a rank between steps by part, without activations, communication buffers and teacher.
+
+    `offloaded`: names of the parts in host memory; `device`, `host`: the sums on the device and in host memory.
+    """
 
     parts: Mapping[str, float]
     offloaded: tuple[str, ...]
@@ -110,7 +117,8 @@ def count_parameters(
 ) -> Counts:
     """Counts the parameters of a run's model without allocating them.
 
-    Args: description: `ContrastiveModel.description` of the model; classes: of a classifier.
+    Args: description: `ContrastiveModel.description` of the model; teacher_width: width of the features that the run
+        distills, None without a teacher; classes: number of classes, None if the model is not a classifier.
     Raises: ConfigError or CheckpointError as `build_contrastive`.
     """
     text = config.model.text.model_copy(update={"path": None})  # the description has the shape; no weights are read
@@ -137,7 +145,10 @@ def _by_part(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
 def memory_of_rank(
     config: RunConfig, stage: StageConfig, counts: Counts, world_size: int, resolved: Mapping[str, Any]
 ) -> RankMemory:
-    """Returns the memory of a rank in a stage. Args: resolved: the complete DeepSpeed configuration."""
+    """Returns the memory of a rank between the steps of a stage.
+
+    Args: world_size: number of ranks that share a training state; resolved: the complete DeepSpeed configuration.
+    """
     zero = resolved["zero_optimization"]
     trained = counts.trained(config, stage)
     width, gradient = compute_width(resolved), gradient_width(resolved)
@@ -154,14 +165,14 @@ def memory_of_rank(
 
 
 def checkpoint_bytes(config: RunConfig, stage: StageConfig, counts: Counts, resolved: Mapping[str, Any]) -> int:
-    """Returns the bytes of the tensors of a checkpoint: master weights, moments, average, frozen weights."""
+    """Returns the bytes of the tensors in a checkpoint: master weights, moments, averaged weights, frozen weights."""
     trained = counts.trained(config, stage)
     kinds = 1 + (config.optimizer.ema_decay is not None)
     return trained * kinds * FP32 + counts.moments(config, stage) + (counts.total - trained) * compute_width(resolved)
 
 
 def compute_width(resolved: Mapping[str, Any]) -> int:
-    """Returns the bytes of a weight in the forward pass."""
+    """Returns the bytes of a weight in the forward pass: 2 in bf16, else 4."""
     return 2 if resolved.get("bf16", {}).get("enabled") else FP32
 
 
@@ -179,7 +190,7 @@ def amount(size: float) -> str:
 
 
 def encoder_of(description: Mapping[str, Any]) -> EncoderConfig:
-    """Returns the encoder's configuration in a description. Raises: CheckpointError if it is impossible."""
+    """Returns the encoder's configuration in a model's description. Raises: CheckpointError if it is invalid."""
     return EncoderConfig.from_dict(description["encoder"])
 
 

@@ -1,8 +1,8 @@
-"""A model of the time of a training step on GPUs: what each part costs, from counted work and stated rates.
+"""Predicts the time of a training step on GPUs by part, as counted work divided by assumed rates.
 
-Work is counted: FLOPs, bytes, launches and collectives, which tests compare with the real model and engine on a CPU.
-Rates are published, measured on a CPU or chosen (`ASSUMPTIONS`, `gpus.GPUS`); none has been measured on a GPU. So the
-model says which part limits a step and what a change is worth, within the error of its rates.
+The work is counted: FLOPs, bytes, launches and collectives. Tests compare the counts with the real model and engine on
+a CPU. The rates are published, measured on a CPU or chosen (`ASSUMPTIONS`, `gpus.GPUS`); none was measured on a GPU.
+The prediction shows which part limits a step and what a change would gain, within the error of the rates.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from univitar_ds.model.flops import cost_coefficients
 from univitar_ds.planning.gpus import GPUS_OF_A_NODE, Assumption, Gpu
 
 ATTENTION_BACKWARD = 2.5
-"""FLOPs of attention's backward pass per FLOP of the forward pass: five products instead of two, since flash-attn
-computes the logits again. MFU counts 2, see `model.flops`."""
+"""Ratio of the FLOPs of attention in the backward pass to those in the forward pass: five products to two, since
+flash-attn recomputes the logits. MFU counts a ratio of 2, see `model.flops`."""
 FORWARD_LAUNCHES = {"fused": 4, "product": 5, "attention": 1, "other": 1}
 BACKWARD_LAUNCHES = {"fused": 4, "product": 10, "attention": 1, "other": 21}
-"""Device launches of a block, counted."""
+"""Kernel launches of a block by kind of operation, counted."""
 SUMS_OF_FUSED = 12
-"""Of BACKWARD_LAUNCHES["other"]: sums and casts of partial results, which `fused_backward` includes."""
+"""Sums and casts of partial results among BACKWARD_LAUNCHES["other"]. `fused_backward` includes their time."""
 MUON_LAUNCHES = 3
-"""Matrix products of an iteration."""
+"""Matrix products in an iteration of Muon."""
 BF16, FP32 = 2, 4
 
 ASSUMPTIONS = {
@@ -59,12 +59,13 @@ ASSUMPTIONS = {
 
 
 def _of(name: str) -> float:
+    """Returns the value of an assumption."""
     return ASSUMPTIONS[name].value
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen ViT: width, layers, and FLOPs of a token in products, per squared width."""
+    """A teacher, which is a frozen ViT. `products`: FLOPs of matrix products per token and layer, per squared width."""
 
     width: int = 1024
     layers: int = 24
@@ -73,8 +74,12 @@ class Teacher:
 
 @dataclass(frozen=True)
 class MuonWork:
-    """Muon in an update: FLOPs of the rank with most and of all that share the matrices, iterations of that rank over
-    its matrices, bytes that a rank sends, and whether the products are in float32."""
+    """The work of Muon in an update.
+
+    `flops`: of the rank with the most work; `flops_of_all`: of all ranks that share the matrices; `iterations`: of the
+    rank with the most, summed over its matrices; `bytes`: that a rank sends; `fp32`: whether the products are in
+    float32.
+    """
 
     flops: float
     flops_of_all: float
@@ -87,9 +92,11 @@ class MuonWork:
 class Work:
     """What a step computes.
 
-    `parameters`: trained, of both towers. `tokens_per_item`: mean. `attended`: mean number of tokens that a token
-    attends to, the sum of squared lengths over the sum of lengths. `sizes`: distinct sizes of a pack. `fill`: of
-    `token_budget`. `teacher`: None without distillation; `muon`: None with another optimizer.
+    `parameters`: number of trained parameters, of both towers; `token_budget`: of a pack; `tokens_per_item`: mean;
+    `attended`: mean number of tokens that a token attends to, which is the sum of the squared lengths of items over the
+    sum of their lengths; `sizes`: number of different item sizes in a pack; `checkpoint_every`: recomputation; `chunk`:
+    texts that the loss compares at a time; `fill`: mean share of `token_budget` that a pack fills; `teacher`: None
+    without distillation; `muon`: None with another optimizer.
     """
 
     name: str
@@ -120,7 +127,7 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """FLOPs of a pack as MFU counts them, without recomputation."""
+        """FLOPs of the encoder for a pack, forward and backward, as MFU counts them: without recomputation."""
         linear, square = cost_coefficients(self.encoder)
         return self.tokens * (linear + square * self.attended)
 
@@ -129,12 +136,16 @@ class Work:
 class Method:
     """How a step is computed.
 
-    `host_ratio`: host time of the engine's step in multiples of the model's without DeepSpeed, by number of ranks,
-    from rows of `benchmarks/bench_host.py`. `update_collectives`: at the end of a step. `recompute_by_memory`: as few
-    blocks as memory demands, else every `Work.checkpoint_every`-th. `kept_packs`: packs of a rank whose graph is kept,
-    so that they run once. `ring`: the loss as hops between ranks, else one gathering. `imbalance`: longest over mean
-    predicted time of the packs of a step. `fused_host`: host time of a launch over that of ASSUMPTIONS. `node`: GPUs of
-    a machine. `tensor`, `sequence`: ranks that share the weights of each block, and the tokens of each pack.
+    `zero`: ZeRO stage; `host_ratio`: ratio of the host time of a step with the engine to that without DeepSpeed, by
+    number of ranks, from rows of `benchmarks/bench_host.py`; `update_collectives`: number of collectives at the end of
+    a step; `recompute_by_memory`: whether as few blocks are recomputed as memory demands, instead of every
+    `Work.checkpoint_every`-th; `kept_packs`: packs of a rank whose autograd graph is kept, so that their forward pass
+    runs once; `ring`: whether the loss sends texts round a ring of ranks, instead of gathering them; `loss_kernels`:
+    kernels of the loss for a chunk; `teacher_by_size`: whether the teacher runs once for each item size, instead of
+    once for a pack; `packed_text`: whether texts run without padding; `imbalance`: longest over mean predicted time of
+    the packs of a step; `fused_host`: host time of a fused launch, as a multiple of that in ASSUMPTIONS; `node`: GPUs
+    of a machine; `tensor`: ranks that share the weights of each block; `sequence`: ranks that share the tokens of each
+    pack.
     """
 
     zero: int
@@ -155,8 +166,11 @@ class Method:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part, as they add up: device, what the host takes longer, and waits. `flops` of a rank, as
-    MFU counts them; `tokens` of a rank; `peak` in FLOP/s."""
+    """The predicted time of a step.
+
+    `parts`: seconds by part, whose sum is the time of the step: work of the device, time by which the host takes
+    longer, and waits; `flops`: of a rank, as MFU counts them; `tokens`: of a rank; `peak`: of a GPU in FLOP/s.
+    """
 
     parts: Mapping[str, float]
     flops: float
@@ -169,17 +183,17 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, a share."""
+        """Model FLOPs utilization, between 0 and 1."""
         return self.flops / self.seconds / self.peak
 
 
 def forward_bytes(config: EncoderConfig) -> int:
-    """Returns the bytes per token that the token-wise kernels of a block's forward pass read and write, in bf16."""
+    """Returns the bytes per token that the token-wise kernels of a block's forward pass move, in bf16."""
     return 28 * config.hidden_size + 6 * config.inner_width + 16
 
 
 def backward_bytes(config: EncoderConfig) -> int:
-    """Returns the bytes per token of the token-wise kernels of a block in the backward pass, see `forward_bytes`."""
+    """Returns the bytes per token that the token-wise kernels of a block's backward pass move, in bf16."""
     return 68 * config.hidden_size + 14 * config.inner_width + 16
 
 
@@ -189,10 +203,10 @@ def kept_bytes(config: EncoderConfig) -> int:
 
 
 def predict(work: Work, gpu: Gpu, ranks: int, method: Method) -> StepTime:
-    """Returns the predicted time of a step on `ranks` GPUs, which divide the lanes or are a multiple of them.
+    """Returns the predicted time of a step on `ranks` GPUs, whose number divides the lanes or is a multiple of them.
 
-    With more ranks than lanes, the lanes are taken to be as many as the ranks. Ranks that share packs or weights read
-    the lanes of one rank.
+    With more ranks than lanes, one lane for each rank is assumed. Ranks that share packs or weights read the same lanes
+    and count as one here.
     """
     readers = ranks // (method.tensor * method.sequence)
     lanes = max(work.lanes, readers)
@@ -218,9 +232,9 @@ def predict(work: Work, gpu: Gpu, ranks: int, method: Method) -> StepTime:
 
 
 def attention_weight(config: EncoderConfig, gpu: Gpu) -> float:
-    """Returns the time of attention per FLOP of MFU, as a multiple of that of all else in the encoder.
+    """Returns the predicted time of attention per FLOP, divided by the time per FLOP of the rest of the encoder.
 
-    It is what `data.attention_cost` should be for this encoder and GPU.
+    FLOPs are counted as for MFU. `data.attention_cost` should have this value for this encoder and GPU.
     """
     linear, square = cost_coefficients(config)
     products, token_wise = _encoder_products(config, gpu), _token_wise(config, gpu)
@@ -240,29 +254,30 @@ def recomputed_share(work: Work, gpu: Gpu, ranks: int, method: Method) -> float:
 
 
 def _selective(work: Work, method: Method) -> bool:
-    """Whether norms and gates run again in the backward pass, and nothing else does."""
+    """Whether the backward pass recomputes norms and gates, and nothing else."""
     return not method.recompute_by_memory and work.checkpoint_every == "selective"
 
 
 def _encoder_products(config: EncoderConfig, gpu: Gpu) -> tuple[float, float]:
-    """Returns the seconds per token of all matrix products, forward and backward."""
+    """Returns the seconds per token of all matrix products of the encoder: (forward, backward)."""
     forward = cost_coefficients(config)[0] / 3 / gpu.products.value
     return forward, 2 * forward
 
 
 def _token_wise(config: EncoderConfig, gpu: Gpu) -> tuple[float, float]:
+    """Returns the seconds per token of all token-wise kernels of the encoder: (forward, backward)."""
     rate = config.num_hidden_layers / (_of("bandwidth_share") * gpu.bandwidth.value)
     return forward_bytes(config) * rate, backward_bytes(config) * rate
 
 
 def _attention(config: EncoderConfig, gpu: Gpu) -> tuple[float, float]:
-    """Returns the seconds per squared token, forward and backward."""
+    """Returns the seconds per pair of tokens of all attention layers: (forward, backward)."""
     flops = cost_coefficients(config)[1] / 3
     return flops / gpu.attention_forward.value, ATTENTION_BACKWARD * flops / gpu.attention_backward.value
 
 
 def _device(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> dict[str, float]:
-    """Returns the seconds of the device's work over all packs of a rank, by part."""
+    """Returns the seconds of work on the device for all packs of a rank, by part."""
     tokens, squares = packs * work.tokens, packs * work.tokens * work.attended
     products, token_wise = _encoder_products(work.encoder, gpu), _token_wise(work.encoder, gpu)
     attention = _attention(work.encoder, gpu)
@@ -295,7 +310,7 @@ def _text(work: Work, gpu: Gpu, method: Method) -> float:
 
 
 def _teacher(work: Work, gpu: Gpu, method: Method) -> float:
-    """Returns the seconds of the teacher's forward pass for a pack. One pass for each size is limited by launches."""
+    """Returns the seconds of the teacher's forward pass for a pack. With one pass for each size, launches limit it."""
     teacher = work.teacher
     if teacher is None:
         return 0.0
@@ -324,7 +339,8 @@ def _loss(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int) -> float
 
 
 def _sharing(work: Work, gpu: Gpu, method: Method, packs: int, again: float) -> float:
-    """Returns the seconds of the collectives within blocks, which the computation of a block waits for."""
+    """Returns the seconds of the collectives within blocks, between ranks that share weights or tokens. They are not
+    overlapped with computation. Args: again: share of blocks that are recomputed."""
     shape = work.encoder, method.tensor, method.sequence
     twice = max(0, packs - method.kept_packs) / packs if packs > 1 else 0.0
     passes = packs * (2 + again + twice)  # forward, backward, recomputed, without gradients
@@ -335,6 +351,7 @@ def _sharing(work: Work, gpu: Gpu, method: Method, packs: int, again: float) -> 
 
 
 def _optimizer(work: Work, gpu: Gpu, ranks: int, method: Method) -> float:
+    """Returns the seconds of an update of a rank's share of the parameters."""
     share = work.parameters / ranks
     passes = _of("update") + _of("optimizer_bytes") * share / (_of("bandwidth_share") * gpu.bandwidth.value)
     return passes + (0.0 if work.muon is None else _muon(work.muon, gpu, ranks, method))
@@ -350,9 +367,11 @@ def _muon(muon: MuonWork, gpu: Gpu, ranks: int, method: Method) -> float:
 def step_bytes(parameters: int, zero: int, passes: int, backwards: int) -> dict[str, int]:
     """Returns the bytes of weights and gradients in the collectives of a step, in bf16, by kind of collective.
 
-    Under ZeRO-3 all weights are gathered for each pass and gradients scattered after each backward pass. Below it
-    weights are gathered once, after the update, and gradients all-reduced: under ZeRO-2 after each backward pass, under
-    ZeRO-1 once. Weights that ZeRO-3 keeps between passes (`stage3_max_live_parameters`) are taken to be gathered again.
+    With ZeRO-3 all weights are gathered for each pass, and gradients are reduce-scattered after each backward pass.
+    With ZeRO-1 and ZeRO-2 weights are gathered once, after the update, and gradients are all-reduced: after each
+    backward pass with ZeRO-2, once with ZeRO-1. Weights that ZeRO-3 would keep between passes
+    (`stage3_max_live_parameters`) are counted as gathered again.
+
     Args: passes: forward passes of a step; backwards: those that are followed by a backward pass.
     """
     whole = BF16 * parameters
@@ -362,22 +381,23 @@ def step_bytes(parameters: int, zero: int, passes: int, backwards: int) -> dict[
 
 
 def _collectives(work: Work, gpu: Gpu, ranks: int, method: Method, packs: int, compute: float) -> float:
-    """Returns the seconds of the transfers of weights and gradients that computing does not hide."""
+    """Returns the seconds of the transfers of weights and gradients that are not overlapped with computation."""
     if ranks == 1:
         return 0.0
     once = min(packs, method.kept_packs) if packs > 1 else 1
     sizes = step_bytes(work.parameters, method.zero, 2 * packs - once, packs)
-    moved = sum(sizes.values()) + sizes.get("allreduce", 0)  # a ring that reduces for all sends everything twice
+    moved = sum(sizes.values()) + sizes.get("allreduce", 0)  # a ring all-reduce sends everything twice
     waits = max(0.0, moved / link_rate(gpu, ranks, method.node) - _of("overlap") * compute)
     return waits + method.update_collectives * _latency(ranks)
 
 
 def _latency(ranks: int) -> float:
+    """Returns the latency of a collective in seconds."""
     return _of("latency") * math.log2(max(2, ranks))
 
 
 def link_rate(gpu: Gpu, ranks: int, node: int) -> float:
-    """Returns the bytes/s of a large collective. Across nodes, all ports of a node carry one ring.
+    """Returns the bytes/s of a large collective. Between nodes, one ring uses all network ports of a node.
 
     Args: node: GPUs of a machine.
     """
@@ -410,7 +430,8 @@ def _host(work: Work, ranks: int, method: Method, packs: int, again: float) -> f
 
 
 def _ratio(ratios: Mapping[int, float], ranks: int) -> float:
-    """Returns the ratio at a number of ranks, on a line between the nearest ones that were measured."""
+    """Returns the ratio at a number of ranks, interpolated linearly between the measured numbers. Beyond the largest
+    one it grows in proportion to the number of ranks."""
     known = sorted(ratios)
     if ranks <= known[0]:
         return ratios[known[0]]

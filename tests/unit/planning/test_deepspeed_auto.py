@@ -131,7 +131,7 @@ def on(monkeypatch, found: Machine) -> None:
 def test_a_dry_run_prints_what_is_taken_and_why(capsys, monkeypatch, shards, tmp_path):
     with_auto(shards, tmp_path)
     for found, said in (
-        (NODE, ["4 processes, ZeRO-2, bf16 (auto: zero2)", "deepspeed: auto takes zero2", "4 GPUs of 80 GB"]),
+        (NODE, ["4 processes, ZeRO-2, bf16 (auto: zero2)", "deepspeed: auto chooses zero2", "4 GPUs of 80 GB"]),
         (CPU, ["4 processes, ZeRO-3, fp32 (auto: zero3_cpu)", "since no GPU is used"]),
     ):
         on(monkeypatch, found)
@@ -153,12 +153,12 @@ def test_a_run_keeps_what_was_taken_and_a_resumed_one_may_take_another(caplog, m
     (run / "deepspeed.json").write_text(kept)
     caplog.clear()
     reopen_run(run, (), 1)
-    assert "auto takes zero3_cpu" in caplog.text
+    assert "auto chooses zero3_cpu" in caplog.text
     assert "another configuration" not in caplog.text
     on(monkeypatch, NODE)
     reopen_run(run, (), 4)
     assert json.loads((run / "deepspeed.json").read_text()) == read_deepspeed("zero2")
-    assert "auto takes zero2" in caplog.text
+    assert "auto chooses zero2" in caplog.text
     assert "another configuration until now; its checkpoints are read with any" in caplog.text
     reopen_run(run, ["deepspeed=zero3"], 4)
     assert json.loads((run / "deepspeed.json").read_text()) == read_deepspeed("zero3")

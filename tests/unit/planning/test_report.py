@@ -54,15 +54,15 @@ def test_a_new_run_is_described_and_nothing_is_written(capsys, run_file, tmp_pat
         "images: native, 4-36 tokens an item",
         "up to 4 frames, 50 % of the steps",
         "trains patch_embedding, blocks, text, rest",
-        "ZeRO-3: weights, gradients and optimizer states are shared by the ranks; 2 here",
+        "ZeRO-3: weights, gradients and optimizer states are sharded over 2 ranks",
         "between steps; a step adds activations",
         "both: ",
-        "of a rank in '",
+        "at its peak ('",
         "checkpoint_every 0: ",
         "encoder activations",
         "after its imports",
         "2 kept, so up to ",
-        "encoder: initial weights",
+        "encoder: randomly initialized",
         "a tokenizer of at most 300 tokens is trained on the captions",
         "evaluation: ",
         "Nothing was written",
@@ -95,7 +95,7 @@ def test_tars_without_a_manifest_give_a_range_of_steps(capsys, run_file, shards)
     sources = "[" + ", ".join(f"{{path: {tar}}}" for tar in tars) + "]"
     text = printed(capsys, "--config", run_file, f"data.sources={sources}", "stages.0.samples=1000")
     assert "samples not counted (no manifest)" in text
-    assert "7-63 steps (no manifest says how large the items are)" in text
+    assert "7-63 steps (item sizes are unknown: not in the manifests)" in text
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_histogram_that_is_not_sound_is_not_used(capsys, shards, tmp_path, his
     (folder / "manifest.json").write_text(json.dumps(manifest | {"token_histogram": histogram}))
     dump_config(run_config(folder, output=str(tmp_path / "runs")), tmp_path / "run.yaml")
     text = printed(capsys, "--config", tmp_path / "run.yaml", "stages.0.samples=1000")
-    assert "7-63 steps (no manifest says how large the items are)" in text
+    assert "7-63 steps (item sizes are unknown: not in the manifests)" in text
 
 
 def test_a_full_disk_is_found_before_the_first_checkpoint(capsys, run_file, monkeypatch):
@@ -162,7 +162,7 @@ def test_the_memory_of_a_rank_is_that_of_its_group(capsys, run_file, tmp_path, m
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     (tmp_path / "two.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "sharding_ranks": 2}))
     text = printed(capsys, "--config", run_file, "--nproc", 4, f"deepspeed={tmp_path / 'two.json'}")
-    assert "shared by the ranks; 2 here, in 2 groups" in text
+    assert "sharded over 2 ranks, in 2 groups" in text
     whole = printed(capsys, "--config", run_file, "--nproc", 2)
     line = next(line for line in whole.splitlines() if line.lstrip().startswith("optimizer"))
     assert line in text.splitlines()

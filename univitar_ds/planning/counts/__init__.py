@@ -1,3 +1,3 @@
-"""Counts of a run before it starts: pairs and packs of a step, and tokens of a sample."""
+"""Predicted counts of a run: pairs and packs of a step, checkpoints, and tokens of an item."""
 
 __all__ = ["batch", "samples"]

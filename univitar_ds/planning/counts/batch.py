@@ -1,4 +1,4 @@
-"""How tokens of a pack, lanes, processes and pairs of a step follow from each other."""
+"""Computes the pairs of a step from the tokens of a pack, the lanes and the number of processes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from univitar_ds.model.flops import cost_coefficients
 
 TERA = 1e12
 Means = Mapping[tuple[str, Modality], float]
-"""Expected tokens per item by name of the stage and modality, where something is known of the data."""
+"""Expected tokens per item by (name of the stage, modality). Pairs without known data are absent."""
 
 
 @dataclass(frozen=True)
 class PackSize:
     """The packs of one modality of a stage: tokens per item, and items (pairs of media and text) per pack.
 
-    `tokens` and `items` are (minimum, maximum); `mean_tokens` and `mean_items` are expected values, None if nothing is
-    known of the data and items differ in size.
+    `tokens` and `items` are (minimum, maximum); `mean_tokens` and `mean_items` are expected values, None if items
+    differ in size and the sizes of the data are unknown.
     """
 
     modality: Modality
@@ -36,15 +36,17 @@ class PackSize:
 
 
 def pack_sizes(stage: StageConfig, encoder: EncoderConfig, means: Means | None = None) -> list[PackSize]:
-    """Returns the sizes of the packs of a stage, for images before videos.
+    """Returns the sizes of the packs of a stage, images before videos.
 
-    Packs are taken to be full: `token_budget` or, where it is less, `cost_budget_tflops` limits them.
+    Full packs are assumed: up to `token_budget`, or up to `cost_budget_tflops` where that is the lower limit.
+
+    Args: means: expected tokens per item, if known.
     """
     return [_pack_size(stage, encoder, modality, means or {}) for modality in sorted(stage_modalities(stage))]
 
 
 def batch_lines(config: RunConfig, world_size: int, encoder: EncoderConfig, means: Means | None = None) -> list[str]:
-    """Returns lines that say how many pairs a step has, and why.
+    """Returns lines of text with the number of pairs in a step and the numbers that it follows from.
 
     Args: encoder: shape of the encoder, for `cost_budget_tflops`; means: expected tokens per item, if known.
     Raises: ConfigError if `world_size` does not divide the lanes.
@@ -77,7 +79,8 @@ def batch_lines(config: RunConfig, world_size: int, encoder: EncoderConfig, mean
 def pairs_per_step(
     stage: StageConfig, lanes: int, encoder: EncoderConfig, means: Means | None = None
 ) -> tuple[float, float, float | None]:
-    """Returns (minimum, maximum, expected) pairs of a step, as a mean over images and videos by `video_ratio`."""
+    """Returns the (minimum, maximum, expected) number of pairs in a step: means over steps of images and of videos,
+    weighted by `video_ratio`. The expected number is None if the sizes of the data are unknown."""
     shares = {"image": 1 - stage.video_ratio, "video": stage.video_ratio}
     sizes = pack_sizes(stage, encoder, means)
     least = sum(shares[size.modality] * size.items[0] for size in sizes) * lanes
@@ -87,27 +90,28 @@ def pairs_per_step(
 
 
 def fewest_steps(stage: StageConfig, lanes: int, encoder: EncoderConfig, means: Means | None = None) -> int:
-    """Returns the expected steps of a stage; if nothing is known of the data, as few as there can be."""
+    """Returns the expected number of steps of a stage; the smallest possible one if item sizes are unknown."""
     _, most, mean = pairs_per_step(stage, lanes, encoder, means)
     return math.ceil(stage.samples / (most if mean is None else mean))
 
 
 def kept_checkpoints(config: RunConfig, encoder: EncoderConfig, means: Means | None = None) -> int:
-    """Returns how many checkpoints a run has at most, by the number of its steps: see `kept_after`."""
+    """Returns how many checkpoints of a run are on the disk at most, from its number of steps; see `kept_after`."""
     return kept_after(config, sum(fewest_steps(stage, config.data.lanes, encoder, means) for stage in config.stages))
 
 
 def kept_after(config: RunConfig, steps: int) -> int:
-    """Returns the checkpoints after a number of steps: the newest, those that stay, the best, and one being written."""
+    """Returns how many checkpoints are on the disk after a number of steps: the newest (`checkpoint.keep`), those of
+    `keep_every_steps`, the best, and one that is being written."""
     forever = config.checkpoint.keep_every_steps
     best = 1 if config.evaluation.every_samples else 0
     return config.checkpoint.keep + 1 + best + (steps // forever if forever else 0)
 
 
 def tokens_of_item(stage: StageConfig, modality: Modality, frame_tokens: float) -> float:
-    """Returns about how many tokens an item has, given the tokens of one frame at its native size.
+    """Returns the approximate number of tokens of an item. A video is assumed to have `video_frames` frames.
 
-    A video is taken to have `video_frames` frames.
+    Args: frame_tokens: tokens of the image, or of one frame, at its native size.
     """
     rule, steps = _rule(stage, modality), _steps(stage, modality)
     if rule.size_px is not None:
@@ -128,7 +132,7 @@ def _pack_size(stage: StageConfig, encoder: EncoderConfig, modality: Modality, m
 
 
 def _items(stage: StageConfig, encoder: EncoderConfig, tokens: float) -> float:
-    """Returns how many items of this size fit into a pack."""
+    """Returns how many items of `tokens` tokens fit into a pack, as a fraction."""
     count = stage.token_budget / tokens
     if isinstance(stage.cost_budget_tflops, float):  # auto leaves packs nearly full
         cost = item_cost(tokens, scale_for_dropout(cost_coefficients(encoder), stage.patch_dropout))

@@ -1,4 +1,4 @@
-"""What the manifests of the sources say about a run's data: samples, and tokens per item."""
+"""Reads numbers of samples and tokens per item from the manifests of a run's sources."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from univitar_ds.planning.counts.batch import tokens_of_item
 from univitar_ds.planning.sizes import amount
 
 Histogram = Mapping[str, int]
-
-
+"""Number of items by the tokens of a frame: "64" or a range, "64-127"."""
 _BUCKET = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 _MOST_ITEMS = 10**15
-"""Counts of a manifest above this are of no data set."""
+"""Maximum count in a histogram: a manifest with more is damaged."""
 
 
 def source_lines(shards: Sequence[SourceShard], sources: Sequence[SourceConfig]) -> Iterator[str]:
-    """Yields a line per source: shards and bytes, and the samples of each modality where a manifest has them."""
+    """Yields a line for each source: shards, bytes, and the samples of each modality if a manifest has them."""
     for position, source in enumerate(sources):
         own = [shard for shard in shards if len(sources) == 1 or shard.name.startswith(f"{position}:")]
         counts: dict[str, int] = defaultdict(int)
@@ -59,7 +58,7 @@ def expected_tokens(config: RunConfig, shards: Sequence[SourceShard]) -> dict[tu
 
 
 def _histograms(source: SourceConfig, settings: StorageSettings) -> Mapping[str, Histogram]:
-    """Returns the histograms of tokens of a frame by modality; none without a manifest that has them."""
+    """Returns the histograms of tokens of a frame by modality; {} if no manifest with histograms can be read."""
     with suppress(UserError, OSError):
         place = place_of(source)
         found = {} if place.endswith(".tar") else read_manifest(place, storage_for(place, settings))
@@ -76,6 +75,7 @@ def _mean(
     shards: Sequence[SourceShard],
     histograms: Mapping[str, Mapping[str, Histogram]],
 ) -> float | None:
+    """Returns the mean tokens of an item over the sources that a stage reads; None if one has no histogram."""
     counts: dict[str, float] = defaultdict(float)
     for shard in shards:
         if shard.modality in (None, modality) and (not stage.weights or stage.weights.get(shard.source)):
@@ -91,7 +91,8 @@ def _mean(
 
 
 def _mean_of(stage: StageConfig, modality: Modality, histogram: Histogram) -> float | None:
-    """Returns the mean over the buckets "first-last" of a histogram, each at its geometric middle."""
+    """Returns the mean tokens of an item, with each bucket at its geometric mean; None if the histogram is empty or
+    damaged."""
     total, items = 0.0, 0
     for bucket, count in histogram.items():
         sides = _BUCKET.fullmatch(str(bucket))

@@ -1,3 +1,3 @@
-"""What a run needs on a cluster before it is started: memory, time, loading, checkpoints, and how it scales."""
+"""Predicts what a run needs on a cluster: memory, time, loading, checkpoints, and scaling."""
 
 __all__ = ["cluster", "drawing", "dry_run", "items", "plan", "step_load", "sweep", "text"]

@@ -1,4 +1,4 @@
-"""The cluster that a plan is for, and the assumptions of a plan that are not in `planning.step_time`."""
+"""The cluster of a plan, and the assumptions of a plan in addition to those of `planning.step_time`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from univitar_ds.errors import ConfigError
 from univitar_ds.planning.gpus import GPUS, Assumption, Gpu, known_gpu
 
 USABLE = 0.9
-"""Share of a GPU's memory that a plan fills; the rest is for CUDA itself and for fragments."""
+"""Share of a GPU's memory that a plan may fill. The rest is for CUDA itself and for fragmentation."""
 MOST_GPUS = 1 << 16
+"""Maximum number of GPUs of a cluster."""
 ASSUMPTIONS = {
-    "usable_memory": Assumption(USABLE, "of a GPU's memory", "chosen", "the rest is for CUDA itself and for fragments"),
+    "usable_memory": Assumption(USABLE, "of a GPU's memory", "chosen", "the rest is for CUDA itself and fragmentation"),
     "image_bytes": Assumption(100e3, "bytes", "chosen", "mean of an encoded image with its caption"),
     "video_bytes": Assumption(2e6, "bytes", "chosen", "mean of an encoded video with its caption"),
     "shard_bytes": Assumption(1e9, "bytes", "chosen", "of a shard; one GET reads all of it"),
@@ -45,7 +46,7 @@ ASSUMPTIONS = {
     "sizes": Assumption(24, "sizes", "chosen", "of the items of a pack at native sizes"),
     "fill": Assumption(0.985, "of token_budget", "measured", "packs of several sizes (docs/performance.md)"),
     "fused_host": Assumption(
-        0.25, "of the host time of a launch", "measured", "with kept launchers (benchmarks/results/bench_launch.csv)"
+        0.25, "of the host time of a launch", "measured", "with cached launchers (benchmarks/results/bench_launch.csv)"
     ),
     "loss_kernels": Assumption(
         8, "kernels a chunk", "derived", "of the contrastive loss, whose texts are gathered at once"
@@ -85,7 +86,7 @@ class Cluster:
 
 
 def cluster_of(nodes: int, per_node: int, gpu: str) -> Cluster:
-    """Returns a cluster. Args: gpu: name of a GPU, in upper or lower case.
+    """Returns a cluster. Args: nodes: machines; per_node: GPUs of each; gpu: name of the GPU, in upper or lower case.
 
     Raises: ConfigError for an unknown GPU or too many GPUs.
     """
@@ -107,17 +108,18 @@ def this_gpu() -> str | None:
 
 
 def of_ranks(cluster: Cluster, ranks: int) -> Cluster:
-    """Returns a cluster of the same machines with `ranks` GPUs, which may be part of one machine."""
+    """Returns a cluster of the same machines with at least `ranks` GPUs: a part of one machine, or whole machines."""
     per_node = min(cluster.per_node, ranks)
     return Cluster(-(-ranks // per_node), per_node, cluster.name)
 
 
 def value(name: str) -> float:
+    """Returns the value of an assumption."""
     return ASSUMPTIONS[name].value
 
 
 def assumption_lines(cluster: Cluster, step: dict[str, Assumption]) -> Iterator[str]:
-    """Yields a line for each number that a plan assumes. Args: step: assumptions of `step_time`."""
-    yield "teachers and texts run packed, SigLIP's texts at full length (derived: as the trainer does it on GPUs)"
+    """Yields a line for each assumption of a plan. Args: step: the assumptions of `step_time` that it uses."""
+    yield "teachers and texts run packed, SigLIP's texts padded to full length (derived: as the trainer on GPUs)"
     for name, one in [*ASSUMPTIONS.items(), *step.items(), *cluster.gpu.assumptions()]:
         yield f"{name}: {one.value:.4g} {one.unit} ({one.kind}: {one.source})"

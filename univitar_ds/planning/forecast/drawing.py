@@ -1,4 +1,4 @@
-"""Draws a plan: memory of a GPU by part for each stage, and time and MFU by number of GPUs.
+"""Draws a plan as PNG: memory of a GPU by part for each stage, and time and MFU by number of GPUs.
 
 The user's matplotlib settings have no effect.
 """
@@ -19,14 +19,17 @@ from univitar_ds.planning.sizes import amount
 from univitar_ds.training.step.recomputation import NAMES
 
 SOFTWARE = "univitar_ds plan"
-"""The program that a PNG names as its own."""
+"""Value of the field Software of a PNG, by which `plan` recognizes its own files."""
 _DPI = 110
 _COLOURS = colormaps["tab20"]
 GB = 1e9
 
 
 def draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
-    """Writes the image as PNG. Raises: StorageError if the file cannot be written."""
+    """Writes the plot to `path` as PNG. Args: scales: plans of the same run on several numbers of GPUs.
+
+    Raises: StorageError if the file cannot be written.
+    """
     with style.context("default"):
         figure = Figure(figsize=(15, 6.4), dpi=_DPI, facecolor="white")
         title = f"{plan.config.name} on {plan.cluster.title}, {plan.zero}: {duration(plan.hours)}"
@@ -34,7 +37,7 @@ def draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
             f"{title}, {short(plan.gpu_hours)} GPU hours", fontsize=15, fontweight="bold", x=0.03, ha="left"
         )
         figure.text(0.03, 0.905, "Predicted from shapes and rates; nothing was measured on a GPU.", fontsize=10)
-        grid = {"width_ratios": [1.0, 0.52, 1.0, 1.0]}  # the second place is for the legend of the first
+        grid = {"width_ratios": [1.0, 0.52, 1.0, 1.0]}  # the second column is the legend of the first
         left, legend, middle, right = figure.subplots(1, 4, gridspec_kw=grid)
         legend.set_axis_off()
         figure.subplots_adjust(left=0.05, right=0.985, top=0.83, bottom=0.14, wspace=0.16)
@@ -66,7 +69,7 @@ def _memory(axes: Axes, plan: Plan) -> None:
     labels = [f"{stage.name}\nrecomputes\n{NAMES.get(stage.kind, stage.kind)}" for stage in plan.stages]
     axes.set_xticks(list(places), labels, fontsize=9)
     axes.set_ylabel("GB of a GPU")
-    axes.set_title("Memory at the highest moment of a step", loc="left", fontsize=11)
+    axes.set_title("Peak memory of a step", loc="left", fontsize=11)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 

@@ -27,7 +27,10 @@ from univitar_ds.planning.sizes import Counts, amount
 def planned(
     inputs: Inputs, description: Mapping[str, Any], counts: Counts, ranks: int
 ) -> tuple[PlannedModel, Placement]:
-    """Returns the model of a checked run, and where it is trained: on the GPUs of this machine, if it has any."""
+    """Returns the model of a checked run, and its placement: on the GPUs of this machine, or on its CPU if it has none.
+
+    Args: description: `ContrastiveModel.description` of the model; ranks: number of ranks of the run.
+    """
     machine, config = this_machine(), inputs.config
     teacher = None if inputs.teacher is None else teacher_memory(config, inputs.teacher.width, ranks=ranks)
     node = ranks_of(ranks, machine, os.environ).node
@@ -37,7 +40,10 @@ def planned(
 
 
 def step_lines(model: PlannedModel, place: Placement, means: Means) -> Iterator[str]:
-    """Yields memory and time of a step of full packs in each stage, by the formulas of `univitar-ds plan`."""
+    """Yields lines with the memory of a step of full packs in each stage, and on a known GPU its time.
+
+    The formulas are those of `univitar-ds plan`. Args: means: expected tokens per item, if known.
+    """
     config, machine = model.config, this_machine()
     room = USABLE * machine.gpu_memory if place.on_gpu else math.inf
     gpu = this_gpu() if place.on_gpu else None
@@ -46,7 +52,8 @@ def step_lines(model: PlannedModel, place: Placement, means: Means) -> Iterator[
         found = peak_of(model, stage, place, kind, evaluates=True)
         parts = sorted(found.parts.items(), key=lambda part: -part[1])
         sums = ", ".join(f"{name} {amount(size)}" for name, size in parts if size > 0.01 * found.bytes)
-        yield f"{stage.name}: {amount(found.bytes)} of a rank in '{found.moment}', checkpoint_every {kind}: {sums}"
+        need = f"a rank needs {amount(found.bytes)} at its peak ('{found.moment}')"
+        yield f"{stage.name}: {need}, checkpoint_every {kind}: {sums}"
         if found.bytes > room:
             yield f"    TOO MUCH: {amount(room)} of a GPU may be filled; see `univitar-ds plan`"
         if gpu is not None:

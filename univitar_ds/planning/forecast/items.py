@@ -1,4 +1,4 @@
-"""Mean size of the items of a stage: from its size rule, the manifests or the user, or assumed."""
+"""Mean size of the items of a stage: from its size rule, the user or the manifests, or else assumed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from univitar_ds.planning.forecast.cluster import value
 
 @dataclass(frozen=True)
 class Items:
-    """Items of one modality of a stage: mean tokens, mean tokens that a token attends to, number of sizes in a pack,
-    and the source of the mean. `share`: share of the steps with this modality."""
+    """Items of one modality of a stage.
+
+    `tokens`: mean per item; `attended`: mean number of tokens that a token attends to; `sizes`: number of different
+    sizes in a pack; `source`: of the mean: "one size", "given", "manifests" or "assumed"; `share`: of the steps that
+    read this modality.
+    """
 
     modality: Modality
     tokens: float
@@ -30,7 +34,8 @@ class Items:
 
 
 def known_means(config: RunConfig) -> Means:
-    """Returns the mean tokens in the manifests of the sources on this machine; none if a source is elsewhere."""
+    """Returns the mean tokens per item from the manifests of the sources; {} if a source is not on this machine, or
+    cannot be read."""
     if any("://" in source.path for source in config.data.sources):
         return {}
     with suppress(UserError, OSError):
@@ -41,7 +46,7 @@ def known_means(config: RunConfig) -> Means:
 def items_of(stage: StageConfig, means: Means, given: int | None) -> list[Items]:
     """Returns the items of a stage, images before videos.
 
-    Args: means: by stage and modality; given: mean tokens of an image at native size, from the user.
+    Args: means: mean tokens per item, if known; given: mean tokens of an image at native size, as the user gives it.
     Raises: ConfigError if `given` is outside the limits of the stage.
     """
     shares: dict[Modality, float] = {"image": 1 - stage.video_ratio, "video": stage.video_ratio}

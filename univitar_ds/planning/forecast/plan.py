@@ -1,4 +1,4 @@
-"""The plan of a run on a cluster: memory, time, FLOPs and messages of each stage, days of all stages, and scaling."""
+"""The plan of a run on a cluster: memory, time, FLOPs and collectives of each stage, and scaling."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ from univitar_ds.planning.sizes import amount, count_parameters
 from univitar_ds.plugins import OPTIMIZERS, load_plugins
 
 SCALES = tuple(2**power for power in range(11))
-"""Numbers of GPUs in the scaling table."""
+"""Numbers of GPUs in the scaling table, in addition to that of the cluster."""
 TEACHERS = {"small": (384, 12), "vits": (384, 12), "base": (768, 12), "vitb": (768, 12), "giant": (1536, 40)}
-"""(width, blocks) by a part of a teacher's name, as published for DINOv2; other names are taken as "large"."""
+"""(width, blocks) of DINOv2 teachers by a part of their name, as published. Other names are assumed to be "large"."""
 _CLASSES = 1000
+"""Number of classes that is assumed if the sources cannot be read."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a cluster. `zero`: name of the DeepSpeed configuration; `choice`: the reason, if `auto` chose it."""
+    """The plan of a run on a cluster. `config`: of the run, with the lanes that are assumed; `zero`: name of the
+    DeepSpeed configuration; `choice`: the choice of `deepspeed: auto`, None if the run file names one; `notes`:
+    sentences about assumptions."""
 
     config: RunConfig
     model: PlannedModel
@@ -64,7 +67,7 @@ class Plan:
         return self.hours * self.cluster.ranks
 
     def misfit(self) -> str | None:
-        """Returns a sentence if a stage does not fit into a GPU: what it needs, the limit and the remedy."""
+        """Returns a sentence with need, limit and remedy if a stage does not fit into a GPU; None if all fit."""
         room, memory = self.cluster.room, self.cluster.gpu.memory.value
         for place, (own, stage) in enumerate(zip(self.stages, self.config.stages, strict=True)):
             if own.peak.bytes <= room:
@@ -80,7 +83,7 @@ class Plan:
                 )
             elif fits < largest:
                 remedy = "use more GPUs (--nodes), GPUs with more memory (--gpu), or a smaller encoder"
-            elif own.budgets.get(own.kind, 0) >= stage.token_budget:  # fits with one pack's graph in memory
+            elif own.budgets.get(own.kind, 0) >= stage.token_budget:  # fits with the graph of one pack in memory
                 remedy = f"lower objective.grad_cache_keep ({own.kept}), or set it to auto"
             elif stage.token_budget <= fits:
                 remedy = f"set checkpoint_every: {kind}"
@@ -100,7 +103,9 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
     load_plugins(config.plugins)
     notes: list[str] = []
     if config.optimizer.kind not in OPTIMIZERS:
-        notes.append(f"the time of an update is that of AdamW, and the run has optimizer.kind {config.optimizer.kind}")
+        notes.append(
+            f"the time of an update is predicted for AdamW, although optimizer.kind is {config.optimizer.kind}"
+        )
     if config.model.tensor_parallel > 1:
         notes.append(
             "with model.tensor_parallel, the time of token-wise operations is that of fused ones, and norms over a "
@@ -116,13 +121,14 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
             raise
         named = config.model_copy(update={"objective": config.objective.model_copy(update={"kind": "sigmoid"})})
         description, classes = {"encoder": foreseen_model(replace(found, config=named))[0]["encoder"]}, _CLASSES
-        notes.append(f"{_CLASSES:,} classes are assumed, since the sources cannot be read here")
+        notes.append(f"{_CLASSES:,} classes are assumed, since the sources cannot be read")
     width = None if teacher is None else teacher.width
     counts = count_parameters(config, description, teacher_width=width, classes=classes)
     return PlannedModel(config, description, counts, teacher, evaluated_items(config)), notes
 
 
 def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
+    """Returns the memory of the teacher: by its configuration file if it is a local folder, else by its name."""
     own = config.objective.teacher
     assert own is not None
     if Path(own.path).is_dir():
@@ -130,7 +136,7 @@ def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
         assert shape is not None
         return teacher_memory(config, shape.width, ranks=ranks)
     width, layers = next((shape for name, shape in TEACHERS.items() if name in own.path.lower()), (1024, 24))
-    notes.append(f"the teacher {own.path} is taken to have {layers} blocks of width {width}, by its name")
+    notes.append(f"the teacher {own.path} is assumed to have {layers} blocks of width {width}, from its name")
     return teacher_memory(config, width, layers, ranks)
 
 
@@ -145,7 +151,7 @@ def plan_run(config: RunConfig, cluster: Cluster, tokens_per_item: int | None = 
 
 
 def _check_groups(config: RunConfig, cluster: Cluster) -> None:
-    """Raises: ConfigError if the GPUs cannot form groups that share packs or weights."""
+    """Raises: ConfigError if the GPUs cannot form groups of equal size that share packs or weights."""
     own, each = config.model, group_size(config)
     if cluster.ranks % each:
         raise ConfigError(
@@ -158,16 +164,20 @@ def _check_groups(config: RunConfig, cluster: Cluster) -> None:
 def plan_model(
     model: PlannedModel, cluster: Cluster, means: Means, tokens_per_item: int | None = None, notes: Sequence[str] = ()
 ) -> Plan:
-    """Returns the plan of a model on a cluster; see `plan_run`. The lanes are rounded up to a multiple of the GPUs.
+    """Returns the plan of a model on a cluster; see `plan_run`.
 
-    GPUs that share packs or weights count as one."""
+    `data.lanes` is rounded up to a multiple of the GPUs, where GPUs that share packs or weights count as one.
+
+    Args: means: mean tokens per item, if known; notes: sentences about assumptions so far.
+    Raises: ConfigError if the cluster cannot train the model, or a number is impossible.
+    """
     _check_groups(model.config, cluster)
     lanes = model.config.data.lanes
     model = with_lanes(model, cluster.ranks)
     if model.config.data.lanes != lanes:
         notes = [
             *notes,
-            f"data.lanes is taken to be {model.config.data.lanes:,} instead of {lanes:,}, a multiple of the "
+            f"data.lanes is assumed to be {model.config.data.lanes:,} instead of {lanes:,}, a multiple of the "
             + ("GPUs" if group_size(model.config) == 1 else f"groups of {group_size(model.config)} GPUs"),
         ]
     config = model.config
@@ -190,7 +200,8 @@ def plan_model(
 
 
 def scaling(plan: Plan, means: Means, tokens_per_item: int | None = None) -> Iterator[Plan]:
-    """Yields the plan of the same run on other numbers of GPUs of the same machines, where lanes allow it."""
+    """Yields plans of the same run on the numbers of GPUs in SCALES and of its own cluster. Numbers that the lanes or
+    the machines do not allow are left out. Args: as `plan_model`."""
     lanes = plan.config.data.lanes
     sizes = sorted({*SCALES, plan.cluster.ranks})
     for ranks in sizes:

@@ -1,4 +1,4 @@
-"""Predicts host memory, cores for the loader, checkpoints, and requests to a store."""
+"""Predicts host memory, cores for the loader, checkpoints, and what is read from the store."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class HostNeeds:
-    """Needs of one machine: bytes of memory by part, and cores that decoding keeps busy beside one for each rank.
+    """Needs of one machine.
 
-    `workers`: decoding processes that a rank needs; `given`: those of the run file.
+    `memory`: bytes of host memory by part; `cores`: cores that decoding keeps busy, in addition to one core for each
+    rank; `workers`: decoding processes that a rank needs; `given`: `data.workers` of the run file.
     """
 
     memory: Mapping[str, float]
@@ -37,9 +38,10 @@ class HostNeeds:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Bytes of a checkpoint, seconds to write one, number of checkpoints, and bytes of disk space needed.
+    """The checkpoints of a run.
 
-    `pause`: seconds for which the training waits at a save; `hours`: for which it waits at all of them.
+    `bytes`: of one checkpoint; `seconds`: to write one; `pause`: seconds for which training waits at a save; `count`:
+    checkpoints that are written; `disk`: bytes of those that are kept; `hours`: for which training waits at all saves.
     """
 
     bytes: float
@@ -52,7 +54,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Reading:
-    """Samples, bytes and requests to a store over the whole run; `remote`: whether a source is at s3://."""
+    """What a whole run reads: samples, bytes and requests to the store. `remote`: whether a source is at s3://."""
 
     samples: float
     bytes: float
@@ -61,7 +63,7 @@ class Reading:
 
 
 def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> HostNeeds:
-    """Returns what each machine needs beside its GPUs, in the stage that needs most."""
+    """Returns the host memory and cores that each machine needs, in the stage that needs most."""
     data, per_node = model.config.data, cluster.per_node
     readers = cluster.ranks // group_size(model.config)
     packs = max(1, data.lanes // readers)
@@ -95,15 +97,17 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
 def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> Checkpoints:
     """Returns size, time and number of a run's checkpoints.
 
-    Machines that share a training state each write a part of it. With `checkpoint.asynchronous` the training waits for
-    the copy to host memory, for an earlier save that is still being written, and for the last one.
+    Machines that share a training state each write a part of it. With `checkpoint.asynchronous`, training waits for the
+    copy to host memory, for an earlier save that is still being written, and at the end for the last save.
     """
     config = model.config
     size = max(checkpoint_bytes(config, stage, model.counts, place.resolved) for stage in config.stages)
     writers = min(cluster.nodes, max(1, place.sharing // cluster.per_node))
     every = config.checkpoint.every_steps
     ends = list(accumulate(own.steps for own in stages))
-    count = ends[-1] // every + sum(end % every > 0 for end in ends)  # the end of a stage is saved too
+    count = ends[-1] // every + sum(
+        end % every > 0 for end in ends
+    )  # a checkpoint is also written at the end of a stage
     kept = kept_after(config, ends[-1])
     seconds = size / writers / value("write_rate")
     pause = size / place.sharing / value("copy_rate") if config.checkpoint.asynchronous else seconds
@@ -113,7 +117,7 @@ def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
 
 
 def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:
-    """Returns what a run reads: every sample once for each time that it is seen, and each shard by one request."""
+    """Returns what a run reads: each sample as often as it is seen, and each shard with one request each time."""
     samples = sum(stage.samples for stage in config.stages)
     size = 0.0
     for own, stage in zip(stages, config.stages, strict=True):
@@ -125,7 +129,7 @@ def reading(config: RunConfig, stages: Sequence[StagePlan]) -> Reading:
 
 
 def cpu_seconds(config: RunConfig, stage: str, modality: str) -> float:
-    """Returns the seconds of a core that an item of a stage takes to be read, decoded and resized."""
+    """Returns the seconds of a core to read, decode and resize an item of a stage."""
     if modality == "image":
         return value("image_cpu")
     frames = next(one.video_frames for one in config.stages if one.name == stage)

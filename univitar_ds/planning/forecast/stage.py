@@ -1,4 +1,4 @@
-"""The plan of one stage on a cluster: what it recomputes, its memory, the time of its step, FLOPs and messages."""
+"""The plan of one stage on a cluster: recomputation, memory, time of a step, FLOPs and collectives."""
 
 from __future__ import annotations
 
@@ -34,16 +34,22 @@ HOST_RATIOS = {
     "zero2": {1: 1.8, 8: 1.7, 256: 1.5, 1024: 2.1},
     "zero3": {1: 2.7, 8: 2.7, 256: 3.1, 1024: 3.4},
 }
-"""Host time of the engine's step in multiples of the model's without DeepSpeed (benchmarks/results/bench_host.csv).
-ZeRO-1 is assumed to take as long as ZeRO-2, which has the same hooks."""
+"""Ratio of the host time of a step with the engine to that without DeepSpeed, by configuration and number of ranks
+(benchmarks/results/bench_host.csv). ZeRO-1 is assumed to take as long as ZeRO-2, which has the same hooks."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage on the cluster. `step`: mean over images and videos, in seconds by part; `budgets`: the largest
-    `token_budget` that fits, by recomputation; `collectives`: bytes that a rank passes to collectives in a step, by
-    kind, in about so many `messages`; `group_bytes`, `group_messages`: those within blocks, of ranks that share packs
-    or weights; `muon_flops`: of Muon's iterations, on all ranks."""
+    """The plan of a stage. Numbers of a step are means over images and videos.
+
+    `kind`: recomputation; `kept`: packs of a rank whose autograd graph is kept; `packs`: of a rank in a step; `peak`:
+    memory of a rank; `step`: seconds by part; `flops`, `tokens`, `pairs`: of all ranks in a step; `steps`: of the
+    stage; `collectives`: bytes that a rank passes to collectives in a step, by kind; `messages`: estimated number of
+    these collectives; `budgets`: the largest `token_budget` that fits, by recomputation; `pack_tflops`: TFLOPs of a
+    full pack; `recomputed_flops`: of all ranks in a step; `group_bytes`, `group_messages`: bytes and number of the
+    collectives within blocks, between ranks that share packs or weights; `muon_flops`: of Muon's iterations, on all
+    ranks.
+    """
 
     name: str
     items: Sequence[Items]
@@ -76,7 +82,7 @@ class StagePlan:
 
 
 def placement(config: RunConfig, cluster: Cluster, zero: str) -> Placement:
-    """Returns where a run is trained with a DeepSpeed configuration. Raises: ConfigError if it is unusable."""
+    """Returns the placement of a run with the DeepSpeed configuration `zero`. Raises: ConfigError if it is invalid."""
     resolved = resolve_deepspeed(config, cluster.ranks, read_deepspeed(zero), ("the run file", zero))
     return Placement(cluster.ranks, cluster.per_node, resolved)
 
@@ -87,8 +93,8 @@ def plan_stage(
 ) -> StagePlan:  # fmt: skip
     """Returns the plan of a stage.
 
-    Args: where: name of the DeepSpeed configuration, and the placement; kind: recomputation; None: as the stage
-        sets it; with_budgets: whether to look for the largest budgets.
+    Args: where: name of the DeepSpeed configuration, and the placement; kind: recomputation, None: that of the stage;
+        with_budgets: whether to compute `StagePlan.budgets`.
     """
     config, (zero, place), room = model.config, where, cluster.room
     packs = config.data.lanes * group_size(config) // cluster.ranks
@@ -112,7 +118,7 @@ def plan_stage(
         moved["alltoall"] = muon.bytes
     linear, square = cost_coefficients(encoder)
     again = 1 / kind if isinstance(kind, int) and kind else 0.0  # selective recomputes no matrix product
-    through = passes + packs * (1 + again)  # of a pack through all blocks, forward, backward and recomputed
+    through = passes + packs * (1 + again)  # passes of packs through all blocks: forward, backward and recomputed
     tokens = sum(share * step.tokens for share, step in found)
     forwards = (passes - packs) / packs + again
     return StagePlan(
@@ -140,14 +146,16 @@ def plan_stage(
 
 
 def packs_texts(model: PlannedModel) -> bool:
-    """Whether texts run without padding, as on GPUs all but SigLIP's do; see `model.towers`."""
+    """Whether texts run without padding: on GPUs those of all models but SigLIP do, see `model.towers`."""
     text = model.description.get("text")
     return text is not None and text["model_type"].startswith("clip")
 
 
 def muon_of(model: PlannedModel, stage: StageConfig, place: Placement) -> MuonWork | None:
-    """Returns the work of Muon in an update, None without it. The ranks that share a training state divide the matrices
-    among them, as the optimizer does it."""
+    """Returns the work of Muon in an update; None if the stage trains nothing with Muon.
+
+    The matrices are distributed over the ranks that share a training state as in the optimizer (`owners_of`).
+    """
     shapes = model.counts.shapes_of_muon(model.config, stage)
     if not shapes:
         return None
@@ -163,10 +171,13 @@ def muon_of(model: PlannedModel, stage: StageConfig, place: Placement) -> MuonWo
 
 
 def messages(model: PlannedModel, place: Placement, zero: int, passes: int, backwards: int) -> int:
-    """Estimates the collectives of a step; `benchmarks/results/bench_pretence.csv` has those of real steps.
+    """Returns the estimated number of collectives in a step; `benchmarks/results/bench_pretence.csv` has counts of
+    steps of the trainer.
 
     Seven are for the loss, the gradient norm and metrics. ZeRO-3 gathers weights in each forward pass, and in each
-    backward pass if they may not stay whole until then. Each bucket of gradients is reduced.
+    backward pass unless they may stay gathered until then. Each bucket of gradients is reduced.
+
+    Args: zero: ZeRO stage; passes: forward passes; backwards: those that are followed by a backward pass.
     """
     if place.ranks == 1:
         return 0
@@ -184,7 +195,8 @@ def messages(model: PlannedModel, place: Placement, zero: int, passes: int, back
 
 
 def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, room: float, packs: int) -> int:
-    """Returns how many packs of a rank keep their graph: `objective.grad_cache_keep`, or for "auto" as many as fit."""
+    """Returns how many packs of a rank keep their autograd graph: `objective.grad_cache_keep`, or for "auto" as many as
+    fit into `room` bytes. Args: packs: of the rank."""
     wanted = model.config.objective.grad_cache_keep
     if wanted != "auto":
         return min(wanted, packs)
@@ -199,7 +211,7 @@ def kept_packs(model: PlannedModel, stage: StageConfig, place: Placement, kind: 
 def method_of(
     model: PlannedModel, stage: StageConfig, zero: str, place: Placement, kept: int, cluster: Cluster
 ) -> Method:
-    """Returns how the trainer computes a step of a stage, for `step_time`."""
+    """Returns how the trainer computes a step of a stage, as the input of `step_time.predict`."""
     level = place.resolved["zero_optimization"]["stage"]
     balanced = stage.cost_budget_tflops is not None
     fixed = stage.image.size_px is not None and stage.video_ratio == 0
@@ -224,7 +236,7 @@ def method_of(
 
 
 def work_of(model: PlannedModel, stage: StageConfig, items: Items, kind: Kind, muon: MuonWork | None = None) -> Work:
-    """Returns what a step computes for a pack of one modality, and its update."""
+    """Returns the work of a step whose packs have one modality, as the input of `step_time.predict`."""
     config = model.config
     shape = text_shape(model, trained="text" in trained_parts(config, stage))
     text = config.model.text
@@ -256,7 +268,7 @@ def work_of(model: PlannedModel, stage: StageConfig, items: Items, kind: Kind, m
 
 
 def _tokens(stage: StageConfig, items: Items) -> float:
-    """Returns the tokens of a pack: whole items of one size, or nearly full packs of several."""
+    """Returns the mean tokens of a pack: as many whole items as fit if all have one size, else nearly a full pack."""
     if items.sizes == 1:
         return max(1, int(stage.token_budget / items.tokens)) * items.tokens
     return value("fill") * stage.token_budget

@@ -1,4 +1,4 @@
-"""Computes the input of `planning.memory` from a run file: what the largest step of a stage needs on a rank."""
+"""Computes the input of `planning.memory` from a run file, for the largest step of a stage on a rank."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from univitar_ds.training.engine.optim import trained_parts
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A run's model: `description` as `ContrastiveModel.description`; `teacher`: None without one; `evaluated`: number
-    of samples of an evaluation by modality, empty if unknown."""
+    """A run and its model. `description`: as `ContrastiveModel.description`; `counts`: parameters by part; `teacher`:
+    None without one; `evaluated`: number of samples of an evaluation by modality, empty if unknown."""
 
     config: RunConfig
     description: Mapping[str, Any]
@@ -49,13 +49,14 @@ class PlannedModel:
 
 
 def group_size(config: RunConfig) -> int:
-    """Returns how many ranks read the same packs, since they share their tokens or the weights."""
+    """Returns how many ranks form a group that reads the same packs, since it shares their tokens or the weights."""
     return config.model.tensor_parallel * config.model.sequence_parallel
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run is trained: `ranks`, `node` of them on each machine, and the complete DeepSpeed configuration."""
+    """Where and how a run is trained. `ranks`: number of ranks; `node`: ranks on each machine; `resolved`: the complete
+    DeepSpeed configuration; `on_gpu`: whether each rank has a GPU."""
 
     ranks: int
     node: int
@@ -73,7 +74,11 @@ DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1536: 40, 1920: 32}
 
 
 def teacher_memory(config: RunConfig, width: int, layers: int | None = None, ranks: int = 1) -> TeacherMemory:
-    """Returns the memory of a teacher of `width`. Args: layers: None: that of published teachers of this width."""
+    """Returns the memory of a teacher of `width`.
+
+    Args: layers: its blocks, None: as published teachers of this width, see DEPTHS; ranks: among which a partitioned
+        teacher is split.
+    """
     own = config.objective.teacher
     assert own is not None
     layers = layers or DEPTHS.get(width, 24)
@@ -82,12 +87,12 @@ def teacher_memory(config: RunConfig, width: int, layers: int | None = None, ran
 
 
 def wanted_recomputation(config: RunConfig, stage: StageConfig) -> Kind | str:
-    """Returns the `checkpoint_every` that a stage asks for."""
+    """Returns `checkpoint_every` of a stage, which overrides that of the model."""
     return config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
 
 
 def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> States:
-    """Returns what a rank holds in a stage."""
+    """Returns the states of a rank in a stage, and the settings of its engine."""
     config, resolved, tensor = model.config, place.resolved, model.config.model.tensor_parallel
     counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
     encoder = encoder_of(model.description)
@@ -113,11 +118,11 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
 
 
 def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kept: int = 1) -> StepLoad:
-    """Returns what a rank computes in a step of full packs with as many items as a pack can have.
+    """Returns what a rank computes in a step of full packs that have as many items as possible.
 
-    With sequence parallelism `items` are those of one rank.
+    With sequence parallelism, `items` are those of one rank. With fewer lanes than ranks, a rank has one pack.
 
-    Args: kept: packs whose graphs are in memory together. With fewer lanes than ranks, a rank has one pack.
+    Args: kept: packs whose autograd graphs are in memory together.
     """
     config, encoder = model.config, encoder_of(model.description)
     parts_of_pack = config.model.sequence_parallel
@@ -155,7 +160,7 @@ def evaluation_of(model: PlannedModel) -> EvaluationLoad | None:
 
 
 def text_shape(model: PlannedModel, *, trained: bool) -> TextShape | None:
-    """Returns the text tower of a model, None for a classifier. Captions are taken to be as long as they can be."""
+    """Returns the text tower of a model, None for a classifier. Captions of maximum length are assumed."""
     text = model.description.get("text")
     if text is None:
         return None
@@ -168,9 +173,10 @@ def text_shape(model: PlannedModel, *, trained: bool) -> TextShape | None:
 def peak_of(
     model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, kept: int = 1, *, evaluates: bool = False
 ) -> Peak:
-    """Returns the memory of a rank at the moment of a stage that needs most.
+    """Returns the peak memory of a rank in a stage.
 
-    Args: evaluates: whether evaluations between steps count too, whose memory depends on neither `kind` nor budget.
+    Args: kept: packs whose autograd graphs are in memory together; evaluates: whether evaluations between steps count
+        too, whose memory depends on neither `kind` nor budget.
     """
     load = load_of(model, stage, place.ranks, kind, kept)
     if evaluates:
@@ -179,9 +185,10 @@ def peak_of(
 
 
 def fitting_recomputation(model: PlannedModel, stage: StageConfig, place: Placement, room: float) -> Kind:
-    """Returns the recomputation of a stage: its `checkpoint_every`, or for "auto" the least that fits into `room`.
+    """Returns the recomputation of a stage: its `checkpoint_every`, or for "auto" the least that fits into `room`
+    bytes.
 
-    Without a GPU "auto" recomputes nothing. If nothing fits, every block is recomputed.
+    On a CPU "auto" recomputes nothing. If no kind fits, every block is recomputed.
     """
     wanted = wanted_recomputation(model.config, stage)
     if wanted != "auto":
@@ -195,7 +202,10 @@ def fitting_recomputation(model: PlannedModel, stage: StageConfig, place: Placem
 def largest_budget(
     model: PlannedModel, stage: StageConfig, place: Placement, kind: Kind, room: float, step: int = 1024
 ) -> int:
-    """Returns the largest `token_budget`, a multiple of `step`, with which a stage fits into `room`; 0 if none does."""
+    """Returns the largest `token_budget` with which a stage fits into `room` bytes; 0 if none does.
+
+    It is a multiple of `step`, below 4,096 times `step`.
+    """
 
     def fits(budget: int) -> bool:
         changed = stage.model_copy(update={"token_budget": budget})
@@ -211,7 +221,7 @@ def largest_budget(
 
 
 def with_lanes(model: PlannedModel, ranks: int) -> PlannedModel:
-    """Returns the model with the lanes of its run rounded up to a multiple of the ranks, or of their groups."""
+    """Returns the model with `data.lanes` rounded up to a multiple of the ranks, or of the groups that share packs."""
     lanes, readers = model.config.data.lanes, ranks // group_size(model.config)
     if lanes % readers == 0:
         return model

@@ -1,4 +1,4 @@
-"""Token budgets x recomputation x ZeRO for one stage: memory and predicted speed of each, and the best that fits."""
+"""Tries all combinations of token budget, recomputation and ZeRO for one stage, and finds the fastest that fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ BUDGETS = (8192, 16384, 32768, 49152, 65536, 98304, 131072)
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting of a stage. `speed`: tokens/s of a GPU, predicted."""
+    """One combination. `zero`: name of the DeepSpeed configuration; `kind`: recomputation; `budget`: `token_budget`;
+    `memory`: peak of a GPU in bytes; `step_s`: seconds of a step; `speed`: tokens/s of a GPU; `pairs`: of a step.
+    Memory and times are predicted."""
 
     zero: str
     kind: Kind
@@ -40,7 +42,7 @@ def check_stage(config: RunConfig, name: str) -> None:
 
 
 def stage_named(plan: Plan, name: str | None) -> StageConfig:
-    """Returns a stage by its name; None: the one that takes longest. Raises: ConfigError if there is no such stage."""
+    """Returns the stage with this name, or the one that takes longest if `name` is None. Raises: as `check_stage`."""
     if name is None:
         name = max(plan.stages, key=lambda one: one.hours).name
     check_stage(plan.config, name)
@@ -48,19 +50,23 @@ def stage_named(plan: Plan, name: str | None) -> StageConfig:
 
 
 def sweep(plan: Plan, stage: StageConfig) -> list[Trial]:
-    """Returns all settings of a stage, by ZeRO, recomputation and budget, that of the run file among them. The budget
-    changes the number of pairs in the loss."""
+    """Returns all combinations for a stage, in the order of ZeRO, recomputation and budget.
+
+    The budgets are BUDGETS that hold the largest item, and that of the run file. A smaller budget also means fewer
+    pairs in the loss.
+    """
     return list(_trials(plan, stage))
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """Returns the fastest setting that fits, of equally fast ones that with the least memory; None if none fits."""
+    """Returns the fastest combination that fits; of equally fast ones, that with the least memory; None if none
+    fits."""
     fitting = [one for one in trials if one.fits]
     return max(fitting, key=lambda one: (one.speed, -one.memory), default=None)
 
 
 def candidates(plan: Plan) -> Iterator[str]:
-    """Yields the DeepSpeed configurations that a cluster can use without offloading."""
+    """Yields the names of the DeepSpeed configurations without offloading that make sense on the cluster of a plan."""
     for name in ON_GPUS:
         alone = plan.cluster.ranks == 1 and name != "zero2"
         one_machine = plan.cluster.nodes == 1 or plan.cluster.per_node == 1

@@ -1,4 +1,4 @@
-"""A plan as text, and as an object for JSON."""
+"""Formats a plan as text, and as an object for JSON."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from univitar_ds.planning.step_time import ASSUMPTIONS
 from univitar_ds.training.step.recomputation import NAMES
 
 _UNUSED = ("free_memory", "buffers")
-"""Assumptions of `step_time` that a plan does not use: it computes memory by `planning.memory`."""
+"""Assumptions of `step_time` that a plan does not use, since `planning.memory` computes its memory."""
 
 
 def plan_text(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) -> str:
-    """Returns a plan in sections. Args: scales: the same run on other numbers of GPUs; trials: of `sweep`."""
+    """Returns a plan as text in sections. Args: scales: plans from `scaling`; trials: from `sweep`."""
     sections = {
         "run": list(_run(plan)),
         **{f"stage {stage.name}": list(_stage(plan, stage)) for stage in plan.stages},
@@ -35,7 +35,10 @@ def plan_text(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) 
 
 
 def plan_object(plan: Plan, scales: Sequence[Plan], trials: Sequence[Trial] = ()) -> dict[str, Any]:
-    """Returns a plan as an object for JSON. Numbers are in bytes, seconds and FLOPs, without a prefix such as giga."""
+    """Returns a plan as an object for JSON. Numbers are in bytes, seconds and FLOPs unless a key names another unit.
+
+    Args: as `plan_text`.
+    """
     best = best_of(trials)
     return {
         "run": plan.config.name,
@@ -123,7 +126,7 @@ def _run(plan: Plan) -> Iterator[str]:
     each = group_size(config)
     packs, whom = config.data.lanes * each // cluster.ranks, "GPU" if each == 1 else f"group of {each} GPUs"
     yield f"{config.data.lanes:,} packs a step, {packs:,} for each {whom}; {config.objective.kind} loss"
-    yield plan.choice.line if plan.choice is not None else f"deepspeed: {plan.zero}, as the run file says"
+    yield plan.choice.line if plan.choice is not None else f"deepspeed: {plan.zero}, as in the run file"
     yield from plan.notes
 
 
@@ -141,7 +144,7 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
         f"{name} {100 * size / stage.step_s:.0f} %" for name, size in parts if size > 0.005 * stage.step_s
     )
     yield f"    by part: {shares}"
-    again = f" + {100 * stage.recomputed_flops / stage.flops:.0f} % computed twice" if stage.recomputed_flops else ""
+    again = f" + {100 * stage.recomputed_flops / stage.flops:.0f} % recomputed" if stage.recomputed_flops else ""
     yield f"a step computes {flops_text(stage.flops)}{again}; a full pack is {stage.pack_tflops:.3g} TFLOP"
     if stage.collectives:
         moved = ", ".join(f"{kind} {amount(size)}" for kind, size in stage.collectives.items())
@@ -150,10 +153,10 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
         moved = f"{amount(stage.group_bytes)} in {stage.group_messages:,} collectives"
         yield f"within groups of {group_size(plan.config)} GPUs that share packs or weights, each GPU: {moved}"
     if stage.muon_flops:
-        yield f"an update by Muon computes {flops_text(stage.muon_flops)}, shared by the GPUs of a training state"
+        yield f"an update by Muon computes {flops_text(stage.muon_flops)}, distributed over the GPUs"
     yield from _memory(plan, stage)
     wanted = own.cost_budget_tflops
-    cost = "auto: from the first samples, so that packs take equal time" if wanted == "auto" else wanted or "none"
+    cost = "auto: set from the first samples so that packs take equal time" if wanted == "auto" else wanted or "none"
     yield f"cost_budget_tflops: {cost}"
     yield f"{stage.steps:,} steps, {duration(stage.hours)}, {short(stage.hours * plan.cluster.ranks)} GPU hours"
 
@@ -183,8 +186,8 @@ def _whole(plan: Plan) -> Iterator[str]:
     yield f"{duration(plan.hours)}, {short(plan.gpu_hours)} GPU hours"
     yield (
         f"a checkpoint: {amount(made.bytes)}, written in {made.seconds:.3g} s, of which training waits "
-        f"{made.pause:.3g} s; {made.count:,} are written ({duration(made.hours)} of waiting), and {amount(made.disk)} "
-        "of disk hold those that are kept while one is written"
+        f"{made.pause:.3g} s; {made.count:,} are written ({duration(made.hours)} of waiting); those that are kept and "
+        f"one being written need {amount(made.disk)} of disk"
     )
     yield from _evaluations(plan)
     read = plan.reading
