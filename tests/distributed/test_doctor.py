@@ -11,8 +11,8 @@ from tests.support.runs import small_config
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.doctor import ranks, run, speed, versions
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, Found, Row
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError
 
 pytestmark = pytest.mark.distributed
@@ -54,8 +54,8 @@ def test_two_nodes_are_examined_and_the_slow_one_is_named(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def _shorter(scene: Scene) -> Found:
-    scene.ranks.limit_s = 1.0
+def _shorter(context: Context) -> Found:
+    context.ranks.limit_s = 1.0
     return Found()
 
 
@@ -68,17 +68,17 @@ def rows_without(place: str) -> list[str]:
     lost = os.environ["RANK"] == "1" and place == "rank"
     hangs = os.environ["RANK"] == "1" and place == "check"
     ranks.SLACK_S = 1.0 if place == "rank" and not lost else 300.0
-    scene = Scene(run._join(300.0))
+    context = Context(run._join(300.0))
     if lost:
-        scene.ranks.introduce("node-1")
-        scene.ranks.end()
+        context.ranks.exchange_nodes("node-1")
+        context.ranks.end()
         return []
     checks = [
         Check("limit", _shorter, "", everywhere=True),
         Check("disk", lambda _: (threading.Event().wait() if hangs else 0) or Found([DISK]), "see it", everywhere=True),
         Check("exchange", lambda _: Found([EXCHANGE]), "", everywhere=True, together=True),
     ]
-    rows = run.check_all(scene, checks)
+    rows = run.check_all(context, checks)
     return [f"{','.join(row.nodes)}|{row.check} {row.state}: {row.found}; {row.remedy}" for row in rows]
 
 
@@ -105,12 +105,12 @@ def test_a_rank_that_is_lost_is_named_and_checks_of_all_ranks_are_left_out():
 def gone(run_file: None) -> str:
     """What rank 1 says when rank 0 ends."""
     on_node()
-    scene = Scene(run._join(300.0))
-    if scene.ranks.is_main:
+    context = Context(run._join(300.0))
+    if context.ranks.is_main:
         return ""
-    scene.ranks.limit_s, ranks.SLACK_S = 0.1, 0.1
+    context.ranks.limit_s, ranks.SLACK_S = 0.1, 0.1
     with pytest.raises(UserError) as error:
-        scene.ranks.at_main(lambda: None, "never")
+        context.ranks.at_main(lambda: None, "never")
     return str(error.value)
 
 

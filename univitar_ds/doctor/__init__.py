@@ -1,3 +1,3 @@
-"""Checks of the machines before a run: `univitar-ds doctor`. One file for each kind of check."""
+"""Checks of machines, network, disks and run file before a run: `univitar-ds doctor`. One file per kind of check."""
 
 __all__ = ["run"]

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: whether each node can write there, how fast, whether nodes share it, and free space."""
+"""Checks the folder of checkpoints: whether each node can write there, how fast, whether all see it, and free space."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, Answers, Found, Row, from_error, ranks_named
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.doctor.storage import rate_rows
 from univitar_ds.errors import StorageError, writing
 from univitar_ds.planning.checks import existing_parent
@@ -24,11 +24,12 @@ MOST_S = 5.0
 
 
 def write_rate(folder: Path) -> tuple[int, float]:
-    """Writes a temporary file without a name, which the system removes even if this process is killed.
+    """Writes an unnamed temporary file, which the system removes even if this process is killed.
 
-    Returns: the bytes, and the seconds until they are on the disk. Raises: StorageError.
+    Returns: the number of bytes, and the seconds until they are on the disk. Raises: StorageError if `folder` cannot be
+    written.
     """
-    content = os.urandom(PIECE)  # a disk may compress
+    content = os.urandom(PIECE)  # random, since a disk may compress
     total = 0
     with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
         start = time.monotonic()
@@ -40,7 +41,10 @@ def write_rate(folder: Path) -> tuple[int, float]:
 
 
 def space(folder: Path, checkpoint_bytes: float | None, count: int) -> Row:
-    """Returns a row about the space for `count` checkpoints, the one that is being written among them."""
+    """Returns a row about the free space for `count` checkpoints, including the one that is being written.
+
+    Args: checkpoint_bytes: size of one, None if unknown: then only the free space is reported.
+    """
     free = shutil.disk_usage(folder).free
     if checkpoint_bytes is None:
         return Row(NAME, OK, f"{amount(free)} are free in {folder}")
@@ -53,87 +57,91 @@ def space(folder: Path, checkpoint_bytes: float | None, count: int) -> Row:
 
 
 def in_store(place: str, settings: StorageSettings) -> Row:
-    """Returns a row about checkpoints at an s3:// address. Raises: DataError if the store refuses the credentials."""
+    """Returns a row about checkpoints at an s3:// address. Raises: DataError if the store cannot be reached with the
+    credentials of this node."""
     storage_for(place, settings).exists(place)
     return Row(NAME, OK, f"the store at {place} accepts these credentials; this check writes nothing there")
 
 
-def _look(scene: Scene) -> Found:
-    if scene.folder is None:
+def _check(context: Context) -> Found:
+    if context.folder is None:
         return Found()
-    folder = existing_parent(scene.folder)
+    folder = existing_parent(context.folder)
     if not folder.is_dir():
-        return Found([Row(NAME, FAILED, f"{folder} is no folder", "name another output=... or name=...")])
+        return Found([Row(NAME, FAILED, f"{folder} is not a folder", "name another output=... or name=...")])
     try:
         size, seconds = write_rate(folder)
     except StorageError as error:
         return Found(from_error(NAME, error))
     rows = []
-    checkpoint = None if scene.config is None else scene.config.checkpoint
+    checkpoint = None if context.config is None else context.config.checkpoint
     if checkpoint is not None and checkpoint.folder is not None:
-        rows.append(in_store(checkpoint.folder, StorageSettings.of(scene.config.data)))
-    elif scene.ranks.is_main:  # free space changes all the time, so each node would have a row of its own
-        count = scene.checkpoints or (2 if checkpoint is None else checkpoint.keep + 1)
-        rows.append(space(folder, scene.checkpoint_bytes, count))
+        rows.append(in_store(checkpoint.folder, StorageSettings.of(context.config.data)))
+    elif context.ranks.is_main:  # once: free space changes all the time, so the rows of nodes would differ
+        count = context.checkpoints or (2 if checkpoint is None else checkpoint.keep + 1)
+        rows.append(space(folder, context.checkpoint_bytes, count))
     return Found(rows, {"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
 
 
-def _look_shared(scene: Scene) -> Found:
-    """Looks for a file that rank 0 has created in the run's folder, or in its nearest parent that exists."""
-    ranks = scene.ranks
+def _check_shared(context: Context) -> Found:
+    """Checks whether this node sees a file that rank 0 creates in the run's folder or its nearest existing parent."""
+    ranks = context.ranks
     if len(ranks.firsts()) == 1:
         return Found()
-    place = _make(scene) if ranks.is_main else None
+    place = _make(context) if ranks.is_main else None
     try:
         place = ranks.at_main(lambda: place, "shared place")
         seen = None if place is None else Path(place).is_file()
         ranks.store.add("shared seen", 1)
         if ranks.is_main:
-            _wait_for_others(scene)
+            _wait_for_others(context)
     finally:
-        scene.forget_files()
+        context.remove_files()
     return Found(values={} if seen is None else {"seen": seen, "place": str(Path(place).parent)})
 
 
-def _make(scene: Scene) -> str | None:
-    if scene.folder is None:
+def _make(context: Context) -> str | None:
+    """Creates the file that all nodes should see. Returns its path; None without a run or if it cannot be created."""
+    if context.folder is None:
         return None
-    path = existing_parent(scene.folder) / f".univitar-ds-doctor-{uuid.uuid4().hex}"
+    path = existing_parent(context.folder) / f".univitar-ds-doctor-{uuid.uuid4().hex}"
     try:
-        scene.made.append(path)
+        context.made.append(path)
         path.touch(exist_ok=False)
     except OSError:  # CHECK reports it
-        scene.made.remove(path)
+        context.made.remove(path)
         return None
     return str(path)
 
 
-def _wait_for_others(scene: Scene) -> None:
-    """Waits until one rank of each node has looked. Ranks that do not answer are reported by `run.check_all`."""
-    ranks = scene.ranks
+def _wait_for_others(context: Context) -> None:
+    """Waits until one rank of each node has checked. `run.check_all` reports ranks that do not answer."""
+    ranks = context.ranks
     deadline = time.monotonic() + ranks.limit_s / 2
     while ranks.store.add("shared seen", 0) < len(ranks.firsts()) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def compare(answers: Answers) -> list[Row]:
+    """Returns a row with the rates at which the nodes write to the folder."""
     return rate_rows(NAME, "writes", answers)
 
 
 def compare_shared(answers: Answers) -> list[Row]:
+    """Returns a row about the nodes that see the file of rank 0, failed with those that do not."""
     seen = answers.of("seen")
     if not seen:
         return []
     place = answers.values[min(seen)]["place"]
     blind = sorted(rank for rank, value in seen.items() if not value)
     if not blind:
-        return [Row(SHARED, OK, f"{len(seen)} nodes see the files of the first one in {place}")]
+        return [Row(SHARED, OK, f"{len(seen)} nodes see the file that rank 0 made in {place}")]
     verb = "does" if len(blind) == 1 else "do"
     text = f"{ranks_named(blind, answers.nodes)} {verb} not see the file that rank 0 made in {place}"
     return [Row(SHARED, FAILED, text, "mount one file system there on all nodes, or name another output=...")]
 
 
-CHECK = Check(NAME, _look, "the disk with the run's folder does not answer on this node", compare=compare)
+CHECK = Check(NAME, _check, "the disk with the run's folder does not answer on this node", compare=compare)
 SHARED_CHECK = Check(
-    SHARED, _look_shared, "the disk with the run's folder does not answer", together=True, compare=compare_shared
+    SHARED, _check_shared, "the disk with the run's folder does not answer", together=True, compare=compare_shared
 )

@@ -1,4 +1,4 @@
-"""The clocks of the nodes."""
+"""Compares the clocks of the nodes."""
 
 from __future__ import annotations
 
@@ -7,40 +7,42 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Found, Row, listed
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError
 
 NAME = "clocks"
 ROUNDS = 5
 LIMIT_S = 1.0
-"""Beyond this, merged logs of several nodes are out of order. S3 refuses requests only if a clock is minutes off."""
+"""Maximum difference of clocks in seconds. With more, merged logs of several nodes are out of order. S3 refuses
+requests only if a clock is wrong by minutes."""
 
 
 def now() -> float:
+    """Returns the time of this clock in seconds."""
     return time.time()
 
 
-def _look(scene: Scene) -> Found:
-    """Compares this clock with that of rank 0, which writes its time into the store for all ranks at once.
+def _check(context: Context) -> Found:
+    """Compares this clock with that of rank 0, which writes its time into the store while all ranks wait for it.
 
-    The delay until a rank reads it adds to the difference, so the minimum of several rounds is taken.
+    The delay until a rank reads the time is part of the difference, so the minimum over several rounds is used.
     """
-    ranks = scene.ranks
+    ranks = context.ranks
     if len(ranks.firsts()) == 1:
         return Found()
     ahead = []
     for number in range(ROUNDS):
         try:
-            ahead.append(_ahead(scene, f"clock {number}"))
+            ahead.append(_ahead(context, f"clock {number}"))
         except dist.DistError as error:
             raise UserError(f"the ranks do not answer within {ranks.limit_s:g} s; see the rows 'ranks'") from error
     return Found(values={"ahead_s": min(ahead)})
 
 
-def _ahead(scene: Scene, key: str) -> float:
+def _ahead(context: Context, key: str) -> float:
     """Returns the seconds by which this clock is ahead of that of rank 0; 0.0 on rank 0."""
-    ranks, limit = scene.ranks, timedelta(seconds=scene.ranks.limit_s)
+    ranks, limit = context.ranks, timedelta(seconds=context.ranks.limit_s)
     nodes = len(ranks.firsts())
     if ranks.store.add(f"{key} ready", 1) == nodes:
         ranks.store.set(f"{key} all", "")
@@ -54,7 +56,7 @@ def _ahead(scene: Scene, key: str) -> float:
 
 
 def compare(answers: Answers) -> list[Row]:
-    """One row, failed with the nodes whose clock differs by more than LIMIT_S from that of rank 0."""
+    """Returns a row, which is failed and names the nodes if clocks differ by more than LIMIT_S from that of rank 0."""
     ahead = answers.by_node("ahead_s", max)
     if len(ahead) < 2:
         return [Row(NAME, SKIPPED, "one node: there is no other clock to compare with")]
@@ -68,4 +70,4 @@ def compare(answers: Answers) -> list[Row]:
     return [Row(NAME, FAILED, text, "start chronyd or another NTP client on these nodes", numbers=numbers)]
 
 
-CHECK = Check(NAME, _look, "see the row of the ranks", together=True, compare=compare)
+CHECK = Check(NAME, _check, "see the row 'ranks'", together=True, compare=compare)

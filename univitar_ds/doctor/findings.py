@@ -1,4 +1,4 @@
-"""Results of a check: rows of the table, and values that are compared between ranks. The report has all rows."""
+"""Results of checks: rows of the table, values that are compared between ranks, and the report of all rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MOST_NAMES = 8
 class Row:
     """One row of the table.
 
-    `state`: OK, FAILED or SKIPPED; `nodes`: where it was found, empty for all; `numbers`: measured values, by a name
-    that ends in its unit.
+    `check`: name of the check; `state`: OK, FAILED or SKIPPED; `found`: a sentence; `remedy`: of a failed row; `nodes`:
+    names of the nodes that it is about, empty for all; `numbers`: measured values by name, which ends in the unit.
     """
 
     check: str
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank found: rows, and values (of JSON) for `Check.compare`."""
+    """The result of a check on one rank: rows, and JSON values for `Check.compare`."""
 
     rows: Sequence[Row] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -56,17 +56,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Answers:
-    """The values of the ranks that answered, by rank, and the node of every rank."""
+    """The `Found.values` of a check by rank, for the ranks that answered, and the node of each rank."""
 
     values: Mapping[int, Mapping[str, Any]]
     nodes: Sequence[str]
 
     def of(self, name: str) -> dict[int, Any]:
-        """Returns one value for each rank that has it."""
+        """Returns the value `name` by rank, for the ranks that have it."""
         return {rank: values[name] for rank, values in self.values.items() if name in values}
 
     def by_node(self, name: str, worst: Callable[..., float]) -> dict[str, float]:
-        """Returns one number for each node: the `worst` (min or max) of its ranks."""
+        """Returns one number for each node: the `worst` (min or max) over its ranks of the value `name`."""
         found: dict[str, list[float]] = {}
         for rank, value in self.of(name).items():
             found.setdefault(self.nodes[rank], []).append(value)
@@ -74,7 +74,8 @@ class Answers:
 
 
 def from_error(check: str, error: UserError) -> list[Row]:
-    """Returns a failed row for an error, whose message ends with the remedy; one for each if it holds several."""
+    """Returns a failed row for an error, whose message has the remedy after the last semicolon; for a SeveralFaults, a
+    row for each of its errors."""
     if isinstance(error, SeveralFaults):
         return [row for each in error.errors for row in from_error(check, each)]
     found, _, remedy = str(error).rpartition("; ")
@@ -82,9 +83,10 @@ def from_error(check: str, error: UserError) -> list[Row]:
 
 
 def merged(rows: Mapping[int, Sequence[Row]], nodes: Sequence[str]) -> list[Row]:
-    """Returns the rows of all ranks, each distinct row once, with the nodes where it was found.
+    """Returns the rows of all ranks without duplicates. `nodes` of a row are those that have it, or empty if all nodes
+    that answered have it.
 
-    The nodes are left out if all nodes that answered have the row. Args: rows: of each rank that answered.
+    Args: rows: of each rank that answered, by rank; nodes: the node of each rank.
     """
     places: dict[tuple[str, ...], tuple[Row, dict[str, None]]] = {}
     everywhere = {nodes[rank] for rank in rows}
@@ -96,13 +98,13 @@ def merged(rows: Mapping[int, Sequence[Row]], nodes: Sequence[str]) -> list[Row]
 
 
 def listed(names: Sequence[Any]) -> str:
-    """Returns the first MOST_NAMES names as text, and the number of the others."""
+    """Returns at most MOST_NAMES names as text, with the number of further names: "a, b and 3 more"."""
     more = len(names) - MOST_NAMES
     return ", ".join(map(str, names[:MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def ranks_named(ranks: Sequence[int], nodes: Sequence[str | None]) -> str:
-    """Returns "rank 3 on node-b": ranks, and their nodes as far as they are known."""
+    """Returns ranks and their nodes, where known, as text: "rank 3 on node-b"."""
     text = f"{'rank' if len(ranks) == 1 else 'ranks'} {listed(ranks)}"
     places = sorted({nodes[rank] for rank in ranks if nodes[rank] is not None})
     return f"{text} on {listed(places)}" if places else text
@@ -116,10 +118,11 @@ def outliers(values: Mapping[str, float], factor: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows.
+    """The rows of all checks.
 
-    `nodes`: name of each rank's node, None for ranks that did not answer. `main`: whether this rank reports; others
-    have no rows. `hung`: whether a thread of this process still waits for something.
+    `nodes`: name of the node of each rank, None for ranks that did not answer; `main`: whether this is rank 0, which
+    prints the report, while other ranks have no rows; `hung`: whether a thread of this process is still waiting, so
+    that the process must be ended by `os._exit`.
     """
 
     rows: Sequence[Row]
@@ -136,8 +139,11 @@ class Report:
                 "rows": [row.to_json() for row in self.rows]}  # fmt: skip
 
     def lines(self) -> Iterator[tuple[str, str, str]]:
-        """Yields (state, word, text): each row, its remedy, and at the end the number of failed rows. The state and the
-        word are empty in lines that continue a row."""
+        """Yields lines as (state, word, text): each row, its remedy if it failed, and at the end the number of failed
+        rows.
+
+        State and word are empty in lines that continue a row.
+        """
         width = max((len(row.check) for row in self.rows), default=0)
         for row in self.rows:
             where = f"{listed(row.nodes)}: " if row.nodes else ""

@@ -1,7 +1,7 @@
-"""GPUs: what `nvidia-smi -q -x` reports about errors, throttling, other processes and the driver.
+"""Checks GPUs by the output of `nvidia-smi -q -x`: errors, throttling, other processes and the driver.
 
-Not run on a GPU: the fields are those of NVIDIA's documentation (nvidia-smi(1), nvsmi_device_v12.dtd) and of its
-earlier versions.
+The fields are taken from NVIDIA's documentation (nvidia-smi(1), nvsmi_device_v12.dtd) and its earlier versions. This
+check has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from xml.etree.ElementTree import Element
 
 import torch
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Found, Row, listed
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError, shortened
 
 NAME = "GPUs"
@@ -26,23 +26,23 @@ COMMAND = ("nvidia-smi", "-q", "-x")
 TIMEOUT_S = 60.0
 MOST_BYTES = 64 << 20
 USED_BY_OTHERS_MIB = 1024
-"""More memory than this in use before a rank has allocated any means another process on the GPU. Chosen, not measured:
-the driver itself takes a few hundred MiB."""
+"""If more memory is in use before a rank has allocated any, another process uses the GPU. Chosen, not measured: the
+driver itself takes a few hundred MiB."""
 SLOWED = {
-    "hw_thermal_slowdown": ("is slowed down by its temperature", "see the cooling of this node"),
-    "sw_thermal_slowdown": ("is slowed down by its temperature", "see the cooling of this node"),
-    "hw_power_brake_slowdown": ("is slowed down by the power supply", "see the power supply of this node"),
+    "hw_thermal_slowdown": ("is slowed down by its temperature", "inspect the cooling of this node"),
+    "sw_thermal_slowdown": ("is slowed down by its temperature", "inspect the cooling of this node"),
+    "hw_power_brake_slowdown": ("is slowed down by the power supply", "inspect the power supply of this node"),
     "hw_slowdown": ("is slowed down by the hardware", "see `nvidia-smi -q -d PERFORMANCE`"),
 }
-"""NVIDIA's "clock event reasons", in earlier versions "throttle reasons". sw_power_cap is left out: it is usual under
-load."""
+"""By NVIDIA's name of a "clock event reason" (in earlier versions "throttle reason"): what to report, and the remedy.
+sw_power_cap is left out, since it is usual under load."""
 _LOST = re.compile(r"\b(ERR!|GPU is lost|requires reset|Unknown Error)", re.IGNORECASE)
 _RESET = "drain this node and reset the GPU (nvidia-smi -r, as root), or reboot the node"
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """The driver of a machine, the CUDA version that it supports, and its GPUs as XML."""
+    """Output of nvidia-smi: version of the driver, the CUDA version that it supports, an XML element for each GPU."""
 
     driver: str
     cuda: str
@@ -50,7 +50,10 @@ class Gpus:
 
 
 def ask() -> bytes | None:
-    """Returns what nvidia-smi prints, None without nvidia-smi. Raises: UserError if it fails or does not answer."""
+    """Runs nvidia-smi and returns its output; None if it is not installed.
+
+    Raises: UserError if it fails or does not answer within TIMEOUT_S.
+    """
     if shutil.which(COMMAND[0]) is None:
         return None
     try:
@@ -64,7 +67,7 @@ def ask() -> bytes | None:
 
 
 def parse(text: bytes) -> Gpus:
-    """Parses the XML of nvidia-smi. Raises: UserError if it is something else."""
+    """Parses the XML of nvidia-smi. Raises: UserError if `text` is not such XML."""
     remedy = "see `nvidia-smi -q -x` on this node"
     if len(text) > MOST_BYTES or b"<!ENTITY" in text:
         raise UserError(f"nvidia-smi prints {len(text)} bytes (limit {MOST_BYTES}) or entities; {remedy}")
@@ -94,7 +97,11 @@ def visible(gpus: list[Element], environment: Mapping[str, str]) -> list[Element
 
 
 def rows_of(found: Gpus, torch_cuda: str | None) -> list[Row]:
-    """Returns the rows of GPUs that no rank of this job uses yet. Args: torch_cuda: CUDA version of torch."""
+    """Returns a failed row for each fault, or one row that all is well.
+
+    No rank of this job may have allocated memory on the GPUs yet. Args: torch_cuda: CUDA version that torch was built
+    for, None for a build without CUDA.
+    """
     rows = [row for gpu in found.gpus for row in _faults(gpu)]
     rows += _driver_fault(found, torch_cuda)
     names = sorted({_text(gpu, "product_name") for gpu in found.gpus})
@@ -115,7 +122,7 @@ def _faults(gpu: Element) -> Iterator[Row]:
     if errors:
         yield Row(NAME, FAILED, f"{name} has {errors} uncorrectable memory errors since the driver started", _RESET)
     if _yes(gpu, "remapped_rows/remapped_row_failure") or _yes(gpu, "ecc_errors/aggregate/sram_threshold_exceeded"):
-        yield Row(NAME, FAILED, f"{name} cannot replace its faulty memory any more", "drain this node, replace the GPU")
+        yield Row(NAME, FAILED, f"{name} can no longer replace its faulty memory", "drain this node, replace the GPU")
     if _yes(gpu, "remapped_rows/remapped_row_pending") or _yes(gpu, "retired_pages/pending_retirement"):
         yield Row(NAME, FAILED, f"{name} replaces faulty memory at its next reset", _RESET)
     state = _text(gpu, "fabric/state")
@@ -177,7 +184,7 @@ def _mib(text: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _look(scene: Scene) -> Found:
+def _check(context: Context) -> Found:
     printed = ask()
     if printed is None:
         return Found([Row(NAME, SKIPPED, "no nvidia-smi: no NVIDIA GPU, or the programs of its driver are missing")])
@@ -190,4 +197,4 @@ def _look(scene: Scene) -> Found:
     return Found(rows_of(seen, torch.version.cuda))
 
 
-CHECK = Check(NAME, _look, _RESET, everywhere=True)
+CHECK = Check(NAME, _check, _RESET, everywhere=True)

@@ -1,4 +1,4 @@
-"""Limits of the machine: shared memory, open files, processes."""
+"""Checks limits of each node: shared memory and open files."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import resource
 import shutil
 from pathlib import Path
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, Found, Row
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.planning.sizes import amount
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 SHARED_MEMORY, OPEN_FILES = "shared memory", "open files"
 SHM = Path("/dev/shm")
 SHM_OF_GPU_RANK = 128 << 20
-"""Bytes of /dev/shm that a rank on a GPU may take: NCCL uses it where GPUs of a node have no peer-to-peer access, with
-buffers of 4 MiB (NCCL_BUFFSIZE) for up to 32 channels."""
+"""Maximum bytes of /dev/shm that a rank on a GPU needs. NCCL uses it between GPUs of a node without peer-to-peer
+access, with buffers of 4 MiB (NCCL_BUFFSIZE) for up to 32 channels."""
 SHM_OF_CPU_RANK = 1 << 20
-"""The same of a rank on a CPU: only semaphores, since batches are in anonymous memory."""
+"""The same for a rank on a CPU: only semaphores are there, since batches are in anonymous memory."""
 FILES = 4096
-"""Open files that a run may need: a lane keeps a shard of each source open, each rank has connections to the others,
-and libraries open hundreds. Hundreds of sources need more."""
+"""Number of open files that a run may need: each lane keeps a shard of each source open, each rank has connections to
+the other ranks, and libraries open hundreds of files. Hundreds of sources need more."""
 
 
 def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
-    """Returns a row about /dev/shm. Args: ranks: of this node; each: bytes that a rank may take."""
+    """Returns a row about the free space in /dev/shm. Args: ranks: on this node; each: bytes that a rank may need."""
     needed = ranks * each
     try:
         usage = shutil.disk_usage(folder)
@@ -43,27 +43,27 @@ def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
 
 
 def open_files(limits: tuple[int, int], needed: int = FILES) -> Row:
-    """Returns a row about open files. Args: limits: soft and hard, as `resource.getrlimit(RLIMIT_NOFILE)` returns them.
+    """Returns a row about the limits of open files. Only the hard limit can fail: a run raises the soft limit itself.
 
-    A run raises the soft limit itself.
+    Args: limits: soft and hard limit, as `resource.getrlimit(RLIMIT_NOFILE)` returns them.
     """
     soft, hard = (_written(value) for value in limits)
     text = f"limits of open files {soft} (soft) and {hard} (hard)"
     if limits[1] != resource.RLIM_INFINITY and limits[1] < needed:
         remedy = "raise the hard limit (ulimit -Hn, limits.conf, or LimitNOFILE of slurmd, which its tasks inherit)"
         return Row(OPEN_FILES, FAILED, f"{text}, {needed:,} are needed", remedy)
-    return Row(OPEN_FILES, OK, f"{text}; a run raises the soft one as far as it needs")
+    return Row(OPEN_FILES, OK, f"{text}; a run raises the soft limit as far as it needs")
 
 
 def _written(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
 
 
-def _look(scene: Scene) -> Found:
-    here = scene.ranks.nodes[scene.ranks.rank]
-    ranks = scene.ranks.nodes.count(here)
+def _check(context: Context) -> Found:
+    here = context.ranks.nodes[context.ranks.rank]
+    ranks = context.ranks.nodes.count(here)
     each = SHM_OF_GPU_RANK if uses_cuda() else SHM_OF_CPU_RANK
     return Found([shared_memory(ranks, each), open_files(resource.getrlimit(resource.RLIMIT_NOFILE))])
 
 
-CHECK = Check("limits", _look, "look at this node: /dev/shm does not answer")
+CHECK = Check("limits", _check, "inspect this node: /dev/shm does not answer")

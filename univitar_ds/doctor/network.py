@@ -1,4 +1,4 @@
-"""All-reduce: latency and bandwidth over all ranks, within nodes and between nodes, and pairs of nodes."""
+"""Measures all-reduce over all ranks, within nodes and between nodes, and exchanges between pairs of nodes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Found, Row, outliers
-from univitar_ds.doctor.scene import Check, Scene
 
 NAME = "all-reduce"
 LATENCIES, ROUNDS = 20, 5
+"""Timed rounds of the small and of the large messages."""
 BYTES_GPU, BYTES_CPU = 256 << 20, 8 << 20
+"""Size of a large message on GPUs and on CPUs."""
 SLOWER = 2.0
-"""A node fails if its link takes more than this many times the median time. Chosen, not measured."""
+"""A node fails if the time of its link is more than this many times the median. Chosen, not measured."""
 PAIRINGS = 3
-"""Maximum number of other nodes with which each node exchanges data in pairs."""
+"""Maximum number of nodes with which a node exchanges data in pairs."""
 _LONGER = timedelta(hours=1)
 
 
 def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[float]:
-    """Returns the seconds of each round, after one that is not timed."""
+    """Returns the seconds of each of `rounds` calls of `work`, after a call that is not timed."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -38,12 +40,13 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 
 
 def bus_factor(ranks: int) -> float:
-    """Returns the ratio of bus bandwidth to bytes per second of an all-reduce, as nccl-tests defines it."""
+    """Returns the ratio of the bus bandwidth of an all-reduce to its bytes per second, as nccl-tests defines it."""
     return 2 * (ranks - 1) / ranks
 
 
 def pairings(nodes: int, most: int = PAIRINGS) -> list[list[tuple[int, int]]]:
-    """Returns rounds of pairs of nodes. A node has at most one partner in a round, always a new one (circle method)."""
+    """Returns at most `most` rounds of pairs of nodes. In each round a node has at most one partner, and never the same
+    one twice (circle method)."""
     places = [*range(nodes), *([None] if nodes % 2 else [])]
     rounds = []
     for _ in range(min(most, len(places) - 1)):
@@ -54,15 +57,15 @@ def pairings(nodes: int, most: int = PAIRINGS) -> list[list[tuple[int, int]]]:
 
 
 def _all_reduce(group: Any, numbers: Tensor, ranks: int) -> dict[str, float]:
-    """Returns the latency of a small and the bus bandwidth of a large all-reduce."""
+    """Returns the latency of a small all-reduce in microseconds, and the bus bandwidth of a large one in GB/s."""
     device, small = numbers.device, numbers[:2]
     latency = median(timed(lambda: dist.all_reduce(small, group=group), LATENCIES, device))
     seconds = min(timed(lambda: dist.all_reduce(numbers, group=group), ROUNDS, device))
     return {"latency_us": 1e6 * latency, "gb_s": bus_factor(ranks) * numbers.numel() * 4 / seconds / 1e9}
 
 
-def _look(scene: Scene) -> Found:
-    world, ranks = scene.world, scene.ranks
+def _check(context: Context) -> Found:
+    world, ranks = context.world, context.ranks
     if world is None or world.size == 1:
         return Found()
     if world.device.type == "cuda":
@@ -84,7 +87,11 @@ def _look(scene: Scene) -> Found:
 
 
 def _pairs(firsts: Sequence[int], rank: int, numbers: Tensor, group: Any) -> list[float]:
-    """Exchanges data with the first rank of other nodes, one after the other. Returns the GB/s in each direction."""
+    """Exchanges data with the first rank of some other nodes, one after the other.
+
+    Args: firsts: first rank of each node, in the order of the process group. Returns: GB/s in each direction, for each
+        partner.
+    """
     rates = []
     received = torch.empty_like(numbers)
     for pairs in pairings(len(firsts)):
@@ -107,7 +114,8 @@ def _exchange(numbers: Tensor, received: Tensor, other: int, group: Any) -> floa
 
 
 def compare(answers: Answers) -> list[Row]:
-    """Rows for all ranks, within nodes, between nodes and pairs of nodes, each with the slowest node."""
+    """Returns rows for all ranks, within nodes, between nodes, and for pairs of nodes. The second and the last name the
+    slowest node, and fail if it is much slower than the median."""
     whole = answers.of("all")
     if not whole and len(answers.nodes) > 1:
         return [Row(NAME, SKIPPED, "not measured: the ranks are not connected, or did not answer")]
@@ -140,7 +148,8 @@ def _within(answers: Answers) -> list[Row]:
 
 
 def _links(answers: Answers) -> list[Row]:
-    """Returns a row about nodes with slow links. A node counts by its fastest exchange with another node."""
+    """Returns a row about the links between nodes. The rate of a node is that of its fastest exchange, so that a slow
+    partner does not count against it."""
     rates = {answers.nodes[rank]: max(found) for rank, found in answers.of("pairs").items() if found}
     slow = outliers({node: 1 / rate for node, rate in rates.items()}, SLOWER)
     slowest = min(rates, key=lambda node: rates[node])
@@ -150,7 +159,9 @@ def _links(answers: Answers) -> list[Row]:
         text += f" on the median node; slowest {slowest} with {rates[slowest]:.3g} GB/s"
     if not slow:
         return [Row(NAME, OK, text, numbers=numbers)]
-    remedy = f"leave it out (sbatch --exclude={','.join(slow[:8])}), or see its network cards (ibstat, NCCL_DEBUG=INFO)"
+    remedy = (
+        f"leave it out (sbatch --exclude={','.join(slow[:8])}), or inspect its network cards (ibstat, NCCL_DEBUG=INFO)"
+    )
     return [Row(NAME, FAILED, text, remedy, numbers=numbers)]
 
 
@@ -160,8 +171,8 @@ def _written(numbers: dict[str, float]) -> str:
 
 CHECK = Check(
     NAME,
-    _look,
-    "a rank hangs, or NCCL uses a network that does not connect the nodes: see the row of the ranks, and set "
+    _check,
+    "a rank hangs, or NCCL uses a network that does not connect the nodes: see the row 'ranks', and set "
     "NCCL_SOCKET_IFNAME and NCCL_IB_HCA (slurm/env.sh), or start again with NCCL_DEBUG=INFO",
     everywhere=True,
     together=True,

@@ -1,12 +1,12 @@
-"""DeepSpeed's compiled operations: the folder of builds, and locks that a killed build has left there."""
+"""Checks the folder of DeepSpeed's compiled operations: whether it can be written, and locks of killed builds in it."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, Found, Row, listed
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.planning.checks import existing_parent
 from univitar_ds.training.engine.compiled_ops import LockState, folders, lock_state
 
@@ -14,7 +14,7 @@ NAME = "operations"
 
 
 def rows_of(candidates: list[Path]) -> list[Row]:
-    """Returns rows about the first of the folders that a run can write to. Writes nothing."""
+    """Returns rows about the first folder of `candidates` that a run can write to. Leaves no file there."""
     folder = next(filter(_writable, candidates), None)
     if folder is None:
         found = f"none of {listed(candidates)} can be written, so no operation can be compiled"
@@ -24,7 +24,7 @@ def rows_of(candidates: list[Path]) -> list[Row]:
         return rows
     built = sorted(library.parent.name for library in folder.glob("*/*.so"))
     unfinished = sorted({path.parent.name for path in folder.glob("*/build.ninja")} - set(built))
-    text = f"compiled: {listed(built)}" if built else "none is compiled, and no shipped configuration needs one"
+    text = f"compiled: {listed(built)}" if built else "no operation is compiled, and no shipped configuration needs one"
     if unfinished:
         text += f"; {listed(unfinished)} was not finished and is compiled again when it is needed"
     return [Row(NAME, OK, f"no build holds a lock in {folder}; {text}")]
@@ -32,7 +32,7 @@ def rows_of(candidates: list[Path]) -> list[Row]:
 
 def _writable(folder: Path) -> bool:
     try:
-        with tempfile.TemporaryFile(dir=existing_parent(folder)):  # has no name, so nothing stays
+        with tempfile.TemporaryFile(dir=existing_parent(folder)):  # without a name, so no file is left
             return True
     except OSError:
         return False
@@ -49,8 +49,8 @@ def _of_lock(lock: Path) -> Row | None:
     return Row(NAME, FAILED, f"{lock} is held: {reason}", "wait for that build, or end it and start this check again")
 
 
-def _look(scene: Scene) -> Found:
+def _check(context: Context) -> Found:
     return Found(rows_of(folders()))
 
 
-CHECK = Check(NAME, _look, "the disk with the folder of compiled operations (TORCH_EXTENSIONS_DIR) does not answer")
+CHECK = Check(NAME, _check, "the disk with the folder of compiled operations (TORCH_EXTENSIONS_DIR) does not answer")

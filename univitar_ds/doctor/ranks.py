@@ -1,6 +1,6 @@
-"""The exchange between the ranks of the doctor: through the store of the rendezvous, without collectives.
+"""Communication between the ranks of the doctor, through the store of the rendezvous instead of collectives.
 
-Each wait has a limit, so that a rank that hangs or has ended is found and named, while the others continue.
+Each wait has a limit, so that a rank that hangs or has ended is found and named while the others continue.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from univitar_ds.doctor.findings import ranks_named
 from univitar_ds.errors import UserError
 
 SLACK_S = 5.0
-"""Seconds that rank 0 waits for an answer after the limit of a check, since the other rank answers at this limit."""
+"""Seconds that rank 0 waits beyond the limit of a check: a rank whose check hangs answers only at this limit."""
 _ROUNDS = 4
-"""Other ranks wait for rank 0 for this many limits, since rank 0 may have to wait for some of them first."""
+"""Number of limits for which other ranks wait for rank 0, since rank 0 may have to wait for some of them first."""
 
 
 class Ranks:
-    """This rank among the ranks. `nodes`: name of each rank's node, None before `introduce` or without an answer."""
+    """This rank, and its communication with the other ranks.
+
+    `nodes`: name of the node of each rank, None before `exchange_nodes` and for ranks that did not answer.
+
+    Args: store: that all ranks are connected to; size: number of ranks; limit_s: seconds to wait for an answer.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, limit_s: float) -> None:
         self.rank, self.size, self.limit_s = rank, size, limit_s
         self.root, self.store = store, dist.PrefixStore("doctor", store)
         self.nodes: list[str | None] = [None] * size
         self.silent: dict[int, str] = {}
-        """On rank 0: the ranks that did not answer, each with the name of the first exchange that they missed."""
+        """On rank 0: for each rank that did not answer, the name of the first exchange that it missed."""
 
     @property
     def is_main(self) -> bool:
@@ -38,32 +43,34 @@ class Ranks:
 
     @property
     def first_of_node(self) -> bool:
-        """Whether this rank is the lowest of its node."""
+        """Whether this rank is the lowest one on its node."""
         return self.rank in self.firsts()
 
     def firsts(self) -> list[int]:
-        """Returns the lowest rank of each node that has answered."""
+        """Returns the lowest rank of each known node."""
         lowest: dict[str, int] = {}
         for rank, node in enumerate(self.nodes):
             if node is not None:
                 lowest.setdefault(node, rank)
         return list(lowest.values())
 
-    def introduce(self, node: str) -> None:
-        """Exchanges the names of the nodes."""
+    def exchange_nodes(self, node: str) -> None:
+        """Sets `nodes` on every rank. Args: node: name of the node of this rank."""
         found = self.all_of("node", node)
         self.nodes = [found.get(rank) for rank in range(self.size)]
 
     def post(self, name: str, value: Any) -> None:
-        """Sends a JSON value to rank 0. Raises: UserError if rank 0 has ended."""
+        """Sends a JSON value to rank 0, which gets it by `collect(name)`. Raises: UserError if rank 0 has ended."""
         try:
             self.store.set(f"{name}/{self.rank}", json.dumps(value))
         except dist.DistError as error:
             raise self._main_gone() from error
 
     def collect(self, name: str, ranks: Iterable[int] | None = None) -> dict[int, Any]:
-        """Returns, on rank 0, what the `ranks` (None: all) have posted. Those that do not answer become `silent`,
-        and are not waited for again."""
+        """Returns, on rank 0, the values that `ranks` (None: all) have posted, by rank.
+
+        Ranks that do not answer are added to `silent`, and no later call waits for them.
+        """
         deadline, found = time.monotonic() + self.limit_s + SLACK_S, {}
         for rank in range(self.size) if ranks is None else ranks:
             key = f"{name}/{rank}"
@@ -78,23 +85,23 @@ class Ranks:
         return found
 
     def all_of(self, name: str, value: Any) -> dict[int, Any]:
-        """Returns, on every rank, the values of all ranks that answer."""
+        """Returns, on every rank, the values of all ranks that answer. Raises: UserError if rank 0 has ended."""
         self.post(name, value)
         return dict(self.at_main(lambda: list(self.collect(name).items()), f"all {name}"))
 
     def arrive(self, name: str) -> list[int]:
-        """Waits for all ranks, and returns those that do not answer, the same on every rank."""
+        """Waits for all ranks. Returns, on every rank, the ranks that do not answer. Raises: as `all_of`."""
         answered = self.all_of(f"arrive {name}", None)
         return [rank for rank in range(self.size) if rank not in answered]
 
     def at_main(self, ask: Callable[[], Any], name: str) -> Any:
-        """Returns, on every rank, the result of `ask` on rank 0."""
+        """Calls `ask` on rank 0 and returns its result (JSON) on every rank. Raises: as `all_of`."""
         if self.is_main:
             self.store.set(name, json.dumps(ask()))
         return json.loads(self._from_main(name))
 
     def end(self) -> None:
-        """On rank 0: allows the other ranks to end. On the others: waits for that, or until rank 0 has ended."""
+        """Waits, on other ranks, until rank 0 calls this too or has ended: the store is in the process of rank 0."""
         if self.is_main:
             self.store.set("end", "")
             return
@@ -120,5 +127,5 @@ class Ranks:
 
 
 def who_is_silent(silent: Sequence[int], nodes: Sequence[str | None]) -> str:
-    """Returns a phrase with the ranks that do not answer."""
+    """Returns a sentence with the ranks that do not answer and their nodes."""
     return f"{ranks_named(silent, nodes)} {'does' if len(silent) == 1 else 'do'} not answer"

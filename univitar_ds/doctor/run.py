@@ -1,4 +1,4 @@
-"""Runs all checks, alone or as one rank of a launcher."""
+"""Runs all checks, in a single process or as one rank of a launcher."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from univitar_ds.data.storage.session import remove_session_folder
 from univitar_ds.doctor import (
     checkpoints,
     clocks,
+    connection,
     gpus,
     limits,
-    meeting,
     network,
     operations,
     run_file,
@@ -25,6 +25,7 @@ from univitar_ds.doctor import (
     storage,
     versions,
 )
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import (
     FAILED,
     SKIPPED,
@@ -37,7 +38,6 @@ from univitar_ds.doctor.findings import (
     ranks_named,
 )
 from univitar_ds.doctor.ranks import Ranks, who_is_silent
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError, first_line
 from univitar_ds.training.distributed import orphans, preemption
 from univitar_ds.training.distributed.launchers import is_rank
@@ -49,7 +49,7 @@ CHECKS = (
     run_file.CHECK,
     versions.CHECK,
     gpus.CHECK,
-    meeting.GPU,
+    connection.GPU_CHECK,
     operations.CHECK,
     limits.CHECK,
     run_file.PARTS_CHECK,
@@ -57,55 +57,56 @@ CHECKS = (
     checkpoints.CHECK,
     checkpoints.SHARED_CHECK,
     clocks.CHECK,
-    meeting.MEETING,
+    connection.CHECK,
     speed.CHECK,
     network.CHECK,
 )
-"""In this order: a wrong run file is the first row; no rank allocates GPU memory before all have looked at its use;
-checks that may hang a rank come last."""
+"""The checks in their order. An invalid run file is in the first row; no rank allocates GPU memory before all ranks
+have read how much is in use; checks that may hang a rank come last."""
 LIMIT_S = 120.0
-"""Default limit of a check in seconds: importing all packages from a busy disk takes a minute."""
+"""Default limit of a check in seconds. Importing all packages from a busy disk takes a minute."""
 
 
 def examine(recipe: str | None, overrides: Sequence[str] = (), limit_s: float = LIMIT_S) -> Report:
-    """Runs all checks. Under a launcher, `srun` included, this process is one rank. Nothing stays on a disk.
+    """Runs all checks. Under a launcher, including `srun`, this process is one rank. Leaves no file on a disk.
 
-    Args: recipe: a run file, the name of a recipe or the folder of a run; None: the machines only. limit_s: seconds
-        that a check may take, and that a rank waits for the others.
-    Returns: the report; without rows on other ranks than rank 0.
-    Raises: UserError if the launcher's variables are wrong, a rank does not join, or rank 0 ends before the others. The
-        message names the ranks that are missing.
+    Args: recipe: a run file, the name of a recipe or the folder of a run; None: only the machines are checked;
+        overrides: KEY=VALUE for keys of the run file; limit_s: seconds that a check may take, and that a rank waits for
+        other ranks.
+    Returns: the report, which has rows on rank 0 only.
+    Raises: UserError if the launcher's variables are invalid, a rank does not join, or rank 0 ends before the others.
+        The message names the missing ranks.
     """
-    scene = Scene(_join(limit_s), recipe, overrides)
-    if scene.ranks.size > 1:
-        stop = Stop(leaving=lambda: clean(scene))
-        stop.quiet = True  # its message is about a run's checkpoint
+    context = Context(_join(limit_s), recipe, overrides)
+    if context.ranks.size > 1:
+        stop = Stop(leaving=lambda: clean(context))
+        stop.quiet = True  # the message of `Stop` is about the checkpoint of a run
         orphans.end_with_launchers(preemption.listen(stop))
-    run_file.take_run(scene)
-    rows = check_all(scene, CHECKS)
-    return Report(rows, scene.ranks.nodes, scene.ranks.is_main, scene.hung)
+    run_file.take_run(context)
+    rows = check_all(context, CHECKS)
+    return Report(rows, context.ranks.nodes, context.ranks.is_main, context.hung)
 
 
-def check_all(scene: Scene, checks: Sequence[Check]) -> list[Row]:
-    """Returns the rows of these checks on rank 0, and none on other ranks. All ranks call it with the same checks."""
-    ranks, rows = scene.ranks, []
-    ranks.introduce(node_name(os.environ))
+def check_all(context: Context, checks: Sequence[Check]) -> list[Row]:
+    """Returns the rows of `checks` on rank 0, and [] on other ranks. All ranks must call it with the same checks."""
+    ranks, rows = context.ranks, []
+    ranks.exchange_nodes(node_name(os.environ))
     for number, check in enumerate(checks):
-        rows += _run(check, f"{number} {check.name}", scene)
+        rows += _run(check, f"{number} {check.name}", context)
     for rank, place in ranks.silent.items():
         node = ranks.nodes[rank]
-        where = {"node": "introduction", "usable": meeting.NAME}.get(place) or place.partition(" ")[2]
+        where = {"node": "exchange of node names", "usable": connection.NAME}.get(place) or place.partition(" ")[2]
         text = f"{ranks_named([rank], ranks.nodes)} did not answer within {ranks.limit_s:g} s, first in: {where}"
         remedy = "see that rank's log and its node" + (f"; leave it out with sbatch --exclude={node}" if node else "")
-        rows.append(Row(meeting.NAME, FAILED, text, remedy))
+        rows.append(Row(connection.NAME, FAILED, text, remedy))
     ranks.end()
     return rows
 
 
-def clean(scene: Scene | None = None) -> None:
-    """Removes what a process that ends without Python's exit handlers would leave."""
-    if scene is not None:
-        scene.forget_files()
+def clean(context: Context | None = None) -> None:
+    """Removes the files that Python's exit handlers would remove, for a process that ends without them."""
+    if context is not None:
+        context.remove_files()
     remove_session_folder()
 
 
@@ -117,14 +118,17 @@ def _join(limit_s: float) -> Ranks:
     return Ranks(store, rank, size, limit_s)
 
 
-def _run(check: Check, key: str, scene: Scene) -> list[Row]:
-    """Runs one check on the ranks that it needs. Returns its rows on rank 0. Args: key: name of its exchange."""
-    ranks = scene.ranks
+def _run(check: Check, key: str, context: Context) -> list[Row]:
+    """Runs one check on the ranks that it needs. Returns its rows on rank 0, and [] on other ranks.
+
+    Args: key: unique name of the exchange of its results.
+    """
+    ranks = context.ranks
     absent = ranks.arrive(key) if check.together else []
     if absent:
         return [Row(check.name, SKIPPED, f"needs all ranks: {who_is_silent(absent, ranks.nodes)}")] * ranks.is_main
     if check.everywhere or ranks.first_of_node:
-        ranks.post(key, look_within(check, scene).to_json())
+        ranks.post(key, run_within_limit(check, context).to_json())
     if not ranks.is_main:
         return []
     answers = ranks.collect(key, None if check.everywhere else ranks.firsts())
@@ -135,13 +139,13 @@ def _run(check: Check, key: str, scene: Scene) -> list[Row]:
     return rows
 
 
-def look_within(check: Check, scene: Scene) -> Found:
-    """Returns what the check finds on this rank; a failed row if it raises, or does not answer within the limit."""
+def run_within_limit(check: Check, context: Context) -> Found:
+    """Returns the result of `check.run` on this rank; a failed row if it raises or exceeds the limit."""
     answers: queue.SimpleQueue[Found] = queue.SimpleQueue()
 
-    def look() -> None:
+    def work() -> None:
         try:
-            answers.put(check.look(scene))
+            answers.put(check.run(context))
         except UserError as error:
             answers.put(Found(from_error(check.name, error)))
         except Exception as error:  # one broken check must not hide the others
@@ -149,10 +153,10 @@ def look_within(check: Check, scene: Scene) -> Found:
             text = f"{type(error).__name__}: {first_line(error)}"
             answers.put(Found([Row(check.name, FAILED, text, f"see the traceback in the log; {check.remedy}")]))
 
-    threading.Thread(target=look, name=f"check of {check.name}", daemon=True).start()
+    threading.Thread(target=work, name=f"check of {check.name}", daemon=True).start()
     try:
-        return answers.get(timeout=scene.ranks.limit_s)
+        return answers.get(timeout=context.ranks.limit_s)
     except queue.Empty:
-        scene.hung = True
-        text = f"no answer within {scene.ranks.limit_s:g} s (limit)"
+        context.hung = True
+        text = f"no answer within {context.ranks.limit_s:g} s (limit)"
         return Found([Row(check.name, FAILED, text, check.remedy)])

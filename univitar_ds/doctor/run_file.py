@@ -1,4 +1,4 @@
-"""The run file and what it names: configurations, lanes, sources, teacher, text tower, start."""
+"""Checks the run file and what it names: DeepSpeed JSON, lanes, sources, teacher, text tower and initial weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from univitar_ds.config.run_folder import CONFIG
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.divisors import divisors
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import OK, SKIPPED, Found, Row, from_error, listed
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import UserError
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.teacher.teacher import build_teacher
@@ -32,39 +32,42 @@ from univitar_ds.tokenization import load_tokenizer, special_ids
 NAME = "run file"
 
 
-def rows_of(scene: Scene) -> list[Row]:
-    """Reads the run file. Fills `config` of the scene."""
-    if scene.recipe is None:
+def rows_of(context: Context) -> list[Row]:
+    """Reads the run file and sets `config` of the context. Returns the rows."""
+    if context.recipe is None:
         return [Row(NAME, SKIPPED, "none given; --config RUN checks its sources, models and folder too")]
     rows: list[Row] = []
-    scene.config = _tried(rows, NAME, lambda: load_config(scene.recipe, scene.overrides))
-    if scene.config is not None:
-        stages = listed([stage.name for stage in scene.config.stages])
-        rows.append(Row(NAME, OK, f"{scene.recipe} is valid; its stages: {stages}"))
+    context.config = _tried(rows, NAME, lambda: load_config(context.recipe, context.overrides))
+    if context.config is not None:
+        stages = listed([stage.name for stage in context.config.stages])
+        rows.append(Row(NAME, OK, f"{context.recipe} is valid; its stages: {stages}"))
     return rows
 
 
-def rows_of_parts(scene: Scene) -> list[Row]:
-    """Reads what the run file names. Fills `shards`, `checkpoint_bytes` and `checkpoints` of the scene."""
-    config, rows = scene.config, []
+def rows_of_parts(context: Context) -> list[Row]:
+    """Checks what the run file names, and sets `shards`, `checkpoint_bytes` and `checkpoints` of the context.
+
+    Returns the rows; none if there is no valid run file.
+    """
+    config, rows = context.config, []
     if config is None:
         return rows
     steps: dict[str, Callable[[], str | None]] = {
         "installation": lambda: _installation(config),
         "plugins": lambda: checks.check_plugins(config),
-        "lanes": lambda: _lanes(config, scene),
-        "deepspeed": lambda: _deepspeed(config, scene),
+        "lanes": lambda: _lanes(config, context),
+        "deepspeed": lambda: _deepspeed(config, context),
     }
     for name, check in steps.items():
         if text := _tried(rows, name, check):
             rows.append(Row(name, OK, text))
-    _models(scene, config, rows)
-    _sources(scene, config, rows)
+    _models(context, config, rows)
+    _sources(context, config, rows)
     return rows
 
 
 def _tried(rows: list[Row], name: str, check: Callable[[], Any]) -> Any:
-    """Returns the result of a check; after a UserError adds its rows and returns None."""
+    """Calls `check` and returns its result; if it raises a UserError, adds failed rows to `rows` and returns None."""
     try:
         return check()
     except UserError as error:
@@ -77,42 +80,42 @@ def _installation(config: RunConfig) -> str:
     return "the packages of this run are installed"
 
 
-def _lanes(config: RunConfig, scene: Scene) -> str:
-    lanes, size = config.data.lanes, scene.ranks.size
+def _lanes(config: RunConfig, context: Context) -> str:
+    lanes, size = config.data.lanes, context.ranks.size
     each, sharing = packs_per_rank(config, size), config.model.tensor_parallel * config.model.sequence_parallel
     fitting = ", ".join(str(count * sharing) for count in divisors(lanes))
     return f"data.lanes = {lanes} fits {size} rank{'' if size == 1 else 's'}, {each} for each; it fits {fitting} ranks"
 
 
-def _deepspeed(config: RunConfig, scene: Scene) -> str:
+def _deepspeed(config: RunConfig, context: Context) -> str:
     if config.deepspeed == AUTO:
-        return "auto: chosen when the run starts, see train --dry-run"
+        return "auto: the configuration is chosen when the run starts, see train --dry-run"
     content = read_deepspeed(config.deepspeed)
     stage = checks.check_zero_stage(content, config.deepspeed)
-    resolve_deepspeed(config, scene.ranks.size, content, (str(scene.recipe), config.deepspeed))
+    resolve_deepspeed(config, context.ranks.size, content, (str(context.recipe), config.deepspeed))
     return f"{config.deepspeed}: ZeRO-{stage}"
 
 
-def _models(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
-    """Adds rows about teacher, text tower and `model.init_from`, and computes the size of a checkpoint."""
+def _models(context: Context, config: RunConfig, rows: list[Row]) -> None:
+    """Adds rows about teacher, text tower and `model.init_from`, and sets `checkpoint_bytes` if none of them failed."""
     before = len([row for row in rows if row.state != OK])
     teacher = _tried(rows, "teacher", lambda: _teacher(config, rows))
     start = None
-    if scene.run is None:  # a run has its own copy of the tokenizer and of the start weights
+    if context.run is None:  # an existing run has copies of the tokenizer and of the initial weights
         start = _tried(rows, "model.init_from", lambda: checks.open_start(config))
         if start is not None or config.model.init_from is None:
-            _tried(rows, "model", lambda: checks.check_shapes(config, start, scene.ranks.size))
+            _tried(rows, "model", lambda: checks.check_shapes(config, start, context.ranks.size))
         _tried(rows, "text tower", lambda: _text(config, rows))
     if start is not None:
         rows.append(Row("model.init_from", OK, f"{config.model.init_from} fits the model of the run"))
     if len([row for row in rows if row.state != OK]) > before:
         return
     found = Inputs(config, {}, {}, (), (), start, teacher)
-    scene.checkpoint_bytes = _tried(rows, "model", lambda: _checkpoint(scene, found))
+    context.checkpoint_bytes = _tried(rows, "model", lambda: _checkpoint(context, found))
 
 
 def _teacher(config: RunConfig, rows: list[Row]) -> Any:
-    """Loads the teacher into host memory once, to see that it loads."""
+    """Loads the teacher into host memory, to check that it can be loaded. Returns its shape, None without a teacher."""
     shape = checks.check_teacher(config)
     if shape is None:
         return None
@@ -126,6 +129,7 @@ def _teacher(config: RunConfig, rows: list[Row]) -> Any:
 
 
 def _text(config: RunConfig, rows: list[Row]) -> None:
+    """Loads the tokenizer, and the weights of the text tower if the run file names a folder of them."""
     checks.check_text(config)
     text, given = config.model.text, checks.given_tokenizer(config)
     if config.objective.classifies or given is None or config.model.init_part == "model":
@@ -138,11 +142,11 @@ def _text(config: RunConfig, rows: list[Row]) -> None:
     rows.append(Row("text tower", OK, f"{where} load"))
 
 
-def _checkpoint(scene: Scene, found: Inputs) -> int:
-    """Returns the bytes of the largest checkpoint; frozen weights are counted in float32."""
+def _checkpoint(context: Context, found: Inputs) -> int:
+    """Returns the bytes of the largest checkpoint over all stages; frozen weights are counted in float32."""
     config = found.config
-    if scene.run is not None:
-        description, classes = checks.saved_model(scene.run, config)
+    if context.run is not None:
+        description, classes = checks.saved_model(context.run, config)
     else:
         description, classes = checks.foreseen_model(found)
     width = None if found.teacher is None else found.teacher.width
@@ -150,32 +154,35 @@ def _checkpoint(scene: Scene, found: Inputs) -> int:
     return max(checkpoint_bytes(config, stage, counts, {}) for stage in config.stages)
 
 
-def _sources(scene: Scene, config: RunConfig, rows: list[Row]) -> None:
+def _sources(context: Context, config: RunConfig, rows: list[Row]) -> None:
+    """Adds a row about the sources, and sets `shards` and `checkpoints`; `config` names the packed sources then."""
     packed = _tried(rows, "sources", lambda: with_packed_sources(config, pack=False))
     found = None if packed is None else _tried(rows, "sources", lambda: checks.check_sources(packed))
     if found is None:
         return
-    scene.config, (scene.shards, evaluation) = packed, found
-    scene.checkpoints = kept_checkpoints(packed, encoder_config(packed.model), expected_tokens(packed, scene.shards))
+    context.config, (context.shards, evaluation) = packed, found
+    context.checkpoints = kept_checkpoints(
+        packed, encoder_config(packed.model), expected_tokens(packed, context.shards)
+    )
     plural = "" if len(packed.data.sources) == 1 else "s"
-    text = f"{len(scene.shards)} shards of {len(packed.data.sources)} source{plural} fit the stages"
+    text = f"{len(context.shards)} shards of {len(packed.data.sources)} source{plural} fit the stages"
     rows.append(Row("sources", OK, text + (f", {len(evaluation)} of the evaluation" if evaluation else "")))
 
 
-def take_run(scene: Scene) -> None:
-    """If the folder of a run was given instead of a run file, sets `run` and takes the run file in it."""
-    folder = None if scene.recipe is None else Path(expand(scene.recipe))
+def take_run(context: Context) -> None:
+    """If `recipe` is the folder of a run, sets `run` to it and `recipe` to the run file in it."""
+    folder = None if context.recipe is None else Path(expand(context.recipe))
     if folder is not None and folder.is_dir():
-        scene.run, scene.recipe = folder, str(folder / CONFIG)
+        context.run, context.recipe = folder, str(folder / CONFIG)
 
 
-def _look(scene: Scene) -> Found:
-    return Found(rows_of(scene))
+def _check(context: Context) -> Found:
+    return Found(rows_of(context))
 
 
-def _look_at_parts(scene: Scene) -> Found:
-    return Found(rows_of_parts(scene))
+def _check_parts(context: Context) -> Found:
+    return Found(rows_of_parts(context))
 
 
-CHECK = Check(NAME, _look, "the disk with the run file does not answer on this node")
-PARTS_CHECK = Check(NAME, _look_at_parts, "a disk, store or hub that the run file names does not answer on this node")
+CHECK = Check(NAME, _check, "the disk with the run file does not answer on this node")
+PARTS_CHECK = Check(NAME, _check_parts, "a disk, store or hub that the run file names does not answer on this node")

@@ -1,4 +1,4 @@
-"""How fast each rank computes: in a synchronous step all ranks wait for the slowest."""
+"""Checks how fast each rank computes. In a synchronous step all ranks wait for the slowest one."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from statistics import median_low
 
 import torch
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, Answers, Found, Row, outliers, ranks_named
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.training.distributed.process_group import uses_cuda
 
 NAME = "speed"
 ROUNDS = 10
 SLOWER_GPU, SLOWER_CPU = 1.2, 2.0
-"""A node fails if it takes more than this many times the median. GPUs of one kind differ by at most a tenth; CPU cores
-are shared with other processes. Chosen, not measured."""
+"""A node fails if its time is more than this many times the median. GPUs of one kind differ by at most a tenth; CPU
+cores are shared with other processes. Chosen, not measured."""
 
 
 def operands(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns two square matrices: 4,096 in bfloat16 on a GPU, 512 in float32 on a CPU."""
+    """Returns two square matrices: (4096, 4096) in bfloat16 on a GPU, (512, 512) in float32 on a CPU."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     return torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, size, device=device, dtype=dtype)
 
 
 def work(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """The work that is timed: products, until the device has finished them."""
+    """Computes 8 matrix products and waits until the device has finished them. This is what `_check` times."""
     for _ in range(8):
         pair[0] @ pair[1]
     if pair[0].is_cuda:
         torch.cuda.synchronize(pair[0].device)
 
 
-def _look(scene: Scene) -> Found:
-    device = scene.world.device if scene.world else torch.device("cuda" if uses_cuda() else "cpu")
+def _check(context: Context) -> Found:
+    device = context.world.device if context.world else torch.device("cuda" if uses_cuda() else "cpu")
     pair = operands(device)
     work(pair)
     times = []
@@ -42,12 +42,12 @@ def _look(scene: Scene) -> Found:
         work(pair)
         times.append(time.perf_counter() - start)
     size = pair[0].shape[0]
-    # The fastest round: other processes on the machine slow the others down.
+    # The fastest round is the least disturbed by other processes on the machine.
     return Found(values={"seconds": min(times), "flops": 8 * 2 * size**3, "device": device.type})
 
 
 def compare(answers: Answers) -> list[Row]:
-    """One row with the slowest node, failed if it is much slower than the median of the nodes."""
+    """Returns a row with the slowest node, failed if it is much slower than the median of the nodes."""
     seconds = answers.of("seconds")
     if not seconds:
         return []
@@ -66,10 +66,10 @@ def compare(answers: Answers) -> list[Row]:
         return [Row(NAME, OK, text, numbers=numbers)]
     text += f" ({ranks_named([rank], answers.nodes)}), which takes {nodes[slowest] / median:.1f} times as long"
     others = f"; slow too: {', '.join(late[1:8])}" if len(late) > 1 else ""
-    remedy = f"leave it out (sbatch --exclude={slowest}), or see its temperature, clocks and other processes"
+    remedy = f"leave it out (sbatch --exclude={slowest}), or inspect its temperature, clocks and other processes"
     return [Row(NAME, FAILED, text + others, remedy, numbers=numbers)]
 
 
 CHECK = Check(
-    NAME, _look, "a matrix product does not finish on this rank: see its GPU", everywhere=True, compare=compare
+    NAME, _check, "a matrix product does not finish on this rank: inspect its GPU", everywhere=True, compare=compare
 )

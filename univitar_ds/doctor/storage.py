@@ -1,4 +1,4 @@
-"""The sources: whether each node reads their bytes, and how fast."""
+"""Checks the sources: whether each node can read them, and how fast."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from statistics import median_low
 from univitar_ds.data.shards.sources import SourceShard, spread
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import OK, Answers, Found, Row
-from univitar_ds.doctor.scene import Check, Scene
 
 NAME = "storage"
 MOST_BYTES, PIECE, SHARDS = 64 << 20, 4 << 20, 8
-"""At most SHARDS shards, evenly spread over the list, are read: PIECE bytes at a time, at most MOST_BYTES in total."""
+"""At most SHARDS shards are read, evenly spread over all: PIECE bytes at a time, at most MOST_BYTES in total."""
 MOST_S = 5.0
+"""Seconds after which no further piece is read."""
 
 
 def read_rate(shards: Sequence[SourceShard], settings: StorageSettings) -> tuple[int, float]:
-    """Reads parts of some shards. Returns the bytes and seconds. Raises: DataError if one cannot be read."""
+    """Reads the beginnings of some shards. Returns (bytes, seconds). Raises: DataError if a shard cannot be read."""
     chosen = spread(shards, SHARDS)
     total, start = 0, time.monotonic()
     for shard in chosen:
@@ -35,7 +36,7 @@ def read_rate(shards: Sequence[SourceShard], settings: StorageSettings) -> tuple
 
 
 def _forget(path: str) -> None:
-    """Drops a local file from the page cache, so that the disk is read."""
+    """Drops a local file from the page cache, so that the rate is that of the disk."""
     if path.startswith(S3) or not hasattr(os, "posix_fadvise"):
         return
     try:
@@ -48,19 +49,20 @@ def _forget(path: str) -> None:
         os.close(file)
 
 
-def _look(scene: Scene) -> Found:
-    if not scene.shards or scene.config is None:
+def _check(context: Context) -> Found:
+    if not context.shards or context.config is None:
         return Found()
-    size, seconds = read_rate(scene.shards, StorageSettings.of(scene.config.data))
+    size, seconds = read_rate(context.shards, StorageSettings.of(context.config.data))
     return Found(values={"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
 
 
 def compare(answers: Answers) -> list[Row]:
+    """Returns a row with the rates at which the nodes read the sources."""
     return rate_rows(NAME, "reads", answers)
 
 
 def rate_rows(name: str, verb: str, answers: Answers) -> list[Row]:
-    """One row with the rates `mb_s` of all nodes, the slowest named."""
+    """Returns a row with the median of the rates `mb_s` of all nodes and the slowest node; none without rates."""
     rates = answers.by_node("mb_s", min)
     if not rates:
         return []
@@ -75,4 +77,4 @@ def rate_rows(name: str, verb: str, answers: Answers) -> list[Row]:
     return [Row(name, OK, text, numbers=numbers)]
 
 
-CHECK = Check(NAME, _look, "the disk or store of the sources does not answer on this node", compare=compare)
+CHECK = Check(NAME, _check, "the disk or store of the sources does not answer on this node", compare=compare)

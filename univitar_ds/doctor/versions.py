@@ -1,4 +1,4 @@
-"""Installed versions: against the requirements of the package, and against each other."""
+"""Compares installed versions with the requirements of this package and between nodes, and imports libraries."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Found, Row, ranks_named
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import shortened
 from univitar_ds.kernels.dispatch import choose
 from univitar_ds.training.distributed.process_group import uses_cuda
@@ -20,11 +20,12 @@ from univitar_ds.training.distributed.process_group import uses_cuda
 NAME = "versions"
 PROJECT = "univitar_ds"
 NEEDED = ("", "train")
-"""Extras that training needs. Packages of other extras are compared only if they are installed."""
+"""Extras that training needs; "" is the package without extras. Packages of OTHERS are compared only if installed."""
 OTHERS = ("s3", "webdataset", "energon", "flash", "flash4", "megatron", "parquet", "wandb", "trackio", "onnx", "eval")
 IMPORTED = ("deepspeed", "transformers")
-"""Packages that are imported in a process of their own: they import every optional package, and one may be broken."""
+"""Packages whose import is tried in a separate process. They import optional packages, which may be broken."""
 FLASH = {"flash-attn": "flash_attn", "flash-attn-4": "flash_attn.cute"}
+"""Module by distribution. The import is tried too if it is installed."""
 _IMPORT_S = 300.0
 
 
@@ -37,9 +38,10 @@ def installed(name: str) -> str | None:
 
 
 def clashes(requirements: Iterable[str], version_of: Callable[[str], str | None] = installed) -> list[Row]:
-    """Compares installed versions with requirements as in `importlib.metadata.requires`.
+    """Returns a failed row for each version that does not meet its requirement, and each missing package of NEEDED.
 
-    A version that differs fails, and so does a missing package that training needs.
+    Args: requirements: as `importlib.metadata.requires` returns them; version_of: returns the version of a package,
+        None if it is missing.
     """
     from packaging.requirements import Requirement
 
@@ -64,7 +66,7 @@ def clashes(requirements: Iterable[str], version_of: Callable[[str], str | None]
 
 
 def broken_imports(modules: Iterable[str]) -> list[Row]:
-    """Imports each module in a process of its own. Returns a failed row for each that cannot be imported."""
+    """Imports each module in a separate process. Returns a failed row for each that cannot be imported."""
     rows = []
     for module in modules:
         command = [sys.executable, "-P", "-c", f"import {module}"]
@@ -72,7 +74,12 @@ def broken_imports(modules: Iterable[str]) -> list[Row]:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_IMPORT_S)
         except subprocess.TimeoutExpired:
             rows.append(
-                Row(NAME, FAILED, f"`import {module}` takes more than {_IMPORT_S:g} s", "see the disk it is on")
+                Row(
+                    NAME,
+                    FAILED,
+                    f"`import {module}` takes more than {_IMPORT_S:g} s",
+                    "inspect the disk with the environment",
+                )
             )
             continue
         if done.returncode:
@@ -83,7 +90,10 @@ def broken_imports(modules: Iterable[str]) -> list[Row]:
 
 
 def triton_obstacle(reason: tuple[str, str]) -> list[Row]:
-    """Returns a failed row if the fused kernels do not run on GPUs. Args: reason: as `kernels.dispatch.choose`."""
+    """Returns a failed row if the fused kernels do not run on this GPU.
+
+    Args: reason: the implementation and the reason for it, as `kernels.dispatch.choose` returns them.
+    """
     name, why = reason
     if name == "triton":
         return []
@@ -93,7 +103,7 @@ def triton_obstacle(reason: tuple[str, str]) -> list[Row]:
     ]
 
 
-def _look(scene: Scene) -> Found:
+def _check(context: Context) -> Found:
     requirements = importlib.metadata.requires(PROJECT) if installed(PROJECT) else None
     modules = [*IMPORTED, *(module for name, module in FLASH.items() if installed(name))]
     rows = broken_imports(modules)
@@ -109,7 +119,7 @@ def _look(scene: Scene) -> Found:
 
 
 def _compare(answers: Answers) -> list[Row]:
-    """One row with the versions; a failed one for each package whose version differs between nodes."""
+    """Returns a row with the versions, and a failed row for each package whose version differs between nodes."""
     found = answers.of("versions")
     if not found:
         return []
@@ -127,4 +137,4 @@ def _compare(answers: Answers) -> list[Row]:
     return rows
 
 
-CHECK = Check(NAME, _look, "the disk with the environment does not answer, or an import hangs", compare=_compare)
+CHECK = Check(NAME, _check, "the disk with the environment does not answer, or an import hangs", compare=_compare)

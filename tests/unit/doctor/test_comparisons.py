@@ -2,7 +2,7 @@
 
 import pytest
 
-from univitar_ds.doctor import checkpoints, clocks, meeting, network, speed, storage
+from univitar_ds.doctor import checkpoints, clocks, connection, network, speed, storage
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Row, from_error, merged
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning.checks import SeveralFaults
@@ -125,7 +125,7 @@ SAME = {"device": ["CPU"] * 4, "package": ["/p"] * 4, "threads": [1] * 4}
 
 
 def of_ranks(**changes) -> list[Row]:
-    return meeting.MEETING.compare(answers(NODES[:4], **{**SAME, **changes}))
+    return connection.CHECK.compare(answers(NODES[:4], **{**SAME, **changes}))
 
 
 def test_ranks_are_counted_by_node():

@@ -30,7 +30,7 @@ def test_every_fault_of_an_old_gpu_has_its_row():
     assert "V100-SXM2-32GB at 00000000:05:00.0 has 2 uncorrectable memory errors" in errors
     assert "nvidia-smi -r" in errors
     assert "replaces faulty memory at its next reset" in replaced
-    assert "slowed down by its temperature at 88 C (hw_thermal_slowdown); see the cooling" in slowed
+    assert "slowed down by its temperature at 88 C (hw_thermal_slowdown); inspect the cooling" in slowed
     assert "30,214 MiB of Tesla V100-SXM2-32GB at 00000000:05:00.0 are in use by process 4711" in used
     assert "driver 450.80.02 supports CUDA 11.0, torch was built for 12.8; update the driver" in driver
 
@@ -40,8 +40,8 @@ def test_every_fault_of_an_old_gpu_has_its_row():
     [
         ("<dram_uncorrectable>0", "<dram_uncorrectable>7", "has 7 uncorrectable memory errors"),
         ("<sram_uncorrectable_parity>0", "<sram_uncorrectable_parity>1", "has 1 uncorrectable memory errors"),
-        ("<remapped_row_failure>No", "<remapped_row_failure>Yes", "cannot replace its faulty memory any more"),
-        ("<sram_threshold_exceeded>No", "<sram_threshold_exceeded>Yes", "cannot replace its faulty memory any more"),
+        ("<remapped_row_failure>No", "<remapped_row_failure>Yes", "can no longer replace its faulty memory"),
+        ("<sram_threshold_exceeded>No", "<sram_threshold_exceeded>Yes", "can no longer replace its faulty memory"),
         ("<remapped_row_pending>No", "<remapped_row_pending>Yes", "at its next reset"),
         ("<state>Completed", "<state>In Progress", "not part of the NVSwitch fabric: In Progress; start nvidia-fabric"),
         ("reason_hw_power_brake_slowdown>Not Active", "reason_hw_power_brake_slowdown>Active", "by the power supply"),

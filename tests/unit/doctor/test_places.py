@@ -13,9 +13,9 @@ from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import dump_config
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.doctor import checkpoints, run, run_file, storage
+from univitar_ds.doctor.context import Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Row
 from univitar_ds.doctor.ranks import Ranks
-from univitar_ds.doctor.scene import Scene
 from univitar_ds.errors import DataError, StorageError
 from univitar_ds.model.config import PRESETS
 from univitar_ds.planning.counts.batch import fewest_steps
@@ -30,19 +30,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def scene(folder, *overrides: str, recipe: str = "run.yaml", size: int = 1) -> Scene:
+def context(folder, *overrides: str, recipe: str = "run.yaml", size: int = 1) -> Context:
     ranks = Ranks(dist.HashStore(), 0, size, 60.0)
     ranks.nodes = ["a"] * size
-    return Scene(ranks, str(folder / recipe), overrides)
+    return Context(ranks, str(folder / recipe), overrides)
 
 
-def read(given: Scene) -> list[Row]:
+def read(given: Context) -> list[Row]:
     return [*run_file.rows_of(given), *run_file.rows_of_parts(given)]
 
 
 def found(folder, *overrides: str, **options) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    for row in read(scene(folder, *overrides, **options)):
+    for row in read(context(folder, *overrides, **options)):
         rows.setdefault(row.check, []).append(row)
     return rows
 
@@ -80,38 +80,38 @@ def test_each_fault_has_a_row_with_a_remedy_and_hides_no_other(folder, monkeypat
 
 
 def test_without_a_run_file_nothing_of_it_is_checked():
-    (row,) = run_file.rows_of(Scene(Ranks(dist.HashStore(), 0, 1, 1.0)))
+    (row,) = run_file.rows_of(Context(Ranks(dist.HashStore(), 0, 1, 1.0)))
     assert row.state == SKIPPED
     assert "--config" in row.found
 
 
 def test_the_folder_of_a_run_is_a_run_file_too(folder):
-    given = scene(folder, recipe="shards")
+    given = context(folder, recipe="shards")
     run_file.take_run(given)
     assert (given.run, given.recipe) == (folder / "shards", str(folder / "shards" / "config.yaml"))
     assert given.folder == folder / "shards"
 
 
 def test_the_sources_are_read_and_a_missing_one_is_an_error(folder):
-    given = scene(folder)
+    given = context(folder)
     read(given)
-    values = storage.CHECK.look(given).values
+    values = storage.CHECK.run(given).values
     size = sum(path.stat().st_size for path in (folder / "shards").glob("train*.tar"))
     assert values["mb"] == size / 1e6
     assert values["mb_s"] > 0
     os.rename(given.shards[0].path, folder / "away")
     try:
         with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)"):
-            storage.CHECK.look(given)
+            storage.CHECK.run(given)
     finally:
         os.rename(folder / "away", given.shards[0].path)
 
 
 def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
-    given = scene(folder)
+    given = context(folder)
     read(given)
     before = sorted(folder.iterdir())
-    answer = checkpoints.CHECK.look(given)
+    answer = checkpoints.CHECK.run(given)
     assert sorted(folder.iterdir()) == before
     assert answer.values["mb"] > 1
     (row,) = answer.rows
@@ -121,9 +121,9 @@ def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
 
 def test_checkpoints_that_stay_and_the_best_one_need_space_too(folder):
     kept = ("checkpoint.keep=2", "checkpoint.keep_every_steps=4", "evaluation.every_samples=1000")
-    given = scene(folder, *kept, "stages.0.samples=6000")
+    given = context(folder, *kept, "stages.0.samples=6000")
     read(given)
-    (row,) = checkpoints.CHECK.look(given).rows
+    (row,) = checkpoints.CHECK.run(given).rows
     means = expected_tokens(given.config, given.shards)
     steps = sum(fewest_steps(stage, 4, PRESETS["tiny"], means) for stage in given.config.stages)
     assert given.checkpoints == 4 + steps // 4 > 4, "the last two, the best, and the one that is being written"
@@ -132,10 +132,10 @@ def test_checkpoints_that_stay_and_the_best_one_need_space_too(folder):
 
 def test_a_wrong_run_file_is_the_first_row_and_hides_no_check_of_the_machine(folder):
     first, *others = run.CHECKS
-    given = scene(folder, "data.lines=3")
-    (row,) = first.look(given).rows
+    given = context(folder, "data.lines=3")
+    (row,) = first.run(given).rows
     assert (row.check, row.state) == ("run file", FAILED)
-    assert not run_file.PARTS_CHECK.look(given).rows
+    assert not run_file.PARTS_CHECK.run(given).rows
     assert run_file.PARTS_CHECK in others
 
 
@@ -155,15 +155,15 @@ def test_sources_and_checkpoints_in_a_store_are_reached_with_the_credentials(fol
     with s3_server() as server:
         source = server.upload(folder / "shards", "shards")
         before = server.keys()
-        given = scene(
+        given = context(
             folder,
             f"data.sources.0.path={source}",
             f"data.s3.endpoint_url={server.url}",
             f"checkpoint.folder={source.rpartition('/')[0]}/runs",
         )
         assert {row.state for row in read(given)} == {OK}
-        assert storage.CHECK.look(given).values["mb"] > 0.01
-        (row,) = checkpoints.CHECK.look(given).rows
+        assert storage.CHECK.run(given).values["mb"] > 0.01
+        (row,) = checkpoints.CHECK.run(given).rows
         assert row.state == OK
         assert "/runs accepts these credentials; this check writes nothing there" in row.found
         assert server.keys() == before
@@ -172,7 +172,7 @@ def test_sources_and_checkpoints_in_a_store_are_reached_with_the_credentials(fol
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        rows = read(scene(folder, *given.overrides, "data.s3.region=eu-central-1"))
+        rows = read(context(folder, *given.overrides, "data.s3.region=eu-central-1"))
         failed = [row for row in rows if row.state == FAILED]
         assert [row.check for row in failed] == ["sources"]
         assert "no credentials were found" in failed[0].found

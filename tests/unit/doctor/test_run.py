@@ -8,22 +8,22 @@ import torch.distributed as dist
 
 from univitar_ds.cli.doctor import table
 from univitar_ds.cli.main import main
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Found, Report, Row
 from univitar_ds.doctor.ranks import Ranks
 from univitar_ds.doctor.run import check_all
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.errors import ConfigError
 
 
 def rows_of(*checks: Check, limit_s: float = 60.0) -> list[Row]:
-    return check_all(Scene(Ranks(dist.HashStore(), 0, 1, limit_s)), checks)
+    return check_all(Context(Ranks(dist.HashStore(), 0, 1, limit_s)), checks)
 
 
 def raises(error: Exception):
-    def look(scene):
+    def run(context):
         raise error
 
-    return look
+    return run
 
 
 GOOD = Check("good", lambda _: Found([Row("good", OK, "it is")]), "")

@@ -59,8 +59,7 @@ def sweep(plan: Plan, stage: StageConfig) -> list[Trial]:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """Returns the fastest combination that fits; of equally fast ones, that with the least memory; None if none
-    fits."""
+    """Returns the fastest combination that fits, or None. Of equally fast ones, that with the least memory."""
     fitting = [one for one in trials if one.fits]
     return max(fitting, key=lambda one: (one.speed, -one.memory), default=None)
 

@@ -1,4 +1,4 @@
-"""The ranks: where they are, and whether they form a process group."""
+"""Checks that each rank has a device, and that the ranks connect to one process group."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from pathlib import Path
 import torch
 
 import univitar_ds
+from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Found, Row, ranks_named
-from univitar_ds.doctor.scene import Check, Scene
 from univitar_ds.training.distributed.process_group import check_gpus, start_world
 
 NAME = "ranks"
 _LONGER = timedelta(hours=1)
-"""Timeout of the process group. NCCL ends the process at this timeout, so it must exceed the limit of the check."""
+"""Timeout of the process group. NCCL aborts the process at this timeout, so it must exceed the limit of the check."""
 
 
-def _look_for_gpu(scene: Scene) -> Found:
+def _check_gpu(context: Context) -> Found:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     check_gpus(local + 1)
-    scene.usable = True
+    context.usable = True
     return Found()
 
 
-def _join(scene: Scene) -> Found:
-    if not all(scene.ranks.all_of("usable", scene.usable).values()):  # the process group would wait for this rank
+def _join(context: Context) -> Found:
+    if not all(
+        context.ranks.all_of("usable", context.usable).values()
+    ):  # the process group would wait for the rank without a device
         return Found([Row(NAME, SKIPPED, "not connected: a rank has no device that it can use")])
-    scene.world = start_world(_LONGER, scene.ranks.root)
-    device = scene.world.device
+    context.world = start_world(_LONGER, context.ranks.root)
+    device = context.world.device
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     values = {"device": torch.cuda.get_device_name(device) if gpu else "CPU", "threads": torch.get_num_threads()}
     package = str(Path(univitar_ds.__file__).parent)
@@ -53,7 +55,7 @@ def _compare(answers: Answers) -> list[Row]:
 
 def _differences(answers: Answers) -> list[Row]:
     remedies = {
-        "device": "use nodes with one kind of GPU: the fastest waits for the slowest in every step",
+        "device": "use nodes with one kind of GPU: in every step the fast ones wait for the slow ones",
         "package": "start all ranks from one checkout or environment",
         "threads": "set OMP_NUM_THREADS to one value: the number of threads changes the order of sums",
     }
@@ -80,8 +82,8 @@ def _shared_gpus(answers: Answers) -> list[Row]:
     ]
 
 
-GPU = Check(NAME, _look_for_gpu, "the driver does not answer: see nvidia-smi on this node", everywhere=True)
-MEETING = Check(
+GPU_CHECK = Check(NAME, _check_gpu, "the driver does not answer: run nvidia-smi on this node", everywhere=True)
+CHECK = Check(
     NAME,
     _join,
     "the ranks reach the store but not each other: set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the network "
