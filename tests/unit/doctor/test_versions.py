@@ -1,7 +1,10 @@
 """Installed versions against requirements, and libraries that do not import."""
 
+import tomllib
+
 import pytest
 
+from tests.support.paths import ROOT
 from univitar_ds.doctor import versions
 from univitar_ds.doctor.findings import FAILED, OK, Answers
 from univitar_ds.doctor.versions import broken_imports, clashes, triton_obstacle
@@ -68,6 +71,12 @@ def test_nodes_have_the_same_versions(second, states):
     assert "torch 2.13.0; torch without CUDA" in rows[0].found
     if len(rows) == 2:
         assert rows[1].found == "torch differs: 2.13.0 on rank 0 on a; 2.12.0 on rank 2 on b"
+
+
+def test_the_packages_of_every_extra_are_compared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    without_versions = {"bench", "dev"}
+    assert {*versions.NEEDED, *versions.OTHERS} == {"", *project["optional-dependencies"]} - without_versions
 
 
 def test_this_environment_fits_its_requirements():
