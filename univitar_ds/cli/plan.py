@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Predict what a run needs on a cluster: memory of a GPU by part, time of a step and MFU, FLOPs and
 bytes, host memory and cores for the loader, checkpoints, reading, days and GPU hours of all stages, and scaling
-to 1,024 GPUs. Needs no GPU and reads no weights.
+to 1,024 GPUs. Needs no GPU. Sources are read only if all of them are on this machine: their manifests, and the
+labels of a classification run. model.init_from is opened, and copied first if it is at s3:// or on the hub.
 
   univitar-ds plan --config univitar_0p6b --nodes 32 --gpus-per-node 8 --gpu h100
   univitar-ds plan --config run.yaml --nodes 2 --gpus-per-node 8 --gpu a100 --sweep

@@ -33,10 +33,15 @@ class Items:
     share: float
 
 
+def on_this_machine(config: RunConfig) -> bool:
+    """Whether all sources of a run are on this machine, so that a plan may read them."""
+    return not any("://" in source.path for source in config.data.sources)
+
+
 def known_means(config: RunConfig) -> Means:
     """Returns the mean tokens per item from the manifests of the sources; {} if a source is not on this machine, or
     cannot be read."""
-    if any("://" in source.path for source in config.data.sources):
+    if not on_this_machine(config):
         return {}
     with suppress(UserError, OSError):
         return expected_tokens(config, find_shards(config.data.sources, StorageSettings.of(config.data)))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from univitar_ds.config.deepspeed import AUTO
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, UserError
+from univitar_ds.formats.stored_model import StoredModel
 from univitar_ds.model.blocks.activations import LADDER
-from univitar_ds.planning.checks import Inputs, check_teacher, foreseen_model, open_start
+from univitar_ds.model.build import described_encoder
+from univitar_ds.planning.checks import Inputs, Model, check_teacher, foreseen_model, open_start
 from univitar_ds.planning.counts.batch import Means
 from univitar_ds.planning.deepspeed_auto import Choice, Ranks, choose
 from univitar_ds.planning.forecast.cluster import Cluster, of_ranks
 from univitar_ds.planning.forecast.evaluations import Evaluations, evaluated_items, evaluations
-from univitar_ds.planning.forecast.items import items_of, known_means
+from univitar_ds.planning.forecast.items import items_of, known_means, on_this_machine
 from univitar_ds.planning.forecast.resources import Checkpoints, HostNeeds, Reading, checkpoints, host_needs, reading
 from univitar_ds.planning.forecast.stage import StagePlan, placement, plan_stage
 from univitar_ds.planning.forecast.step_load import (
@@ -96,7 +99,10 @@ class Plan:
 
 
 def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str]]:
-    """Returns a run's model without reading weights or data, and sentences on what had to be assumed.
+    """Returns a run's model, and sentences on what had to be assumed.
+
+    `model.init_from` is opened, see `checks.open_start`. Of the data, only the labels of a classification run are read,
+    and only if all sources are on this machine.
 
     Raises: UserError if `model.init_from` cannot be read, or the parts of the model do not fit each other.
     """
@@ -113,18 +119,23 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
         )
     teacher = None if config.objective.teacher is None else _teacher(config, ranks, notes)
     start = open_start(config)
-    found = Inputs(config, {}, {}, (), (), start, None)
-    try:
-        description, classes = foreseen_model(found)
-    except UserError:
-        if not config.objective.classifies:
-            raise
-        named = config.model_copy(update={"objective": config.objective.model_copy(update={"kind": "sigmoid"})})
-        description, classes = {"encoder": foreseen_model(replace(found, config=named))[0]["encoder"]}, _CLASSES
-        notes.append(f"{_CLASSES:,} classes are assumed, since the sources cannot be read")
+    description, classes = _description(config, start, notes)
     width = None if teacher is None else teacher.width
     counts = count_parameters(config, description, teacher_width=width, classes=classes)
     return PlannedModel(config, description, counts, teacher, evaluated_items(config)), notes
+
+
+def _description(config: RunConfig, start: StoredModel | None, notes: list[str]) -> Model:
+    """Returns the description of the model, and its number of classes. The number is assumed if the sources are in a
+    store, which would have to be read as a whole, or cannot be read."""
+    found = Inputs(config, {}, {}, (), (), start, None)
+    if not config.objective.classifies:
+        return foreseen_model(found)
+    if on_this_machine(config):
+        with suppress(UserError):
+            return foreseen_model(found)
+    notes.append(f"{_CLASSES:,} classes are assumed, since the sources are in a store or cannot be read")
+    return {"encoder": described_encoder(config.model, start).to_dict()}, _CLASSES
 
 
 def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
@@ -141,7 +152,8 @@ def _teacher(config: RunConfig, ranks: int, notes: list[str]) -> TeacherMemory:
 
 
 def plan_run(config: RunConfig, cluster: Cluster, tokens_per_item: int | None = None) -> Plan:
-    """Returns the plan of a run. Reads manifests of sources on this machine and nothing of a store.
+    """Returns the plan of a run. Sources are read only if all are on this machine: manifests, and labels of a
+    classifier.
 
     Args: tokens_per_item: mean tokens of an image at native size; None: by manifests, else assumed.
     Raises: UserError as `planned_model`; ConfigError if a number is impossible.

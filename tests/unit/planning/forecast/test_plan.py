@@ -269,6 +269,15 @@ def test_text_and_object_have_all_parts_and_every_assumption():
     assert found["host"]["memory_bytes"]["model while it is built"] == 8 * 4 * plan.model.counts.total
 
 
+def test_sources_in_a_store_are_not_read_for_their_classes(monkeypatch):
+    def never(*_):
+        raise AssertionError("a source in a store was read")
+
+    monkeypatch.setattr("univitar_ds.planning.checks.find_classes", never)
+    plan = planned(1, "h100", "data.sources.0.path=s3://bucket/labels", recipe="labels")
+    assert any("1,000 classes are assumed" in note for note in plan.notes)
+
+
 def test_a_classifier_without_data_and_a_cluster_that_nobody_has():
     plan = plan_run(load_config("labels", ["data.lanes=8"]), cluster_of(1, 8, "A100"))
     assert any("classes are assumed" in note for note in plan.notes)
