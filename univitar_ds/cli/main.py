@@ -280,13 +280,13 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _write_page(arguments: argparse.Namespace) -> None:
-    from univitar_ds.reporting.page import Wanted, check_page, write_page
+    from univitar_ds.reporting.page import PageOptions, check_page, write_page
 
     if arguments.caption is not None and not arguments.images:
         raise ConfigError("--caption is for maps of images; give --images FILE too")
-    wanted = Wanted(arguments.images, arguments.caption, arguments.png)
-    check_page(arguments.out, wanted)
-    for line in write_page(arguments.folders, arguments.out, wanted):
+    options = PageOptions(arguments.images, arguments.caption, arguments.png)
+    check_page(arguments.out, options)
+    for line in write_page(arguments.folders, arguments.out, options):
         show(line)
 
 

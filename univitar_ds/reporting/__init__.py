@@ -1,3 +1,3 @@
-"""A page of runs: `univitar-ds report RUN... --out report.html` writes one file that needs no network."""
+"""The HTML page of `univitar-ds report RUN... --out report.html`: one file that needs no network."""
 
 __all__ = ["page"]

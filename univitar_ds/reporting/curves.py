@@ -1,4 +1,4 @@
-"""Curves of one or several runs over the samples that they have seen, as SVG for a page and as PNG."""
+"""Draws curves of one or several runs over the samples that they have seen, as SVG for the page and as PNG."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ if TYPE_CHECKING:
 COLOURS = ("#3b82c4", "#d9772b", "#2f9e6b", "#b05ec2", "#c2554d", "#8a8f3a", "#4aa3a8", "#8b7355")
 """Colours of curves, each with a contrast of at least 3 to white and to the page's dark background."""
 MOST_POINTS = 500
-"""Maximum number of points of a curve. Of more lines, each point is the mean of several neighbours."""
+"""Maximum number of points of a curve. With more lines, each point is the mean of neighbouring lines."""
 STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
-"""Stand-ins for the colours of texts and lines, which the page chooses (light or dark)."""
+"""Placeholders for the colours of texts and lines, which become `currentColor`: light or dark as on the page."""
 _LABEL_STAGES, _LABELS = 6, 16
+"""Maximum numbers of stages that are marked, and of curves in the legend."""
 _LABEL_LETTERS = 36
+"""Maximum length of a label."""
 _LARGEST = 1e30
-"""Values beyond it are left out: axes and their ticks overflow."""
+"""Larger absolute values are left out, since axes and their ticks would overflow."""
 _WIDE, _HIGH = 6.4, 3.0
+"""Size of a drawing in inches."""
 
 Points = tuple[list[float], list[float]]
+"""x and y of a curve: samples seen, and values."""
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What a drawing shows. `names`: regular expression of the metrics; `unit`: label of the y axis."""
+    """What a drawing shows. `names`: regular expression of the names of metrics; `unit`: label of the y axis."""
 
     key: str
     title: str
@@ -53,7 +57,7 @@ PANELS = (
     Panel("rate", "Learning rate", "lr"),
     Panel("logits", "Scale and bias of the logits", r"logit_(scale|bias)"),
     Panel("tokens", "Tokens per sample", "tokens_per_sample", "tokens"),
-    Panel("fill", "Fill of packs, and samples that were made smaller", r"(fill|downscaled)_pct", "%"),
+    Panel("fill", "Fill of packs, and samples that were downscaled", r"(fill|downscaled)_pct", "%"),
     Panel("balance", "Longest rank above the mean, in FLOPs", "flop_imbalance_pct", "%"),
     Panel("speed", "Samples per second", "samples_per_s"),
     Panel("use", "Model FLOPs utilization (MFU), and time spent waiting for data", r"(mfu|data_wait)_pct", "%"),
@@ -64,7 +68,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing of a panel. `svg` is an element for a page; `png` the bytes of a file."""
+    """The drawing of a panel. `svg`: an element for the page; `png`: content of a file."""
 
     key: str
     title: str
@@ -73,9 +77,11 @@ class Drawing:
 
 
 def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
-    """Draws each panel that one of the runs has values for. Each run has a colour; with one run, each metric.
+    """Draws each panel that any of the runs has values for. With several runs each run has a colour, with one run each
+    metric.
 
-    Raises: InstallationError without matplotlib."""
+    Raises: InstallationError without matplotlib.
+    """
     curves = [{panel.key: _curves(run, panel) for panel in PANELS} for run in runs]
     return [
         _drawn(panel, runs, [of_run[panel.key] for of_run in curves])
@@ -85,7 +91,7 @@ def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
 
 
 def _curves(run: RunRecord, panel: Panel) -> dict[str, Points]:
-    """Returns the curves of a panel by metric, without those that are always 0."""
+    """Returns the curves of a panel by metric, without metrics that are always 0."""
     lines = [_with_derived(line) for line in run.lines]
     names = sorted({name for line in lines for name in line if re.fullmatch(panel.names, name)})
     found = {}
@@ -97,19 +103,21 @@ def _curves(run: RunRecord, panel: Panel) -> dict[str, Points]:
 
 
 def _averaged(points: Sequence[tuple[float, float]]) -> Points:
-    """Returns the points of a curve, at most `MOST_POINTS`: the means of equally many neighbours."""
+    """Returns at most `MOST_POINTS` points of a curve: the means of groups of neighbouring points of equal size."""
     size = -(-len(points) // MOST_POINTS)
     groups = [points[first : first + size] for first in range(0, len(points), size)]
     return [sum(x for x, _ in one) / len(one) for one in groups], [sum(y for _, y in one) / len(one) for one in groups]
 
 
 def _with_derived(line: Line) -> Line:
+    """Returns a line of metrics with `tokens_per_sample` in addition, if it can be computed."""
     if _finite(line, "tokens_per_s") and _finite(line, "samples_per_s") and line["samples_per_s"] > 0:
         return {**line, "tokens_per_sample": line["tokens_per_s"] / line["samples_per_s"]}
     return line
 
 
 def _finite(line: Line, name: str) -> bool:
+    """Whether a line has finite numbers `samples_seen` and `name`."""
     values = line.get("samples_seen"), line.get(name)
     return all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= _LARGEST for one in values)
 
@@ -132,7 +140,7 @@ def _drawn(panel: Panel, runs: Sequence[RunRecord], curves: Sequence[dict[str, P
 
 
 SOFTWARE = "univitar-ds report"
-"""The program that a PNG names as its own."""
+"""Value of the field Software of a PNG, by which `report` recognizes its own files."""
 
 
 def _figure(panel: Panel, runs: Sequence[RunRecord], curves: Sequence[dict[str, Points]]) -> Figure:
@@ -169,7 +177,7 @@ def _figure(panel: Panel, runs: Sequence[RunRecord], curves: Sequence[dict[str, 
 
 
 def _name_curves(axes: Axes, count: int) -> None:
-    """Draws the legend of the first `_LABELS` of `count` curves, which would leave no place for the axes otherwise."""
+    """Draws a legend of the first `_LABELS` of `count` curves. A longer one would leave no space for the axes."""
     title = f"and {count - _LABELS} more" if count > _LABELS else None
     axes.legend(
         axes.lines[: min(count, _LABELS)], [line.get_label() for line in axes.lines[: min(count, _LABELS)]],
@@ -183,13 +191,15 @@ def _label(run: str, name: str) -> str:
 
 
 def _drawable(text: str) -> str:
-    """Returns the beginning of a text without what a font cannot draw and SVG must not have: control characters."""
+    """Returns the first _LABEL_LETTERS characters of a text, with control characters replaced: a font cannot draw them,
+    and SVG must not contain them."""
     shown = text if len(text) <= _LABEL_LETTERS else f"{text[: _LABEL_LETTERS - 1]}…"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
 
 
 def _mark_stages(axes: Axes, run: RunRecord) -> None:
-    """Draws a line where each stage begins, with its name, and a mark for each rollback and skipped update."""
+    """Draws a line with a name where each of the first `_LABEL_STAGES` stages begins, and a mark for each rollback and
+    skipped update."""
     for stage, begin in _stages(run)[:_LABEL_STAGES]:
         axes.axvline(begin, color=_GRID, linewidth=0.8, alpha=0.5, linestyle=":")
         axes.annotate(
@@ -203,7 +213,7 @@ def _mark_stages(axes: Axes, run: RunRecord) -> None:
 
 
 def _stages(run: RunRecord) -> list[tuple[str, float]]:
-    """Returns the name and first sample of each stage that the lines show."""
+    """Returns (name, samples seen at its first line) of each stage in the metrics of a run."""
     found: list[tuple[str, float]] = []
     for line in run.lines:
         stage = line.get("stage")
@@ -225,7 +235,8 @@ def _troubles(run: RunRecord) -> Iterator[float]:
 
 
 def _element(text: str, panel: Panel, runs: Sequence[RunRecord]) -> str:
-    """Returns the SVG element of a document, in the colours of the page around it."""
+    """Returns the <svg> element of an SVG document for the page: with the page's colours and width, a label for screen
+    readers, and names that are unique on the page."""
     start = text.index("<svg")
     body = text[start:].replace(_INK, "currentColor").replace(_GRID, "currentColor")
     named = f"{panel.title}: {', '.join(run.name for run in runs)}"

@@ -1,4 +1,4 @@
-"""Keys in which the configurations of runs differ."""
+"""Finds the keys in which the configurations of runs differ."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from univitar_ds.reporting.record import RunRecord
 from univitar_ds.training.logging.trackers import without_credentials
 
 ABSENT = "-"
+"""Shown for a run without the key."""
 
 
 class Difference(NamedTuple):
-    """A dotted key, and its value in each run (`ABSENT` where a run has no such entry)."""
+    """A dotted key, and its value in each run as text, `ABSENT` if a run does not have the key."""
 
     key: str
     values: list[str]
 
 
 def differences(runs: Sequence[RunRecord]) -> list[Difference]:
-    """Returns the keys whose values differ, in the order of the first run's file, without user names and passwords."""
+    """Returns the keys whose values differ, in the order of the first run's file. Credentials in values are removed."""
     flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [Difference(key, [without_credentials(one.get(key, ABSENT)) for one in flat]) for key in keys]
@@ -27,6 +28,7 @@ def differences(runs: Sequence[RunRecord]) -> list[Difference]:
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (dotted key, value as text) for each leaf. A list without mappings is one value."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))

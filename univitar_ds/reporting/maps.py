@@ -1,4 +1,4 @@
-"""Maps of a run's features over images and videos: principal components as colours, and similarity to a caption."""
+"""Maps of a model's features on images and videos: principal components as colours, and similarity to a caption."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from univitar_ds.regular_files import read_bytes
 from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
 
 TOKENS = (64, 256, 1024)
-"""Approximate tokens of an image at the three resolutions, within the limits of the run's size rule."""
+"""Approximate tokens of an image at the three resolutions. The run's size rule may limit them."""
 FRAMES, SHOWN_FRAMES = 16, 4
+"""Frames of a video that the model gets, and that are drawn."""
 MOST_FILES = 12
+"""Maximum number of files of a page."""
 _HEIGHT, _WIDTH = 224, 448
+"""Maximum size of a map in pixels."""
 _MAX_PX: int = DataConfig.model_fields["max_image_px"].default
 _TIMEOUT_S: float = DataConfig.model_fields["decode_timeout_s"].default
 
 
 @dataclass(frozen=True)
 class Map:
-    """An image with the text below it."""
+    """An RGB image, and the text that is shown below it."""
 
     image: Image.Image
     text: str
@@ -42,21 +45,22 @@ class Map:
 
 @dataclass(frozen=True)
 class FileMaps:
-    """The maps of one file, from one model."""
+    """The maps of one file with one model."""
 
     title: str
     maps: list[Map]
 
 
 def maps_of(folder: Path, name: str, files: Sequence[Path], caption: str | None = None) -> Iterator[FileMaps]:
-    """Yields the maps of each file, from the model in the last checkpoint of a run.
+    """Yields the maps of each file, with the model in the last checkpoint of a run.
 
-    Of an image: its principal components at three resolutions, with one basis for the colours, and the similarity of
-    its patches to `caption`, if given. Of a video: the same for some frames, at one resolution.
+    For an image: the first three principal components of its features at three resolutions, with one basis for the
+    colours; and the similarity of its patches to `caption`, if given. For a video: the same for some frames, at one
+    resolution.
 
     Args: folder, name: of the run.
-    Raises: UserError for a file that is no image or video that can be decoded, or a caption without a text tower;
-        CheckpointError if the run has no complete checkpoint.
+    Raises: UserError for too many files, a file that cannot be decoded as image or video, or a caption if the model has
+        no text tower; CheckpointError if the run has no complete checkpoint.
     """
     if len(files) > MOST_FILES:
         raise UserError(f"{len(files)} files are too many for maps (limit {MOST_FILES}); give fewer")
@@ -70,7 +74,7 @@ def maps_of(folder: Path, name: str, files: Sequence[Path], caption: str | None 
 
 
 def _read(file: Path) -> Item:
-    """Returns an image, or the frames of a video. Raises: UserError."""
+    """Returns an image, or the frames of a video. Raises: UserError if the file cannot be decoded."""
     try:
         content = read_bytes(file)
         size = probe(content, file.suffix.lower().lstrip("."))
@@ -85,11 +89,12 @@ def _read(file: Path) -> Item:
 
 
 def _fitting(frame: np.ndarray) -> np.ndarray:
+    """Resizes a frame (h, w, 3) so that it has about TOKENS[0] patches."""
     return np.asarray(_with_tokens(Image.fromarray(frame), TOKENS[0]))
 
 
 def _with_tokens(image: Image.Image, tokens: int) -> Image.Image:
-    """Resizes an image so that it has about this many patches."""
+    """Resizes an image so that it has about `tokens` patches, with sides that are multiples of a patch."""
     scale = (tokens * PATCH**2 / (image.width * image.height)) ** 0.5
     sides = (max(PATCH, round(side * scale / PATCH) * PATCH) for side in image.size)
     return image.resize(tuple(sides), Image.Resampling.BICUBIC)
@@ -129,7 +134,7 @@ def _video_maps(model: UniViTARModel, frames: Sequence[Image.Image], caption: st
 
 
 def _rows(features: Tensor) -> Tensor:
-    """(D, h, w) as (h*w, D) on the host."""
+    """Reshapes features (D, h, w) to (h*w, D), in float32 on the CPU."""
     return features.flatten(1).T.float().cpu()
 
 
@@ -139,7 +144,8 @@ def _shrunk(image: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def _similarity(model: UniViTARModel, features: Tensor, image: Image.Image, caption: str) -> Map:
-    """Draws the cosine similarity of a caption to each patch; a patch is pooled and projected like an item.
+    """Draws the cosine similarity of each patch to a caption over the image. Each patch is pooled and projected as if
+    it were an item.
 
     Args: features: (D, h, w) of the image.
     """

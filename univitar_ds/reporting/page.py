@@ -1,4 +1,4 @@
-"""Renders a page of runs: one HTML file with its drawings and images inside, for screens of any width and for print."""
+"""Renders the page of runs: one HTML file with embedded drawings and images, for screens of any width and for print."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ from univitar_ds.training.logging.writers import event_text
 
 TEMPLATE = "page.html.jinja"
 GENERATOR = '<meta name="generator" content="univitar-ds report">'
-"""The line by which `is_page` recognizes a page of this program."""
+"""The line by which `is_page` recognizes a page that this program wrote."""
 MOST_RUNS = 8
 _MAP_BYTES = 30_000
+"""Maximum bytes of a map, before base64, which adds a third."""
 MOST_EVENTS = 200
+"""Maximum number of events of a run on the page."""
 _IMAGE_PX = 1400
-"""Maximum width of an image on the page: wider ones are made smaller."""
+"""Maximum width of an image on the page. Wider images are reduced."""
 _IMAGES_BYTES = 3_000_000
-"""Maximum bytes of all images of a page together, before base64, which adds a third."""
+"""Maximum bytes of all example images of a page together, before base64. Maps are not included."""
 _WEBP_PX = 16_383
-"""Largest side of a WebP image."""
+"""Maximum side of a WebP image, a limit of the format."""
 _UNPRINTED = dict.fromkeys({*range(32), 127} - set(map(ord, "\t\n\r")), "\N{REPLACEMENT CHARACTER}")
-"""Control characters, which names in a damaged log can have, and HTML must not."""
+"""Control characters that HTML must not contain; names in a damaged log may have them."""
 
 
 class Cell(NamedTuple):
-    """A result of a run: value and 95 % interval in percent as text, and whether it is the best of its row."""
+    """A result of one run: value and 95 % interval in percent as text, and whether it is the best in its row."""
 
     value: str
     interval: str = ""
@@ -49,7 +51,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A result of an evaluation, with a cell for each run. `chance` is in percent."""
+    """A measure of the evaluation, with a cell for each run. `chance`: in percent, as text; `n`: number of queries."""
 
     task: str
     measure: str
@@ -60,7 +62,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class PageImage:
-    """An image of the page: title, alternative text, and its content as a data URL."""
+    """An image on the page: title, alternative text, and content as a data URL."""
 
     title: str
     alt: str
@@ -68,47 +70,50 @@ class PageImage:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a page has besides the files of its runs: maps of these images and videos, with the similarity to `caption`;
-    the curves as PNG files in `drawings`, an existing folder."""
+class PageOptions:
+    """What is drawn in addition to the content of the runs' folders.
+
+    `images`: images and videos for maps of the features; `caption`: text whose similarity is drawn in these maps;
+    `drawings`: existing folder in which the curves are also written as PNG files.
+    """
 
     images: Sequence[Path] = ()
     caption: str | None = None
     drawings: Path | None = None
 
 
-NOTHING = Wanted()
+DEFAULTS = PageOptions()
 
 
-def check_page(out: Path, wanted: Wanted) -> None:
+def check_page(out: Path, options: PageOptions) -> None:
     """Checks that `write_page` may write its files. Args: as `write_page`.
 
-    Raises: ConfigError if another program wrote one of them, or they cannot be written."""
+    Raises: ConfigError if a file exists that `report` did not write, or a file cannot be written.
+    """
     check_result(out, is_page)
-    if wanted.drawings is not None:
+    if options.drawings is not None:
         for panel in PANELS:
-            check_result(wanted.drawings / f"{panel.key}.png", drawn_by(SOFTWARE))
+            check_result(options.drawings / f"{panel.key}.png", drawn_by(SOFTWARE))
 
 
-def write_page(folders: Sequence[Path], out: Path, wanted: Wanted = NOTHING) -> Iterator[str]:
-    """Writes the page of runs to the file `out`, and its curves as PNG files. Yields what to print: the results, and
-    what was written.
+def write_page(folders: Sequence[Path], out: Path, options: PageOptions = DEFAULTS) -> Iterator[str]:
+    """Writes the page of runs to the file `out`, and the curves as PNG files if `options.drawings` is set.
 
-    Raises: as `maps.maps_of`; UserError or ConfigError for a folder that is no run, StorageError if a file cannot be
-        written.
+    Yields: texts to print: the results of each run, and what was written.
+    Raises: as `read_runs` and `render_page`; StorageError if a file cannot be written.
     """
     runs = read_runs(folders)
     for run in runs:
         title = [str(run.folder), ""] if len(runs) > 1 else []
         results = render_results(run.evaluation, run.summary)
         yield "\n".join([*title, results or f"{run.folder} has no results yet"])
-    page, drawn = render_page(runs, wanted)
+    page, drawn = render_page(runs, options)
     write_result(out, page)
     yield f"page in {out} ({len(page.encode()) / 1e6:.1f} MB)"
-    if wanted.drawings is not None:
+    if options.drawings is not None:
         for drawing in drawn:
-            replace_bytes(wanted.drawings / f"{drawing.key}.png", drawing.png)
-        yield f"{len(drawn)} drawings in {wanted.drawings}"
+            replace_bytes(options.drawings / f"{drawing.key}.png", drawing.png)
+        yield f"{len(drawn)} drawings in {options.drawings}"
 
 
 def is_page(path: Path) -> bool:
@@ -118,9 +123,10 @@ def is_page(path: Path) -> bool:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Reads runs. Runs with the same name are named with their folders too.
+    """Reads runs. If runs have the same name, the folder is added to it.
 
-    Raises: UserError for more than `MOST_RUNS`, or as `record.read_run`."""
+    Raises: UserError for more than `MOST_RUNS`, or as `record.read_run`.
+    """
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for one page (limit {MOST_RUNS}); give fewer")
     runs = [read_run(folder) for folder in folders]
@@ -133,10 +139,12 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     ]
 
 
-def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[str, list[Drawing]]:
+def render_page(runs: Sequence[RunRecord], options: PageOptions = DEFAULTS) -> tuple[str, list[Drawing]]:
     """Returns the page as HTML, and its drawings.
 
-    Raises: as `maps.maps_of`; InstallationError without Jinja2 or matplotlib."""
+    Raises: as `maps.maps_of`; UserError if an example image cannot be read; InstallationError without Jinja2 or
+        matplotlib.
+    """
     with extra("train"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -157,7 +165,7 @@ def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[st
         results=_results(runs),
         checkpoints=[(run.name, _weights(run)) for run in runs if run.evaluation],
         notes=list(dict.fromkeys(note for run in runs for note in run.evaluation.get("notes", []))),
-        maps=[one for run in runs for one in _maps(run, wanted)],
+        maps=[one for run in runs for one in _maps(run, options)],
         examples=[image for run in runs for image in _examples(run, each)],
         differences=differences(runs) if len(runs) > 1 else [],
         configs=[(run.name, without_credentials(dumped(run.config.model_dump(mode="json")))) for run in runs],
@@ -166,7 +174,7 @@ def render_page(runs: Sequence[RunRecord], wanted: Wanted = NOTHING) -> tuple[st
 
 
 def _facts(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Returns the rows of the table of runs: a name, and a text for each run."""
+    """Returns the rows of the table of runs as (name, text of each run), without rows that no run has a value for."""
     rows = [
         ("folder", [str(run.folder) for run in runs]),
         ("state", [_state(run) for run in runs]),
@@ -208,18 +216,18 @@ def _versions(run: RunRecord) -> str:
 
 
 def _events(run: RunRecord) -> tuple[list[tuple[str, str]], int]:
-    """Returns kind and text of each event, and the number of events that are left out."""
+    """Returns (kind, text) of the first MOST_EVENTS events of a run, and the number of further events."""
     shown = []
     for event in run.events[:MOST_EVENTS]:
         try:
             shown.append((str(event["event"]), event_text(event)))
-        except (KeyError, TypeError, ValueError):  # of another version, or damaged
+        except (KeyError, TypeError, ValueError):  # written by another version, or damaged
             shown.append((str(event.get("event", "?")), ", ".join(f"{name} {one}" for name, one in event.items())))
     return shown, max(0, len(run.events) - MOST_EVENTS)
 
 
 def _results(runs: Sequence[RunRecord]) -> list[Row]:
-    """Returns a row for each result that a run has, in the order of the first run that has it."""
+    """Returns a row for each measure that any run has, in the order in which they first occur."""
     named: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
     for index, run in enumerate(runs):
         for figure in run.evaluation.get("figures", []):
@@ -230,6 +238,10 @@ def _results(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def _row(found: Mapping[int, Mapping[str, Any]], count: int) -> Row:
+    """Returns the row of a measure. Args: found: its figure by index of the run; count: number of runs.
+
+    The best value is marked if several runs have the measure, with equal numbers of items and candidates.
+    """
     first = next(iter(found.values()))
     alike = len({(figure["n"], figure["candidates"], figure["chance"]) for figure in found.values()}) == 1
     best = max(figure["value"] for figure in found.values()) if len(found) > 1 and alike else None
@@ -251,19 +263,19 @@ def _examples(run: RunRecord, most: int) -> Iterator[PageImage]:
     for kind, path in run.examples.items():
         yield PageImage(
             f"{run.name}: {kind}s and the texts that the model finds for them",
-            f"Sheet of held-out {kind}s: each with its true caption, patch features as colours, and the texts that the "
-            "model ranks highest, right ones marked",
+            f"Held-out {kind}s, each with its true caption, its patch features as colours, and the texts that the "
+            "model ranks highest, with the correct ones marked",
             file_url(path, most),
         )
 
 
-def _maps(run: RunRecord, wanted: Wanted) -> Iterator[tuple[str, list[PageImage]]]:
-    """Yields a title and images for each file of `wanted.images`."""
-    if not wanted.images:
+def _maps(run: RunRecord, options: PageOptions) -> Iterator[tuple[str, list[PageImage]]]:
+    """Yields the title and the maps of each file in `options.images`."""
+    if not options.images:
         return
-    from univitar_ds.reporting.maps import maps_of  # imports torch
+    from univitar_ds.reporting.maps import maps_of  # imports torch, which is slow
 
-    for found in maps_of(run.folder, run.name, wanted.images, wanted.caption):
+    for found in maps_of(run.folder, run.name, options.images, options.caption):
         yield (
             found.title,
             [PageImage(one.text, f"{found.title}, {one.text}", data_url(one.image)) for one in found.maps],
@@ -271,17 +283,20 @@ def _maps(run: RunRecord, wanted: Wanted) -> Iterator[tuple[str, list[PageImage]
 
 
 def file_url(path: Path, most: int) -> str:
-    """Returns an image file as a data URL of at most `most` bytes. Raises: UserError if it is no image."""
+    """Returns an image file as a data URL, see `data_url`. Raises: UserError if it cannot be read as an image."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no image that can be read ({error}); evaluate the run again") from error
+        raise UserError(f"{path} cannot be read as an image ({error}); evaluate the run again") from error
     return data_url(image, most)
 
 
 def data_url(image: Image.Image, most: int = _MAP_BYTES) -> str:
-    """Returns an RGB image as a data URL of at most `most` bytes, reducing its size and quality if necessary."""
+    """Returns an RGB image as a data URL (WebP).
+
+    Size and quality are reduced until it has at most `most` bytes before base64, or a width of at most 64 pixels.
+    """
     scale = min(_IMAGE_PX / image.width, _WEBP_PX / image.height)
     if scale < 1:
         width, height = (max(1, int(side * scale)) for side in image.size)

@@ -17,14 +17,17 @@ from univitar_ds.geometry import MODALITIES
 from univitar_ds.regular_files import is_regular, open_regular
 
 MOST_LINES = 4000
-"""Maximum number of lines of metrics that are kept; of a longer run every second, fourth, ... line."""
+"""Maximum number of lines of metrics.jsonl that are kept, besides the last. Of more, every 2nd, 4th, ... is kept."""
 _LINE_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run. `lines` are those of metrics.jsonl, of which every `stride`-th is kept; `summary` and `evaluation` are
-    empty before the run ends; `examples` are the images of the evaluation by modality."""
+    """The content of a run's folder.
+
+    `lines`: every `stride`-th line of metrics.jsonl, and the last; `events`: the lines of events.jsonl; `summary`,
+    `evaluation`: empty if the run has not written them yet; `examples`: files of the evaluation's images by modality.
+    """
 
     folder: Path
     name: str
@@ -38,15 +41,15 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads the folder of a run, which may be in training. Lines that are not JSON objects are left out.
+    """Reads the folder of a run, which may still be training. Lines that are not JSON objects with a step are skipped.
 
-    Raises: UserError if the folder is not that of a run or a file in it is damaged; ConfigError for a damaged
-        configuration.
+    Raises: UserError if the folder is not that of a run, or a file in it is damaged; ConfigError if its configuration
+        is invalid.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}; name one, such as runs/photos")
     config = load_config(folder / CONFIG)
-    lines, stride = _thinned(_objects(folder / METRICS))
+    lines, stride = _subsampled(_objects(folder / METRICS))
     examples = {kind: folder / f"examples-{kind}.png" for kind in MODALITIES}
     return RunRecord(
         folder,
@@ -61,8 +64,8 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
-def _thinned(lines: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Returns every n-th line, at most `MOST_LINES`, and n, a power of two. The last line is always kept."""
+def _subsampled(lines: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Returns every n-th line, at most `MOST_LINES`, with the last line in addition; and n, a power of two."""
     kept: list[dict[str, Any]] = []
     stride, line = 1, None
     for number, line in enumerate(lines):
@@ -76,7 +79,11 @@ def _thinned(lines: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], int
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects in a file of JSON lines, which the trainer may be writing; none if it does not exist."""
+    """Yields the objects with a step in a file of JSON lines, which the trainer may be writing.
+
+    Yields nothing if the file does not exist. Lines above _LINE_LIMIT bytes are not read as a whole, and so are
+    skipped.
+    """
     if not is_regular(path):
         return
     with open_regular(path) as file:
