@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
-# Made by the tests of a pretended GPU (tests/support/pretence/environment.py).
+# Made by the tests of a simulated GPU (tests/support/simulated_gpu/environment.py).
 PRETENCE := .venv-pretence
 # What was skipped and why, and which tests took longest: above 20 s one is marked slow.
 REPORT := -rs --durations 10 --durations-min 20
@@ -15,7 +15,7 @@ REPORT := -rs --durations 10 --durations-min 20
 help:
 	@echo "make demo       environment, demo data, ZeRO-3 training on 2 processes, evaluation, export (about 5 minutes)"
 	@echo "make test       lint and all tests but the long ones (within 15 minutes on two cores)"
-	@echo "make test-all   the long tests that make test leaves out, some on a pretended GPU (1.2 GB are installed for it)"
+	@echo "make test-all   the long tests that make test leaves out, some on a simulated GPU (1.2 GB are installed for it)"
 	@echo "make test-numerics  tests of numbers, as other processors would run them (about 5 minutes)"
 	@echo "make lint       ruff"
 	@echo "make bench-cpu  a training step of the encoder on the CPU, and other ways to run it (about 10 minutes)"

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_loss.py [--ranks 8 64 256 1024] [--width 1152] [--chunk 1024]
 
-Nothing is timed. This process is the last rank of a pretended world (`tests.support.messages`), so no other process is
-needed. The kernels are those of plain torch on a CPU; `kernels/README.md` has those of a chunk on a GPU. A row with 32
-texts on each rank is a step of many ranks, 8,192 texts of all ranks a step that is divided among them. The bytes are
+Nothing is timed. This process is the last rank of a fake process group (`tests.support.messages`), so no other process
+is needed. The kernels are those of plain torch on a CPU; `kernels/README.md` has those of a chunk on a GPU. A row with
+32 texts on each rank is a step of many ranks, 8,192 texts of all ranks a step that is divided among them. The bytes are
 those of a ring of ranks, in which a gather sends all texts but a rank's own. Rows are added to results/bench_loss.csv.
 
 The rows of commit 00232f8 were counted in the same way in a checkout of that commit, with the names that it has.
@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.rows import RESULTS, add_rows, git_commit
-from tests.support.messages import counted, pretended_world
+from tests.support.messages import counted, fake_process_group
 from univitar_ds.objectives.exchange import GATHERED_BYTES, Exchange
 from univitar_ds.objectives.sigmoid import sigmoid_loss
 from univitar_ds.objectives.softmax import softmax_loss
@@ -44,7 +44,7 @@ def measured(name: str, ranks: int, own: int, options: argparse.Namespace, limit
         exchange = Exchange(own, vision.device, **settings)
         LOSSES[name](vision, text, scale, bias, ids, chunk=options.chunk, exchange=exchange)
 
-    with pretended_world(ranks, rank=ranks - 1):
+    with fake_process_group(ranks, rank=ranks - 1):
         if limit != GATHERED_BYTES:
             step(limit=limit)  # makes the groups of ranks
         found = counted(step, limit=limit)

@@ -1,4 +1,4 @@
-"""Counts one training step of the shipped recipes at full size on a pretended GPU; needs no GPU.
+"""Counts one training step of the shipped recipes at full size on a simulated GPU; needs no GPU.
 
     python benchmarks/bench_pretence.py [--recipes univitar_0p3b ...] [--zero 2 3] [--ranks 8] [--recompute 0 1]
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.rows import RESULTS, add_rows, git_commit
-from tests.support.pretence.environment import NoPretence, prepare, run_pretended
+from tests.support.simulated_gpu.environment import NoSimulation, prepare, run_simulated
 
 RECIPES = ("univitar_0p3b", "univitar_0p6b", "univitar_1b")
 
@@ -35,12 +35,12 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         prepare()
-    except NoPretence as reason:
-        raise SystemExit(f"there can be no pretended GPU here: {reason}") from None
+    except NoSimulation as reason:
+        raise SystemExit(f"there can be no simulated GPU here: {reason}") from None
     settings = itertools.product(arguments.recipes, arguments.zero, arguments.ranks, arguments.recompute)
     for recipe, zero, ranks, recompute in settings:
         setting = {"recipe": recipe, "zero": zero, "ranks": ranks, "recompute": recompute, "packs": arguments.packs}
-        done = run_pretended("tests.support.pretence.recipe", json.dumps(setting))
+        done = run_simulated("tests.support.simulated_gpu.recipe", json.dumps(setting))
         if done.returncode:
             raise SystemExit(f"{setting} failed:\n{done.stderr[-3000:]}")
         row = {"date": date.today().isoformat(), "commit": git_commit(), **json.loads(done.stdout.splitlines()[-1])}

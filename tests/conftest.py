@@ -1,4 +1,4 @@
-"""Settings of all tests."""
+"""Settings of all tests, and a watch that ends a test without progress."""
 
 import faulthandler
 import os
@@ -12,23 +12,23 @@ import pytest
 import pytest_timeout
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("tests.support")  # before it is imported: its asserts too then hold under `python -O`
+pytest.register_assert_rewrite("tests.support")  # before its import, so that its asserts also hold under `python -O`
 
 from tests.support.progress import IDLE_S, LOOK_S, Stalled, Watch  # noqa: E402
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # runs of tests train on the CPU; the kernels' tests look for a GPU by themselves
+os.environ["DS_ACCELERATOR"] = "cpu"  # runs of tests train on the CPU; tests of the kernels detect a GPU themselves
 
-# Speed is measured in benchmarks/; a busy machine is no reason for a property to fail.
+# Speed is measured in benchmarks/. A property must not fail because the machine is busy.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-TEST_IDLE_S = 1.5 * IDLE_S  # the waits of a test find out first: they know whom they wait for
+TEST_IDLE_S = 1.5 * IDLE_S  # longer than for the waits in a test, whose errors name what they wait for
 STOP = pytest.StashKey[threading.Event]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Ends the test, too, when none of its processes makes progress; pytest-timeout ends it after half an hour."""
+    """Also ends a test when none of its processes makes progress. pytest-timeout ends it after half an hour."""
     done = yield
     overdue, stop, stalls = signal.getsignal(signal.SIGALRM), threading.Event(), []
 
@@ -48,7 +48,7 @@ def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
                 stalls.append(str(stalled))
                 return signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
-    if callable(overdue):  # not so in a debugger's thread
+    if callable(overdue):  # false in the thread of a debugger
         signal.signal(signal.SIGALRM, ring)
         threading.Thread(target=look, daemon=True, name="watch of the test").start()
     item.stash[STOP] = stop
@@ -57,6 +57,6 @@ def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
-    """The test is over."""
+    """Ends the watch of a test that is over."""
     if STOP in item.stash:
         item.stash[STOP].set()

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from tests.support.closeness import assert_sums_close
 from tests.support.distributed import run_distributed
-from tests.support.messages import counted, pretended_world
+from tests.support.messages import counted, fake_process_group
 from tests.unit.objectives.test_losses import BIAS, DENSE, SCALE, dense_gradients, embeddings, terms
 from univitar_ds.objectives.exchange import GATHERED_BYTES, Exchange
 from univitar_ds.objectives.softmax import softmax_loss
@@ -88,17 +88,17 @@ def test_kernels_depend_on_the_texts_of_a_step_and_the_chunk_not_on_the_ranks_th
                 assert ours == theirs | {"copy_": theirs.get("copy_", 0) + 1}  # in gloo's reduce-scatter
 
 
-def spent_in_pretended_worlds():
+def spent_in_fake_process_groups():
     found = []
     for size in (8, 64, 1024):
         vision, text, ids = embeddings(1024 // size)
-        with pretended_world(size, rank=size - 1):
+        with fake_process_group(size, rank=size - 1):
             found.append([spent(*kind, vision, text, ids, 128) for kind in KINDS])
     return found
 
 
 def test_a_thousand_ranks_cost_the_kernels_and_messages_of_eight():
-    eight, *others = run_distributed(spent_in_pretended_worlds, 1)[0]
+    eight, *others = run_distributed(spent_in_fake_process_groups, 1)[0]
     assert all(other == eight for other in others)
     for (loss_of, _), (kernels, messages) in zip(KINDS, eight, strict=True):
         assert sum(messages.values()) == MESSAGES[loss_of]

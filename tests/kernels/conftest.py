@@ -1,8 +1,8 @@
-"""Tests marked `kernels` run Triton's kernels: compiled where there is a GPU, in Triton's interpreter elsewhere.
+"""Tests marked `kernels` run Triton's kernels: compiled if there is a GPU, else in Triton's interpreter.
 
-Triton chooses its interpreter when it is imported, once for a process. So one process of its own runs all of these
-tests that were asked for, started by the first of them, and every outcome is reported here under the test's own name;
-under pytest-xdist there is one for each file.
+Triton selects its interpreter when it is imported, once in a process. So the first of these tests starts a separate
+process that runs all selected tests of this kind, and each outcome is reported here under the name of its test. With
+pytest-xdist there is one such process for each file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     outcomes = session.stash.setdefault(STASH, {})
     if pyfuncitem.nodeid not in outcomes:
         marked = [item for item in session.items if item.get_closest_marker("kernels")]
-        if "PYTEST_XDIST_WORKER" in os.environ:  # others run the other files
+        if "PYTEST_XDIST_WORKER" in os.environ:  # other workers run the other files
             marked = [item for item in marked if item.path == pyfuncitem.path]
         outcomes |= _run_interpreter(session.config.rootpath, [item.nodeid for item in marked])
     outcome, story = outcomes[pyfuncitem.nodeid]
@@ -51,7 +51,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _run_interpreter(root: Path, asked: list[str]) -> dict[str, tuple[str, str]]:
-    """Outcome and failure of every test; of one that was not reached, what the process said last."""
+    """(outcome, failure) of each test; for a test that was not reached, the last output of the process."""
     handle, name = tempfile.mkstemp(suffix=".jsonl")
     os.close(handle)
     path = Path(name)

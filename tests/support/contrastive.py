@@ -1,4 +1,4 @@
-"""A small contrastive model of both real towers, and packs for it."""
+"""A small contrastive model with the real encoder and text tower, and packs for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets in the forms in which people have them, each with three images or videos."""
+"""Small data sets in common formats, each with three images or videos."""
 
 import csv
 import io
@@ -150,6 +150,6 @@ def coco(folder: Path) -> Path:
 
 
 def labelled(folder: Path) -> Path:
-    """Our own metadata.jsonl with rows that have only a label."""
+    """A folder with a metadata.jsonl of the format `folder`, whose rows have only a label."""
     rows = [{"file": f"{index}.jpg", "label": f"class {index}"} for index in range(3)]
     return write(folder, {**images(), "metadata.jsonl": lines(*rows)})

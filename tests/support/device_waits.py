@@ -1,9 +1,9 @@
 """Counts, on a CPU, the places where a training step would wait for a GPU.
 
 A tensor counts as on the device if it was made there (`device=...`, `.to(device)`), is a weight or a state that exists
-already, or was computed from such a tensor. Reading such a tensor on the host is a wait (`item`, `tolist`, `cpu`,
-`float`, operations with a size that depends on values), and so is a copy to the device that is not `non_blocking`, a
-synchronization of DeepSpeed's accelerator, and one of its streams.
+already, or was computed from such a tensor. Reading it on the host is a wait (`item`, `tolist`, `cpu`,
+`float`, operations with a size that depends on values). A copy to the device that is not `non_blocking` is a wait too,
+and so is a synchronization of DeepSpeed's accelerator or of its streams and events.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HERE = Path(__file__).name
 
 
 class Waits:
-    """The waits that were counted: `places` by "file:line what"."""
+    """The waits that were counted. `places`: their number by "file:line kind"."""
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
@@ -66,7 +66,7 @@ class Waits:
 
 
 def _patches(waits: Waits) -> Iterator[Any]:
-    """Patches methods, since torch's mode of functions is not active in the hooks of a backward pass."""
+    """Patches methods of tensors, since a TorchFunctionMode is not active in hooks of the backward pass."""
 
     def reads(name: str, function: Any) -> Any:
         def read(self: Tensor, *args: Any, **options: Any) -> Any:
@@ -121,7 +121,7 @@ class _Operations(TorchDispatchMode):
         sources = [leaf for leaf in leaves if waits.on_device(leaf)]
         name = function.overloadpacket.__name__
         result = function(*args, **options)
-        if waits.making and name == "lift_fresh":  # of torch.tensor
+        if waits.making and name == "lift_fresh":  # an operation of torch.tensor
             waits.note("copy to the device")
             return waits.put(result)
         if not sources:
@@ -137,7 +137,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Stream:
-    """A stream that only counts."""
+    """A stream that only counts waits."""
 
     def __init__(self, waits: Waits) -> None:
         self.waits = waits
@@ -156,7 +156,7 @@ class _Stream:
 
 
 class _Event:
-    """An event of the device that has happened."""
+    """An event of the device that is complete. It only counts waits."""
 
     def __init__(self, waits: Waits) -> None:
         self.waits = waits
@@ -183,7 +183,7 @@ def _started(patches: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def prepared(waits: Waits) -> Iterator[None]:
-    """In the body DeepSpeed builds and runs its engine as on an accelerator that is not synchronous."""
+    """Makes DeepSpeed build and run its engine in the body as on an asynchronous accelerator."""
     from deepspeed.accelerator import get_accelerator
 
     kind = type(get_accelerator())
@@ -200,9 +200,9 @@ def prepared(waits: Waits) -> Iterator[None]:
 
 @contextmanager
 def counted(waits: Waits) -> Iterator[None]:
-    """Counts the waits of the body. All float tensors that exist are on the device, except Adam's counts of updates."""
+    """Counts the waits in the body. All existing float tensors are on the device, except Adam's counts of updates."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `isinstance` of any object, also of deprecated ones
+        warnings.simplefilter("ignore")  # from `isinstance` of deprecated objects
         existing = gc.get_objects()
         counts = {id(value["step"]) for value in existing if type(value) is dict and "step" in value}
         for value in existing:

@@ -1,9 +1,9 @@
-"""Rank 0 of a world whose other ranks do not exist: the bytes of a step's collectives under ZeRO-1, 2 and 3, as JSON.
+"""Prints the bytes of a step's collectives with ZeRO-1, 2 and 3 as JSON, on rank 0 of a fake process group.
 
     python -m tests.support.fake_world RANKS PACKS
 
-torch's fake process group answers at once and moves nothing, so only sizes and counts mean anything. Each pack runs
-forward and backward; nothing stays gathered between passes.
+The other ranks do not exist: torch's fake process group returns at once and moves no data, so only sizes and counts
+have a meaning. Each pack runs forward and backward; no weights stay gathered between passes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 KINDS = ("allgather", "reduce_scatter", "allreduce")
 WIDTH, LAYERS = 256, 8
-"""Of the model, whose weights have no biases: every rank of 4 or 16 has an equal share without padding."""
+"""Of the model. It has no biases, so that 4 or 16 ranks have equal shares without padding."""
 
 
 class _Sizes(TorchDispatchMode):
@@ -37,7 +37,7 @@ class _Sizes(TorchDispatchMode):
             tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
             sizes = [one.numel() * one.element_size() for one in tensors]
             name = function._schema.name.removeprefix("c10d::").strip("_")
-            # A gathering has the whole as its output and a share as its input, a scattering the other way round.
+            # All-gather has the whole as its output and a share as its input, reduce-scatter the reverse.
             self.found[next((kind for kind in KINDS if kind in name), name)] += max(sizes, default=0)
             self.found["calls"] += 1
         return function(*args, **(kwargs or {}))

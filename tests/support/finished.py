@@ -26,7 +26,10 @@ CAPTIONS = ["a red image", "a green image", "a blue video moving left", "a grey 
 
 
 def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
-    """One stage of images and videos, evaluated on the test split of `shards`. `changes` replace whole sections."""
+    """A run file with one stage of images and videos, evaluated on the test split of `shards`.
+
+    `changes` replace whole sections.
+    """
     source = str(shards)
     content = {
         "name": "tried",
@@ -53,7 +56,7 @@ def run_config(shards: Path | str = "nowhere", **changes: Any) -> RunConfig:
 
 
 class Untrained:
-    """The attributes of an engine that `save_checkpoint` uses, for an untrained model."""
+    """An engine with only the attributes that `save_checkpoint` uses, around an untrained model."""
 
     def __init__(self, model: ContrastiveModel | ClassificationModel) -> None:
         self.module = model
@@ -70,9 +73,10 @@ class Untrained:
 
 
 def write_run(folder: Path, config: RunConfig) -> ContrastiveModel | ClassificationModel:
-    """Write the folder, of a classifier with the classes of its sources.
+    """Writes the folder of a run; for a classifier, with the classes of its sources.
 
-    Returns the model whose weights are in its checkpoint, step-00000007."""
+    Returns the model whose weights are in its checkpoint, step-00000007.
+    """
     folder.mkdir(parents=True)
     dump_config(config, folder / "config.yaml")
     if config.objective.classifies:

@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
-    """Mount a file system of so many megabytes at `folder`; skips the test if that is not possible."""
+    """Mounts a file system of `megabytes` at `folder`. Skips the test if that is not possible."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
@@ -25,5 +25,5 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
 
 
 def resize(folder: Path, megabytes: float) -> None:
-    """Change the size of the file system."""
+    """Changes the size of the file system of `small_disk`."""
     subprocess.run(["mount", "-o", f"remount,size={int(megabytes * 1024)}k", str(folder)], check=True)

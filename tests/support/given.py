@@ -1,4 +1,5 @@
-"""A model whose gradients are given and have no rounding, so that runs on any ranks can be compared bit for bit."""
+"""A model with given gradients without rounding errors, so that runs on any number of ranks can be compared bit for
+bit."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "offload": {"offload": True},
 }
 FAST = ("zero2", "zero3", "bf16 zero1")
-"""Those of different classes of DeepSpeed's; the others are for slow tests."""
+"""Configurations with different optimizer classes of DeepSpeed. The other ones are for slow tests."""
 Parts = dict[str, tuple[int, dict[str, Tensor]]]
-"""Start and values by kind of a rank's part of each trained parameter."""
+"""By trained parameter: start of a rank's part, and its values by kind."""
 
 
 def drawn(seed, shape):
-    """Numbers that bfloat16 has, so that no run rounds them."""
+    """Random numbers that bfloat16 represents exactly, so that no run rounds them."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.bfloat16().float()
 
@@ -88,7 +89,8 @@ def rate(step):
 
 
 def train(engine, first, last, skipped=()):
-    """Steps from `first` to `last`; before those in `skipped`, one whose gradient is not finite on the last rank."""
+    """Trains the steps from `first` to `last`. Before each one in `skipped`, a step has a gradient that is not finite
+    on the last rank."""
     for step in range(first, last):
         at(engine.module, step)
         for fault in ([float("nan")] if step in skipped else []) + [1.0]:
@@ -112,7 +114,7 @@ def trained(
     source: Path | None = None,
     save_to: Path | None = None,
 ) -> Parts:
-    """Trains from step 0, or from the checkpoint `source` at MIDDLE, to STEPS, and skips some updates on the way."""
+    """Trains from step 0, or from the checkpoint `source` at MIDDLE, to STEPS, with some skipped updates."""
     content = ds_config(1, **settings) | {"gradient_clipping": 0.0}
     engine = build_engine(Towers(), cfg, content, world)
     if source is None:
@@ -133,7 +135,7 @@ def trained(
 
 
 def assert_whole(answers: list[Parts], wanted: dict[str, dict[str, Tensor]], what: str, copies: int = 1) -> None:
-    """Checks that the parts of all ranks are those of `wanted`, by parameter and kind, and nothing is missing."""
+    """Checks that the parts of all ranks together are `wanted`, by parameter and kind."""
     seen = dict.fromkeys(wanted, 0)
     for answer in answers:
         for name, (start, tensors) in answer.items():

@@ -85,7 +85,7 @@ def jpeg2000(width: int, height: int, tile: tuple[int, int], mode: str = "L", **
 
 
 def screen(side: int) -> bytes:
-    """A GIF whose first frame clears a screen of this side for the second."""
+    """A GIF with a screen of `side` x `side` pixels, which is cleared after its first frame."""
     frames = [Image.fromarray(frame) for frame in media.grey_frames(3, 40, 64)]
     data = bytearray(media.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2))
     at = data.index(b"\x2c\x00\x00\x00\x00\x40\x00\x28\x00") + 5

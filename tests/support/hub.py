@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on loopback that takes uploads of small files."""
+"""A fake Hugging Face hub on loopback that accepts uploads of small files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ TOKEN = "hf_loopback-secret-that-no-log-may-show"
 
 
 class Hub:
-    """Repositories by name: {path: content}. `private` has what was asked for at creation."""
+    """Repositories by name: {path: content}. `private`: the visibility that was requested when a repository was
+    created."""
 
     def __init__(self) -> None:
         self.url = ""

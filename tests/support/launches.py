@@ -1,7 +1,7 @@
 """Device launches of an encoder block and the bytes of their tensors, counted on a CPU without running a kernel.
 
 The Triton operations are dispatched as on a GPU and their launches are recorded instead of made. What a launch would
-compute stays undefined, so only counts and sizes mean anything.
+compute stays undefined, so only counts and sizes have a meaning.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _is_tensor(value: object) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """In place of a packed attention: one launch forward, and one backward that fills three new tensors."""
+    """Replaces packed attention: one launch forward, and one backward that fills three new tensors."""
 
     counter: Launches
 

@@ -39,7 +39,7 @@ def schedule(step: int) -> Modality:
 
 
 def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=None, limits=None, **given) -> PackLoader:
-    """A loader of a folder with two lanes, of which every fourth step is of videos."""
+    """A loader of a folder with two lanes, in which every fourth step has videos."""
     sources = [SourceConfig(path=str(folder))]
     data = DataConfig(sources=sources, workers=workers, pool_samples=24, **(limits or {}))
     about = {"count": given.pop("lanes", 2), "seed": 3}
@@ -49,7 +49,7 @@ def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=No
 
 
 def take(steps: int, *args, **kwargs) -> list[list[PackedBatch]]:
-    """The first steps of such a loader."""
+    """The packs of the first `steps` steps of `loader`."""
     with loader(*args, **kwargs) as packs:
         return [next(packs) for _ in range(steps)]
 

@@ -1,4 +1,4 @@
-"""Shards in memory, for tests of reading and planning."""
+"""Shards in memory, for tests of reading and of the sampler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ tiny_image = functools.lru_cache(functools.partial(image, form="PNG"))
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda some: sum(some) > 0)
 """Numbers of samples per shard."""
 wounds = st.lists(st.tuples(st.integers(0, 5), st.floats(0, 0.99), st.booleans()), max_size=4)
-"""(shard, share of its bytes, whether to truncate there), for `damaged`."""
+"""(shard, position as a share of its bytes, whether to truncate there), for `damaged`."""
 
 
 class MemoryStorage:
@@ -81,7 +81,7 @@ def sized_sample(key: str, index: int, captions: int = 1) -> Sample:
 
 
 def memory_shards(counts: Sequence[int], modality: Modality | None = "image", **options) -> list[SourceShard]:
-    """One shard for each count, with so many images of 1 to 20 tokens.
+    """One shard for each of `counts`, with that many images of 1 to 20 tokens.
 
     `options`: `captions`, the number of captions per sample; others as in `shards_of`.
     """
@@ -144,13 +144,13 @@ def packs_of(
 
 
 def reader_of(config: StreamConfig, lane: int, place: ReadPosition = START) -> Reader:
-    """The reader of a lane from a position on."""
+    """The reader of a lane that starts at `place`."""
     (group,) = groups_of(config.shards, "image", config.weights)
     return Reader(config, group, lane, place)
 
 
 def damaged(sizes: Sequence[int], wounds: Sequence[tuple[int, float, bool]]) -> list[SourceShard]:
-    """Shards of so many samples. Each wound (shard, share of its bytes, cut) zeroes a block or truncates the shard."""
+    """Shards with `sizes` samples, damaged: each of `wounds` zeroes a block of a shard or truncates it."""
     contents = [tar_bytes([sized_sample(f"{s}-{i}", 7 * s + i) for i in range(n)]) for s, n in enumerate(sizes)]
     for shard, share, cut in wounds:
         content = contents[shard % len(sizes)]

@@ -1,4 +1,4 @@
-"""Counts the kernels and the messages of a computation, on real ranks and in a pretended world."""
+"""Counts the kernels and the messages of a computation, on real ranks or in a fake process group."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ VIEWS = {
 }  # fmt: skip
 """Operations of torch that compute nothing."""
 MADE = {"empty", "empty_like", "empty_strided", "new_empty"}
-"""Operations that only reserve memory."""
+"""Operations that only allocate memory."""
 
 
 class Dispatches(TorchDispatchMode):
     """Counts operations by name while it is active: `kernels` that compute, `messages` between ranks.
 
-    `sent` are the bytes that a rank sends if collectives send round a ring: a gather or a reduce-scatter all of the
-    long tensor but a rank's share, an all-reduce both.
+    `sent`: bytes that a rank sends in ring collectives: the long tensor without a rank's share for an all-gather or a
+    reduce-scatter, twice that for an all-reduce.
     """
 
     def __init__(self) -> None:
@@ -59,10 +59,10 @@ def _sent_bytes(name: str, arguments: tuple) -> float:
 
 
 @contextmanager
-def pretended_world(size: int, rank: int = 0) -> Iterator[None]:
-    """Makes this process a rank of `size` that no other process answers; every message returns at once.
+def fake_process_group(size: int, rank: int = 0) -> Iterator[None]:
+    """Makes this process rank `rank` of a fake process group without other processes.
 
-    What a message returns has the right size and no meaning.
+    Every collective returns at once, with results of the right size and arbitrary values.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
@@ -72,7 +72,7 @@ def pretended_world(size: int, rank: int = 0) -> Iterator[None]:
 
 
 def counted(fn, *inputs, **settings) -> Dispatches:
-    """The dispatches of a call, without gradients."""
+    """The operations of a call, without gradients."""
     with torch.no_grad(), Dispatches() as found:
         fn(*inputs, **settings)
     return found

@@ -1,6 +1,5 @@
-"""Folders of the checkout that the tests read."""
+"""The path of the checkout."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-"""The checkout."""

@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights, saved with image processor and tokenizer as a user has them."""
+"""Small models of transformers with random weights, saved with image processor and tokenizer as a release is."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _made(kind: str) -> Any:
 
 
 def _images(kind: str) -> dict[str, Any]:
-    """The content of preprocessor_config.json, as the releases have it, at a small size."""
+    """The content of preprocessor_config.json as in the releases, at a small size."""
     if kind.startswith("clip"):
         crop = {"crop_size": _SIGLIP_SIZE, "size": {"shortest_edge": SIDE}, "resample": 3}
         return {"image_processor_type": "CLIPImageProcessor", **crop}

@@ -23,7 +23,8 @@ from univitar_ds.model.config import PRESETS
 
 
 def small_config(shards: Path, output: Path, **changes: Any) -> RunConfig:
-    """A run of two stages of a few steps, the second with videos; 4 lanes, all logs, a checkpoint every other step."""
+    """A run with two stages of a few steps, the second with videos; 4 lanes, all logs, a checkpoint every second
+    step."""
     sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
     stage = {"image": sizes, "video": {**sizes, "max_tokens": 48}, "video_frames": 4, "token_budget": 96, "lr": 1e-3}
     content = {
@@ -87,7 +88,8 @@ MESSAGES = ("all_gather_single", "all_reduce", "gather", "broadcast", "scatter")
 
 
 def counted_rank(run: Path) -> tuple[list[int], list[int]]:
-    """As `train_rank`; returns the messages of `process_group` in each step, and between the begins of two steps."""
+    """Trains as `train_rank`. Returns the numbers of messages that `process_group` sends in each step, and between the
+    starts of consecutive steps."""
     from univitar_ds.training import loop
     from univitar_ds.training.distributed import process_group
 

@@ -19,7 +19,7 @@ from univitar_ds.model.encoder import UniViTAR
 HIDDEN, HEADS, JOINT, VOCAB = 24, 4, 16, 53
 LANES = 4
 ITEMS, TOKENS = 5, 9
-"""Most items of a lane's pack, most tokens of an item."""
+"""Maximum number of items in a lane's pack, and of tokens in an item."""
 _FORWARD = 588 + transformer_terms(width=HIDDEN, inner=64, head=HIDDEN // 2, layers=2, longest=TOKENS) + TOKENS + JOINT
 STANDIN_TERMS = gradient_terms(_FORWARD, LANES * ITEMS * TOKENS + (LANES * ITEMS) ** 2)
 """`terms` of a gradient of either model below, with their largest sizes; see `tests.support.closeness`. The last sums

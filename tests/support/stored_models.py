@@ -1,4 +1,4 @@
-"""Small models of random weights as formats store them: an encoder alone, and two towers of both families."""
+"""Small models with random weights as formats store them: an encoder, and two towers of both families."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_model(
         settings = ModelConfig(pool_heads=2, embed_dim=24)
         net = ContrastiveModel(UniViTAR(config), text, settings, teacher_width).eval()
         with torch.no_grad():
-            for parameter in net.parameters():  # values that initialisation would not give
+            for parameter in net.parameters():  # values that differ from the initial ones
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     joint = JointConfig(24, 2, objective, as_json(text.model.config), CONTEXT, TOKENIZER.to_str())
     return Made(net, StoredModel(Path("made"), "run", config, Tensors.of(net.state_dict()), joint))

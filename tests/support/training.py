@@ -33,9 +33,11 @@ def ds_config(
     kept_whole: int = 50,
     sharing: int | None = None,
 ) -> dict[str, Any]:
-    """A DeepSpeed config with small buckets, which parameters cross; those up to `kept_whole` elements stay whole.
+    """A DeepSpeed config with small buckets, whose borders are inside parameters. Parameters of up to `kept_whole`
+    elements are not partitioned.
 
-    Groups of `sharing` ranks share a training state; None: all ranks."""
+    Groups of `sharing` ranks share a training state; None: all ranks.
+    """
     zero = {
         "stage": stage,
         "overlap_comm": False,

@@ -1,4 +1,4 @@
-"""Fixtures of unit tests of several packages."""
+"""Fixtures that the unit tests of several packages use."""
 
 from tests.support.drawn import drawn, font_folder
 

@@ -13,7 +13,7 @@ With ZeRO-3, gathered weights are added while modules run. In addition:
 | update | float32 copies of the optimizer; on a CPU two temporaries of AdamW; five copies of a rank's Muon matrices |
 | evaluation | between steps, with its own pixels: whole weights of each kind, the buffer that gathers them, a block |
 
-The prediction is the largest of these sums. `tests/pretence/test_memory.py` compares it with the real step on a
+The prediction is the largest of these sums. `tests/simulated_gpu/test_memory.py` compares it with the real step on a
 simulated GPU, `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
 """
 

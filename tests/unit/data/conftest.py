@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def started(monkeypatch):
-    """All processes that are started from here on, as soon as they are there."""
+    """A list of the processes that are started in the test, in order. A process is in it as soon as it runs."""
     processes = []
 
     class Noted(subprocess.Popen):

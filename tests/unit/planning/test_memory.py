@@ -1,4 +1,4 @@
-"""Memory of a step by part: what is kept against what torch keeps, and rows of the real step on a pretended GPU."""
+"""Memory of a step by part: what is kept against what torch keeps, and rows of the real step on a simulated GPU."""
 
 import csv
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import bench_plan_memory
 from benchmarks.bench_recompute import GRIDS, TOKENS, Counter
 from tests.support.paths import ROOT
-from tests.support.pretence.recipe import Setting, foreseen
+from tests.support.simulated_gpu.recipe import Setting, foreseen
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.model.blocks.activations import LADDER
 from univitar_ds.model.config import PRESETS
@@ -70,8 +70,8 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_of_the_pretended_gpu_are_foreseen_within_5_percent():
-    """`tests/pretence/test_memory.py` counts some of them anew where there is the environment."""
+def test_rows_of_the_simulated_gpu_are_foreseen_within_5_percent():
+    """`tests/simulated_gpu/test_memory.py` counts some of them anew where there is the environment."""
     rows = rows_of("bench_pretence.csv")
     assert {row["zero"] for row in rows} >= {"2", "3"}
     for row in rows:

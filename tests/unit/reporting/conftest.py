@@ -11,7 +11,7 @@ from univitar_ds.config.load import dump_config
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """Returns a function that writes the folder of a run with `steps` lines of metrics; `changes` of the run file."""
+    """Returns a function that writes the folder of a run with `steps` lines of metrics. `changes`: of its run file."""
 
     def written(name: str, steps: int = 40, value: float = 0.25, **changes):
         run = tmp_path / name

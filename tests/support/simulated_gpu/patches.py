@@ -1,4 +1,4 @@
-"""What torch and DeepSpeed need to run on a pretended GPU, each with its reason."""
+"""What torch and DeepSpeed need to run on a simulated GPU, each with its reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tests.support.pretence.gpu import PretendedGPU
+from tests.support.simulated_gpu.gpu import SimulatedGPU
 
 FIRST_ADDRESS = 1 << 52
 """As in `cuda_driver.c`."""
@@ -21,12 +21,12 @@ _data = Tensor.data
 _tolist = Tensor.tolist
 
 
-def patch_torch(gpu: PretendedGPU) -> None:
-    """Makes the parts of torch that do not go through its dispatcher work on tensors of the pretended GPU."""
+def patch_torch(gpu: SimulatedGPU) -> None:
+    """Makes the parts of torch that do not go through its dispatcher work on tensors of the simulated GPU."""
 
     def set_data(self: FakeTensor, value: Tensor) -> None:
         _data.__set__(self, value)
-        self.fake_device = value.device  # the device is an attribute that the assignment leaves as it was
+        self.fake_device = value.device  # the device is an attribute that the assignment does not change
 
     FakeTensor.data = property(_data.__get__, set_data)
 
@@ -34,8 +34,8 @@ def patch_torch(gpu: PretendedGPU) -> None:
         return _tolist(self.cpu() if isinstance(self, FakeTensor) else self)
 
     Tensor.tolist = FakeTensor.tolist = tolist
-    # Triton specializes kernels by the alignment of addresses, and torch aligns allocations to 512 bytes. The stand-in
-    # of the driver recognises addresses of the device by their size.
+    # Triton specializes kernels by the alignment of addresses, and torch aligns allocations to 512 bytes. The stub of
+    # the driver recognizes addresses of the device by their size.
     FakeTensor.data_ptr = lambda self: (
         FIRST_ADDRESS + 512 * self.untyped_storage()._cdata % FIRST_ADDRESS + self.storage_offset() * self.itemsize
         if self.device.type == "cuda"
@@ -43,7 +43,7 @@ def patch_torch(gpu: PretendedGPU) -> None:
     )
 
     def apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
-        # As torch does it with tensors of memory: it would exchange tensors without data, which hooks do not allow.
+        # As torch does for real tensors. For tensors without data it would swap them, which hooks do not allow.
         for child in self.children() if recurse else ():
             child._apply(function)
         for parameter in self._parameters.values():
@@ -65,13 +65,14 @@ def patch_torch(gpu: PretendedGPU) -> None:
         setattr(owner, name, lambda *_, name=f"{owner.__name__}.{name}": gpu.waits(name))
 
 
-def without_data(model: nn.Module, gpu: PretendedGPU) -> None:
-    """Replaces the values of a model's parameters and buffers on the host by shapes, in place.
+def without_data(model: nn.Module, gpu: SimulatedGPU) -> None:
+    """Replaces a model's parameters and buffers on the host by tensors without data, in place.
 
-    torch and DeepSpeed assign tensors of the device to a parameter's `data`, which must be of the same class."""
+    torch and DeepSpeed assign tensors of the device to a parameter's `data`, which must be of the same class.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, FakeTensor):
-            tensor.constant = None  # a value on the host that torch keeps, and with it the device
+            tensor.constant = None  # torch keeps a value on the host there, and with it the device
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and not isinstance(parameter, FakeTensor):
@@ -83,7 +84,7 @@ def without_data(model: nn.Module, gpu: PretendedGPU) -> None:
 
 
 def patch_deepspeed() -> None:
-    """Leaves out of DeepSpeed what needs the other ranks. Called once DeepSpeed is imported."""
+    """Disables the parts of DeepSpeed that need other ranks. Must be called after DeepSpeed is imported."""
     from deepspeed.runtime.zero import (
         partition_parameters,
         partitioned_param_coordinator,
@@ -101,7 +102,7 @@ def patch_deepspeed() -> None:
 
 @contextmanager
 def world(size: int) -> Iterator[None]:
-    """Makes this process rank 0 of a process group in which no other rank exists and every collective succeeds."""
+    """Makes this process rank 0 of a fake process group of `size` ranks, in which every collective succeeds."""
     import torch.testing._internal.distributed.fake_pg  # registers the back end  # noqa: F401
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=size)
@@ -110,7 +111,7 @@ def world(size: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         if "deepspeed" in sys.modules:
-            sys.modules["deepspeed.comm.comm"].cdb = None  # its views of the group that was destroyed
+            sys.modules["deepspeed.comm.comm"].cdb = None  # its references to the group that was destroyed
             groups = sys.modules["deepspeed.utils.groups"]
             for name in vars(groups):
                 if name.endswith("_GROUP"):
@@ -118,10 +119,11 @@ def world(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def launches_counted(gpu: PretendedGPU) -> Iterator[None]:
-    """Counts the launches of Triton's kernels, by Triton and by kept launchers, and checks their tensors.
+def launches_counted(gpu: SimulatedGPU) -> Iterator[None]:
+    """Counts the launches of Triton's kernels, by Triton and by cached launchers, and checks their tensors.
 
-    Both go through Triton's own launcher."""
+    Both use Triton's own launcher.
+    """
     from triton.runtime.jit import JITFunction
 
     from univitar_ds.kernels.gpu import Prepared
@@ -129,7 +131,7 @@ def launches_counted(gpu: PretendedGPU) -> Iterator[None]:
     run, run_kept = JITFunction.run, Prepared._run
 
     def check(kernel: Any, arguments: Iterable[Any]) -> None:
-        # A kernel reads rows one after the other, and takes no notice of strides unless it is given that of the rows.
+        # A kernel reads contiguous rows, and ignores strides unless it gets the stride of the rows as an argument.
         values = list(arguments)
         strides = {value for value in values if isinstance(value, int)}
         for tensor in (value for value in values if isinstance(value, Tensor)):

@@ -1,6 +1,6 @@
-"""One training step of a shipped recipe at full size on a pretended GPU: a program that prints a line of JSON.
+"""One training step of a shipped recipe at full size on a simulated GPU: a program that prints a line of JSON.
 
-    python -m tests.support.pretence.recipe '{"recipe": "univitar_0p3b", "zero": 2, "ranks": 8, "recompute": 1}'
+    python -m tests.support.simulated_gpu.recipe '{"recipe": "univitar_0p3b", "zero": 2, "ranks": 8, "recompute": 1}'
 
 The model is built without values, and the packs are images of 1,024 tokens with captions of 40. There is no teacher.
 """
@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 
 from tests.support.paths import ROOT
-from tests.support.pretence import attention, patches
-from tests.support.pretence.gpu import PretendedGPU, Record
+from tests.support.simulated_gpu import attention, patches
+from tests.support.simulated_gpu.gpu import Record, SimulatedGPU
 
 if TYPE_CHECKING:
     from univitar_ds.planning.memory import Peak
@@ -31,7 +31,7 @@ SIDE = 32
 CAPTION = 40
 KINDS = ("allgather", "reduce_scatter", "allreduce")
 PHASES = {"__call__": "forward", "backward": "backward", "step": "update"}
-"""Methods of the engine, and the phase that they are."""
+"""The phase of a step by method of the engine."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def main() -> None:
 
 
 def measured(setting: Setting) -> dict[str, Any]:
-    """Returns the record of the second step, in numbers."""
+    """Returns the numbers of the second step."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(setting.ranks))
-    gpu = PretendedGPU()
+    gpu = SimulatedGPU()
     patches.patch_torch(gpu)
     with patches.world(setting.ranks), ExitStack() as stack:
         from univitar_ds.training.engine.engine import Engine, load_deepspeed
@@ -69,7 +69,7 @@ def measured(setting: Setting) -> dict[str, Any]:
         engine, objective = _engine(setting, gpu)
         stack.enter_context(_phases(Engine, gpu))
         packs = [_pack(setting.tokens, lane) for lane in range(setting.packs)]
-        for _ in range(2):  # the first one allocates what stays
+        for _ in range(2):  # the first step allocates states that stay
             record = gpu.reset()
             train_step(engine, packs, StepSettings(lr=1e-3), objective)
         gpu.reset()
@@ -77,7 +77,7 @@ def measured(setting: Setting) -> dict[str, Any]:
 
 
 def foreseen(setting: Setting) -> Peak:
-    """Returns the memory of a rank by the formulas of `univitar-ds plan`."""
+    """Returns the memory of a rank as `univitar-ds plan` predicts it."""
     from univitar_ds.config.deepspeed import resolve_deepspeed
     from univitar_ds.model.build import describe
     from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, load_of, states_of
@@ -99,7 +99,7 @@ def foreseen(setting: Setting) -> Peak:
     return peak(load, states_of(model, stage, Placement(setting.ranks, setting.ranks, resolved)))
 
 
-def _engine(setting: Setting, gpu: PretendedGPU) -> tuple[Any, Any]:
+def _engine(setting: Setting, gpu: SimulatedGPU) -> tuple[Any, Any]:
     from univitar_ds.config.deepspeed import resolve_deepspeed
     from univitar_ds.model.build import build_contrastive
     from univitar_ds.training.distributed.process_group import World
@@ -127,7 +127,7 @@ def _config(setting: Setting) -> tuple[Any, dict[str, Any]]:
 
 
 @contextmanager
-def _phases(engine: Any, gpu: PretendedGPU) -> Iterator[None]:
+def _phases(engine: Any, gpu: SimulatedGPU) -> Iterator[None]:
     def during(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any) -> Any:
             with gpu.during(phase):

@@ -1,8 +1,8 @@
-"""Stand-ins for the shared libraries of CUDA that a CUDA build of torch is linked against.
+"""Stub libraries in place of those of CUDA that a CUDA build of torch is linked against.
 
 torch is linked against about 750 functions of 14 libraries (3 GB as packages), and all of them must be found when torch
-is imported. Few are called if nothing computes on the device: `cuda_runtime.c` and `cuda_driver.c` have those, and all
-others return 0. The names are read from torch's own libraries, so the list fits every version of torch.
+is imported. Few are called if nothing computes on the device: `cuda_runtime.c` and `cuda_driver.c` define those, and
+all other functions return 0. The names are read from torch's own libraries, so the list fits every version of torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNTIME, DRIVER = "libcudart.so", "libcuda.so"
 SOURCES = {RUNTIME: HERE / "cuda_runtime.c", DRIVER: HERE / "cuda_driver.c"}
-"""Written functions, by the beginning of the library's name."""
+"""Sources of the functions that are called, by the beginning of the library's name."""
 VENDOR = re.compile(r"lib(?:cu|nccl|nv)\w*\.so\.\d+")
 """Names of the libraries that come with CUDA."""
 PROGRAMS = ("cc", "nm", "readelf")
@@ -28,9 +28,10 @@ def missing_programs() -> list[str]:
 
 
 def build(torch_lib: Path, triton_driver: Path) -> None:
-    """Compiles the stand-ins into the folder of torch's own libraries, which look for them there.
+    """Compiles the stub libraries into the folder of torch's own libraries, which search there.
 
-    Args: triton_driver: the C source of Triton's launcher, which calls the driver too."""
+    Args: triton_driver: the C source of Triton's launcher, which calls the driver too.
+    """
     wanted, libraries = _undefined(torch_lib)
     wanted[""] |= set(re.findall(r"\bcu[A-Z]\w+(?=\()", triton_driver.read_text(encoding="utf-8")))
     sources = {name: path.read_text(encoding="utf-8") for name, path in SOURCES.items()}
@@ -38,7 +39,7 @@ def build(torch_lib: Path, triton_driver: Path) -> None:
     for library in libraries:
         source = next((source for name, source in sources.items() if library.startswith(name)), "")
         names = wanted.get(library, set())
-        # torch names no library for some functions; of those all are found in one that it always loads.
+        # torch names no library for some functions; all of those are put into one that it always loads.
         loose = wanted[""] if library.startswith((RUNTIME, DRIVER)) else set()
         others = sorted((names | loose) - written)
         code = source + "".join(f"int {name}(void) {{ return 0; }}\n" for name in others)
@@ -49,12 +50,12 @@ def build(torch_lib: Path, triton_driver: Path) -> None:
 
 
 _VERSIONS = {"libnvshmem_host.so.3": "NVSHMEM"}
-"""Versions that are not the library's name, by library."""
+"""Versions of symbols by library, where they are not the name of the library."""
 
 
 def _undefined(torch_lib: Path) -> tuple[dict[str, set[str]], list[str]]:
     """Returns the functions of CUDA that torch's libraries lack, by library ("" if torch names none), and all libraries
-    of CUDA that they ask for."""
+    of CUDA that they need."""
     wanted: dict[str, set[str]] = defaultdict(set)
     libraries, defined = set(), set()
     by_version = {version: library for library, version in _VERSIONS.items()}

@@ -43,7 +43,7 @@ struct properties {
 };
 int cudaGetDeviceProperties(struct properties *p, int device) {
   memset(p, 0, sizeof *p);
-  strcpy(p->name, "NVIDIA H100 (pretended)");
+  strcpy(p->name, "NVIDIA H100 (simulated)");
   p->memory = GPU_BYTES;
   p->block_bytes = 49152;
   p->block_registers = 65536;

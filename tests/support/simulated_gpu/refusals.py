@@ -1,4 +1,4 @@
-"""What a pretended GPU answers to wrong and to right uses: a program that prints one object of JSON."""
+"""A program that tries wrong and correct uses of a simulated GPU, and prints the results as one JSON object."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.support.pretence import attention, patches
-from tests.support.pretence.gpu import PretendedGPU
+from tests.support.simulated_gpu import attention, patches
+from tests.support.simulated_gpu.gpu import SimulatedGPU
 
 
 def main() -> None:
-    gpu = PretendedGPU()
+    gpu = SimulatedGPU()
     patches.patch_torch(gpu)
     answers: dict[str, Any] = {}
 

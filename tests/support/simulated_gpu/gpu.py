@@ -1,11 +1,11 @@
-"""One pretended GPU: tensors on `cuda` have a shape, dtype, device and life, but no data. Tensors on the host are real.
+"""One simulated GPU: tensors on `cuda` have shape, dtype, device and lifetime, but no data. Host tensors are real.
 
-`PretendedGPU` runs every operation on a tensor of the device in torch's FakeTensorMode, so a mix of devices is an error
-as on a GPU. It records where the host waits for the device, the collectives, and the memory by phase.
+`SimulatedGPU` runs every operation on a tensor of the device in torch's FakeTensorMode, so that mixed devices are an
+error as on a GPU. It records where the host waits for the device, the collectives, and the memory by phase.
 
 Small tensors that come from the host keep their values (`_Storage.values`), so that counts, flags and messages between
-ranks are right: all ranks of the pretended world do what this one does. Other values that the host reads are made up: 1
-for floating-point numbers, 0 for integers and flags.
+ranks are correct: all ranks of the fake process group are assumed to do what this one does. For other tensors, the host
+reads 1 in floating-point numbers, and 0 in integers and flags.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ KNOWN_BYTES = 1 << 18
 """Tensors up to this size keep their values."""
 UNKNOWN_RESULT = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided)
 WRITES_ALL = (aten.zero_, aten.fill_, aten.copy_)
-OWN_FILES = ("/univitar_ds/", "/kernels/", "/deepspeed/", "/transformers/", "/tests/pretence/")
+OWN_FILES = ("/univitar_ds/", "/kernels/", "/deepspeed/", "/transformers/", "/tests/simulated_gpu/")
 
 
 @dataclass
 class _Storage:
-    """Memory of the device. `values` has the bytes if they are known."""
+    """Memory of the device. `values`: its bytes if they are known."""
 
     bytes: int
     phase: str
@@ -44,7 +44,7 @@ class _Storage:
 
 @dataclass
 class Record:
-    """What a block did on the device.
+    """What the device did in the body of a context manager.
 
     `waits` counts the places at which the host waits for the device, as "kind file:function". `collectives` and
     `collective_bytes` are by operation, `launches` by kernel or operation. `peak` has the bytes by the phase that
@@ -58,8 +58,8 @@ class Record:
     peak: dict[str, int]
 
 
-class PretendedGPU(TorchDispatchMode):
-    """See the module. Used as a context."""
+class SimulatedGPU(TorchDispatchMode):
+    """The simulated GPU, see the module. A context manager."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PretendedGPU(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self.reset()
 
-    def __enter__(self) -> PretendedGPU:
+    def __enter__(self) -> SimulatedGPU:
         # `torch.tensor(..., device="cuda")` builds its tensor on the host and copies it, seen by this mode.
         self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
@@ -94,11 +94,11 @@ class PretendedGPU(TorchDispatchMode):
             self.phase = before
 
     def waits(self, kind: str) -> None:
-        """Records that the host waits for the device at the calling place."""
+        """Records that the host waits for the device, with the place of the caller."""
         self.record.waits[f"{kind} {_place()}"] += 1
 
     def host(self, tensor: Tensor) -> Tensor:
-        """Returns the values of a tensor of the device as a new tensor on the host, made up if they are not known."""
+        """Returns the values of a tensor of the device as a new tensor on the host; 1 or 0 if they are not known."""
         known = self._known(tensor)
         if known is not None:
             return known.clone()
@@ -112,7 +112,7 @@ class PretendedGPU(TorchDispatchMode):
         to_device = device is not None and torch.device(device).type == "cuda"
         exchanged = function.namespace == "c10d" and function.overloadpacket.__name__ != "barrier"
         if not fakes and not to_device and not exchanged:
-            return function(*args, **kwargs)  # on the host alone
+            return function(*args, **kwargs)  # on the host only
         packet = function.overloadpacket
         if packet is aten.record_stream:
             return None
@@ -133,7 +133,7 @@ class PretendedGPU(TorchDispatchMode):
         return result
 
     def _read(self, tensor: FakeTensor, kwargs: dict[str, Any]) -> Tensor:
-        self.waits("copy to the host")  # into pageable memory, so that it waits however it was asked
+        self.waits("copy to the host")  # into pageable memory, so that it waits also with non_blocking
         return self.host(tensor).to(dtype=kwargs.get("dtype") or tensor.dtype)
 
     def _read_into(self, target: Tensor, tensor: Tensor, non_blocking: bool) -> Tensor:
@@ -142,7 +142,7 @@ class PretendedGPU(TorchDispatchMode):
         return target.copy_(self.host(tensor))
 
     def _check_upload(self, packet: Any, args: Any, kwargs: dict[str, Any], to_device: bool) -> None:
-        """Records a copy to the device that the host waits for: from pageable memory, or not asynchronous."""
+        """Records a copy to the device if the host waits for it: from pageable memory, or without non_blocking."""
         if packet is aten._to_copy and to_device and args[0].device.type == "cpu":
             source, non_blocking = args[0], kwargs.get("non_blocking", False)
         elif packet is aten.copy_ and args[0].device.type == "cuda" and args[1].device.type == "cpu":
@@ -164,7 +164,7 @@ class PretendedGPU(TorchDispatchMode):
     def _collective(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(tensor.device.type != "cuda" for tensor in tensors):
-            raise RuntimeError(f"{function} on {sorted({str(t.device) for t in tensors})}: NCCL sends from GPUs alone")
+            raise RuntimeError(f"{function} on {sorted({str(t.device) for t in tensors})}: NCCL sends only from GPUs")
         name = function.overloadpacket.__name__.strip("_")
         self.record.collectives[name] += 1
         self.record.collective_bytes[name] += sum(tensor.nbytes for tensor in tensors)
@@ -174,14 +174,14 @@ class PretendedGPU(TorchDispatchMode):
         return result
 
     def _follow_collective(self, name: str, args: Any) -> None:
-        """Gives the results of a collective their values if all ranks do what this rank does."""
+        """Computes the results of a collective, under the assumption that all ranks do what this rank does."""
         if name == "allgather_base":
             self._assign(args[0], [args[1]] * dist.get_world_size())
         elif name in ("allgather", "gather"):
             for outputs, tensor in zip(args[0], args[1], strict=True):
                 for output in outputs:
                     self._assign(output, [tensor])
-        elif name == "scatter":  # of rank 0, which is this one
+        elif name == "scatter":  # from rank 0, which is this one
             for output, inputs in zip(args[0], args[1], strict=True):
                 self._assign(output, [inputs[0]])
         elif name == "allreduce":
@@ -205,7 +205,7 @@ class PretendedGPU(TorchDispatchMode):
         self._known(target).view(-1).copy_(torch.cat([part.reshape(-1) for part in known]))
 
     def _follow(self, function: Any, args: Any, kwargs: dict[str, Any], fakes: list[FakeTensor], result: Any) -> None:
-        """Accounts for the memory of the results, and computes their values if those of the inputs are known."""
+        """Records the memory of the results, and computes their values if those of the inputs are known."""
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
         packet = function.overloadpacket
         old = {leaf.untyped_storage()._cdata for leaf in fakes}

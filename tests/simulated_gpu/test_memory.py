@@ -1,10 +1,10 @@
-"""The memory that `univitar-ds plan` foresees is that of the real step of a recipe on a pretended GPU."""
+"""The memory that `univitar-ds plan` predicts is that of a real step of a recipe on a simulated GPU."""
 
 import json
 
 import pytest
 
-from tests.support.pretence.environment import run_pretended
+from tests.support.simulated_gpu.environment import run_simulated
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -14,8 +14,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"ZeRO {setting['zero']} of {setting['ranks']}")
-def test_memory_of_a_step_is_foreseen_within_5_percent(environment, setting):
-    done = run_pretended("tests.support.pretence.recipe", json.dumps(setting))
+def test_memory_of_a_step_is_predicted_within_5_percent(environment, setting):
+    done = run_simulated("tests.support.simulated_gpu.recipe", json.dumps(setting))
     assert done.returncode == 0, done.stderr[-6000:]
     row = json.loads(done.stdout.splitlines()[-1])
     assert abs(row["foreseen_gib"] / row["peak_gib"] - 1) < 0.05, row

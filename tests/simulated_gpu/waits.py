@@ -15,7 +15,8 @@ ZERO = "deepspeed/runtime/zero"
 
 
 class Wait(NamedTuple):
-    """`most`: times in a step, or for each `per`: a pack of the rank, a collective of the step."""
+    """A place that may wait. `most`: times in a step, or for each `per`: pack of the rank, or collective of the
+    step."""
 
     most: int
     reason: str
@@ -44,4 +45,4 @@ STEP_WAITS = {
         1, "the same in the first steps, in which DeepSpeed records the order of the modules", per="collective"
     ),
 }
-"""By place as in `gpu.Record.waits`: what waits, the file and the function."""
+"""Allowed waits by place, as in `gpu.Record.waits`: "kind file:function"."""

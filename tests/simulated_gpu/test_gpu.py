@@ -1,16 +1,16 @@
-"""What a pretended GPU refuses, what it records as a wait, and what it answers."""
+"""What the simulated GPU rejects, what it records as a wait, and the values that it returns."""
 
 import json
 
 import pytest
 
-from tests.support.pretence.environment import run_pretended
+from tests.support.simulated_gpu.environment import run_simulated
 
 pytestmark = pytest.mark.slow
 REFUSED = {
     "two devices": "at least two devices",
     "a kernel on the host's weight": "cpu tensor",
-    "a collective on the host": "NCCL sends from GPUs alone",
+    "a collective on the host": "NCCL sends only from GPUs",
     **{f"{name} in float32": "float32" for name in ("flash2", "flash3", "flash4")},
     **{f"{name}, bounds in int64": "torch.int64" for name in ("flash2", "flash3", "flash4")},
     **{f"{name}, longest on the device": "max_seqlen_q" for name in ("flash2", "flash3", "flash4")},
@@ -38,7 +38,7 @@ WAITS = {
 
 @pytest.fixture(scope="module")
 def answers(environment):
-    done = run_pretended("tests.support.pretence.refusals")
+    done = run_simulated("tests.support.simulated_gpu.refusals")
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,7 +1,7 @@
-"""The environment of a pretended GPU: the CUDA build of torch in its own folder, with stand-ins for CUDA's libraries.
+"""The environment of a simulated GPU: the CUDA build of torch in its own folder, with stand-ins for CUDA's libraries.
 
-The folder comes first on the path of a process of the tests' environment, which has all other packages. It is made once
-(30 s and 1.2 GB: torch alone, without the 3 GB of CUDA's libraries), used again, and removed by `make clean`.
+A process with a simulated GPU runs in the environment of the tests, with this folder first on its path. The folder is
+made once (30 s and 1.2 GB: torch without the 3 GB of CUDA's libraries), used again, and removed by `make clean`.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.paths import ROOT
-from tests.support.pretence import libraries
 from tests.support.progress import run_watched
+from tests.support.simulated_gpu import libraries
 
 FOLDER = ROOT / ".venv-pretence"
 MARK = ".univitar-ds"
-"""The file by which `make clean` knows the folder; the lock of processes that make it at the same time."""
+"""The file by which `make clean` recognizes the folder. It is also the lock between processes that make the folder."""
 MADE = "made.json"
-"""Written last: what the folder was made from."""
+"""The file with the versions that the folder was made from. It is written last."""
 
 
-class NoPretence(Exception):
-    """Raised with the reason if there can be no pretended GPU here."""
+class NoSimulation(Exception):
+    """Raised if this machine cannot simulate a GPU. The message is the reason."""
 
 
 def prepare() -> float:
-    """Makes the environment if it is not there. Returns the seconds that it took, 0 if it was there.
+    """Makes the environment if it does not exist. Returns the seconds that it took, 0 if it existed.
 
-    Raises: NoPretence."""
+    Raises: NoSimulation.
+    """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise NoPretence(
+        raise NoSimulation(
             f"CUDA builds of torch are for Linux on x86-64, this is {platform.system()} {platform.machine()}"
         )
     if missing := libraries.missing_programs():
-        raise NoPretence(f"the stand-ins for CUDA's libraries need {', '.join(missing)} (apt-get install gcc binutils)")
+        raise NoSimulation(
+            f"the stand-ins for CUDA's libraries need {', '.join(missing)} (apt-get install gcc binutils)"
+        )
     if FOLDER.is_symlink() or (FOLDER.exists() and not (FOLDER / MARK).is_file()):
-        raise NoPretence(f"{FOLDER} is there and was not made by the tests; move it")
+        raise NoSimulation(f"{FOLDER} exists and was not made by the tests; move it")
     FOLDER.mkdir(exist_ok=True)
     with (FOLDER / MARK).open("a") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX)
@@ -63,8 +66,8 @@ def prepare() -> float:
         return time.monotonic() - begin
 
 
-def run_pretended(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a module of the tests in a process with a pretended GPU."""
+def run_simulated(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module of the tests in a process with a simulated GPU."""
     lib = FOLDER / "torch/lib"
     left_out = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "UNIVITAR_DS_KERNELS"}
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
@@ -90,20 +93,20 @@ def _ingredients() -> dict[str, Any]:
 def _triton_driver() -> Path:
     found = importlib.util.find_spec("triton")
     if found is None:
-        raise NoPretence("triton is not installed")
+        raise NoSimulation("triton is not installed")
     return Path(found.origin).parent / "backends/nvidia/driver.c"
 
 
 def _install(version: str) -> None:
-    # `===` names the build without a suffix such as +cpu, which is that for CUDA.
+    # `===` selects the build without a suffix such as +cpu, which is the build for CUDA.
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", "--upgrade"]
     command += ["--disable-pip-version-check", "--retries", "1", "--target", str(FOLDER), f"torch==={version}"]
     done = run_watched(command)
     if done.returncode:
-        raise NoPretence(f"pip cannot install the CUDA build of torch {version}: {_without_addresses(done.stderr)}")
+        raise NoSimulation(f"pip cannot install the CUDA build of torch {version}: {_without_addresses(done.stderr)}")
     built = (FOLDER / "torch/version.py").read_text(encoding="utf-8")
     if "cuda: Optional[str] = None" in built:
-        raise NoPretence(f"the index has torch {version} without CUDA alone")
+        raise NoSimulation(f"the package index has torch {version} only without CUDA")
 
 
 def _without_addresses(message: str) -> str:

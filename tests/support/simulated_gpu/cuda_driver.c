@@ -9,7 +9,7 @@ int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGetCount(int *count) { *count = 1; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = 0; return 0; }
-int cuGetErrorString(int error, const char **text) { *text = "an error of the pretended GPU"; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = "an error of the simulated GPU"; return 0; }
 /* Autograd's threads ask which devices have a context, for tensors without data too. */
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cuDevicePrimaryCtxRetain(void **c, int device) { *c = &context; return 0; }

@@ -1,9 +1,9 @@
-"""Training steps of a run on a pretended GPU: a program, started by `environment.run_pretended`.
+"""Training steps of a run on a simulated GPU: a program, started by `environment.run_simulated`.
 
-    python -m tests.support.pretence.step '[{"zero": 3, "ranks": 256}, ...]'
+    python -m tests.support.simulated_gpu.step '[{"zero": 3, "ranks": 256}, ...]'
 
 It prints one line of JSON for each case. A case trains a small run as `univitar-ds train` does, from a run folder, as
-rank 0 of a pretended world: `loop.train` builds the engine through `assembly`, reads shards, trains, logs and saves.
+rank 0 of a fake process group: `loop.train` builds the engine with `assembly`, reads shards, trains, logs and saves.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.support.pretence import attention, patches
-from tests.support.pretence.gpu import PretendedGPU, Record
+from tests.support.simulated_gpu import attention, patches
+from tests.support.simulated_gpu.gpu import Record, SimulatedGPU
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Case:
 
 
 def main() -> None:
-    gpu = PretendedGPU()
+    gpu = SimulatedGPU()
     patches.patch_torch(gpu)
     with tempfile.TemporaryDirectory() as folder:
         from tests.support.shards import write_demo_shards
@@ -61,14 +61,14 @@ def main() -> None:
 
 
 def stored_teacher(kind: str, folder: Path) -> str:
-    """Saves a small teacher, where a user would have downloaded one. Returns its folder."""
+    """Saves a small teacher, in place of a downloaded one. Returns its folder."""
     from tests.support.teachers import image_model, own_encoder
 
     (own_encoder() if kind == "own" else image_model(kind)).save_pretrained(folder)
     return str(folder)
 
 
-def trained(case: Case, gpu: PretendedGPU, shards: Path, output: Path) -> dict[str, Any]:
+def trained(case: Case, gpu: SimulatedGPU, shards: Path, output: Path) -> dict[str, Any]:
     """Trains the run of a case. Returns the records of the last step, of everything around it, and of the end."""
     from tests.support.runs import small_config
     from univitar_ds.config.load import check_config
@@ -91,8 +91,8 @@ def trained(case: Case, gpu: PretendedGPU, shards: Path, output: Path) -> dict[s
             for name in path:
                 place = place[int(name)] if name.isdigit() else place[name]
             place[last] = value
-        run = create_run(check_config(config, "the pretence"), "the pretence", case.ranks)
-        config = check_config(config, "the pretence")
+        run = create_run(check_config(config, "the test"), "the test", case.ranks)
+        config = check_config(config, "the test")
         recorder = stack.enter_context(recorded(gpu, case.steps))
         world = World(0, case.ranks, 0, torch.device("cuda", 0))
         if case.flash:
@@ -110,7 +110,7 @@ class Recorder:
 
     remedy = ""
 
-    def __init__(self, gpu: PretendedGPU, steps: int) -> None:
+    def __init__(self, gpu: SimulatedGPU, steps: int) -> None:
         self.gpu, self.steps = gpu, steps
         self.records: dict[str, Record] = {}
         self.done = 0
@@ -125,9 +125,9 @@ class Recorder:
 
 
 @contextmanager
-def recorded(gpu: PretendedGPU, steps: int):
-    """Divides what the trainer does into the records `build`, `step` (the last one), `between` (a step and the next:
-    reading, reduced numbers, logs) and `save`."""
+def recorded(gpu: SimulatedGPU, steps: int):
+    """Divides the work of the trainer into the records `build`, `step` (the last one), `between` (after a step and
+    before the next: reading, reduced metrics, logs) and `save`."""
     from univitar_ds.model.teacher import teacher
     from univitar_ds.training import assembly, loop
 
@@ -139,7 +139,7 @@ def recorded(gpu: PretendedGPU, steps: int):
         return build(model, *arguments)
 
     def read(function: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-        """Files have values, so a teacher is read outside of the pretence."""
+        """A teacher is read outside of the simulation, since its files have values."""
 
         def teacher_without_data(*arguments: Any) -> torch.nn.Module:
             with _disable_current_modes():

@@ -1,8 +1,8 @@
-"""Training runs on a pretended GPU: no tensor on a wrong device, no refused launch, no wait that is not listed."""
+"""Training runs on a simulated GPU: no tensor on a wrong device, no rejected launch, no wait that is not listed."""
 
 import pytest
 
-from tests.pretence.waits import STEP_WAITS
+from tests.simulated_gpu.waits import STEP_WAITS
 from univitar_ds.model.config import PRESETS
 
 pytestmark = pytest.mark.slow
@@ -47,8 +47,8 @@ def test_a_step_waits_for_the_device_only_where_the_list_says_so(runs, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_pack_goes_through_the_fused_kernels_as_often_as_the_step_needs(runs, name):
-    """Once forward for a pack that keeps its graph, twice for any other, and again where a block is recomputed; once
-    for a teacher that is an encoder of this project. A classifier's packs need no other pack: once each."""
+    """A forward kernel runs once for a pack that keeps its graph and twice for others, again if a block is recomputed,
+    and once for a teacher that is an encoder of this project. Packs of a classifier are independent: once for each."""
     case, launches = CASES[name], runs[name]["step"]["launches"]
     changes = case.get("changes", {})
     alone = changes.get("objective.kind") == "classification"

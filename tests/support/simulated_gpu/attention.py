@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.pretence.gpu import PretendedGPU
+from tests.support.simulated_gpu.gpu import SimulatedGPU
 
 WIDEST = {"flash2": 256, "flash3": 256, "flash4": 256}
-"""Widest heads on Hopper (each package's README and checks)."""
+"""Maximum width of a head on Hopper, from the README and the checks of each package."""
 
 
 class _Attention(torch.autograd.Function):
-    """What all versions save and return, without their mathematics."""
+    """Saves and returns tensors as all versions do, without computing them."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, noted: Callable[[str], None]) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _run(
-    name: str, gpu: PretendedGPU, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Any, ...]
+    name: str, gpu: SimulatedGPU, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     cu_q, cu_k, max_q, max_k = bounds
     for label, tensor in (("q", q), ("k", k), ("v", v)):
@@ -68,7 +68,7 @@ def _run(
     return _Attention.apply(q, k, v, noted)
 
 
-def _flash2(gpu: PretendedGPU) -> Callable[..., Any]:
+def _flash2(gpu: SimulatedGPU) -> Callable[..., Any]:
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
@@ -79,7 +79,7 @@ def _flash2(gpu: PretendedGPU) -> Callable[..., Any]:
     return flash_attn_varlen_func
 
 
-def _flash3(gpu: PretendedGPU) -> Callable[..., Any]:
+def _flash3(gpu: SimulatedGPU) -> Callable[..., Any]:
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
         softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
@@ -91,7 +91,7 @@ def _flash3(gpu: PretendedGPU) -> Callable[..., Any]:
     return flash_attn_varlen_func
 
 
-def _flash4(gpu: PretendedGPU) -> Callable[..., Any]:
+def _flash4(gpu: SimulatedGPU) -> Callable[..., Any]:
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_q=None,
         seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(None, None),
@@ -116,7 +116,7 @@ def function(name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def installed(name: str, gpu: PretendedGPU) -> Iterator[None]:
+def installed(name: str, gpu: SimulatedGPU) -> Iterator[None]:
     """Makes one version of flash-attn importable."""
     make, path = MODULES[name]
     modules = {}
