@@ -1,4 +1,4 @@
-"""An error of one rank ends all within seconds, though they wait for it in a collective and it does not end itself."""
+"""An error on one rank ends all ranks within seconds, although they wait for it in a collective and it hangs itself."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def start(rank: int, port: int, *arguments: str) -> subprocess.Popen:
 
 
 def ended(failing: int, kind: str) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of the rank that does not fail and, if it ends, of the other one."""
+    """Exit code, stdout and stderr of the rank that does not fail and, if it ends, of the failing one."""
     port = free_ports()[0]
     ranks = [start(rank, port, str(failing), kind) for rank in (0, 1)]
     waiting = ranks[1 - failing]
@@ -68,7 +68,7 @@ def ended(failing: int, kind: str) -> list[tuple[int, str, str]]:
             rank.communicate()
 
 
-def test_a_rank_that_is_out_of_memory_ends_the_first_which_names_it():
+def test_a_rank_that_is_out_of_memory_ends_the_first_rank_which_names_it():
     ((code, out, err),) = ended(1, "memory")
     assert (code, out) == (1, "")
     assert "error: rank 1 on " in err
@@ -77,7 +77,7 @@ def test_a_rank_that_is_out_of_memory_ends_the_first_which_names_it():
 
 
 def out_of_memory_in_a_step(run):
-    """The second rank gets no memory in its first step; what the first rank says when it ends is left in a file."""
+    """The second rank is out of memory in its first step. The error of the first rank is written to a file."""
     from univitar_ds.training import loop
     from univitar_ds.training.distributed import alarm
 
@@ -108,7 +108,7 @@ def test_an_error_of_the_first_rank_ends_the_others_with_its_exit_code():
 
 
 @pytest.mark.slow
-def test_an_error_that_all_ranks_know_is_raised_on_all():
+def test_an_error_that_reaches_all_ranks_is_raised_on_all():
     (first, second) = ended(1, "known")
     assert first[:2] == (7, "PeerFailure rank 1 ended the run: shard-7.tar is cut\n")
     assert second[:2] == (7, "DataError shard-7.tar is cut\n")

@@ -1,4 +1,4 @@
-"""The average of the weights under ZeRO: what a plain loop over whole weights gives, and safe in checkpoints."""
+"""The average of the weights with ZeRO equals that of a plain loop over whole weights, and is kept in checkpoints."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def averaging_engine(world, **settings):
 
 
 def train(engine, first, last):
-    """Whole weights before the first step and after each."""
+    """Returns the whole weights before the first step and after each step."""
     for step in range(first, last):
         packs = [pack(step, lane) for lane in engine.world.lanes(LANES)]
         train_step(engine, packs, StepSettings(lr(step)), OBJECTIVE)
 
 
 def followed(folder, settings):
-    """By name: whole weights before and after every step, and the average that the engine kept."""
+    """By name of a case: whole weights before and after every step, and the average in the engine."""
     world = start_world()
     answers = {}
     for name, setting in settings.items():
@@ -71,11 +71,11 @@ def test_it_is_the_average_of_the_whole_weights(two_ranks, name):
     assert_all_close(kept, average, STEPS)
     moved = "vision_proj.weight"
     assert not torch.equal(kept[moved], curve[-1][moved])
-    assert torch.equal(kept["fixed.weight"], curve[0]["fixed.weight"]), "what is frozen is its own average"
+    assert torch.equal(kept["fixed.weight"], curve[0]["fixed.weight"]), "the average of a frozen weight is the weight"
 
 
 def halves(folder):
-    """Straight through, and from the checkpoint in the middle."""
+    """An uninterrupted training, and one from the checkpoint in the middle."""
     world = start_world()
     engine = averaging_engine(world)
     train(engine, 0, MIDDLE)
@@ -101,7 +101,7 @@ def on_one_rank(folder):
 
 
 @pytest.mark.numeric
-def test_it_goes_on_bit_for_bit_from_a_checkpoint_and_to_rounding_on_other_ranks_and_stages(tmp_path):
+def test_it_continues_bit_for_bit_from_a_checkpoint_and_up_to_rounding_on_other_ranks_and_stages(tmp_path):
     straight, again = run_distributed(halves, 2, tmp_path)[0]
     assert all(torch.equal(again[name], value) for name, value in straight.items())
     alone = run_distributed(on_one_rank, 1, tmp_path)[0]

@@ -1,8 +1,8 @@
-"""A run that is killed at random points, also while a thread writes a checkpoint, and goes on with other ranks and
-other decoding processes.
+"""A run that is killed at random points, also while a thread writes a checkpoint, and resumed with other numbers of
+ranks and decoding processes.
 
-It takes minutes: `make test-all` runs it. tests/unit/data/test_elastic.py does the same to the loader alone, without
-a model, in every run of the tests.
+It takes minutes: `make test-all` runs it. tests/unit/data/test_elastic.py does the same with the loader and no
+model, in every run of the tests.
 """
 
 import json
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.timeout(3600),  # for twenty starts; each has the limits of every start
 ]
 WORLDS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1)]
-"""Ranks and decoding processes of each."""
+"""(number of ranks, decoding processes of each rank)."""
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,13 @@ def config_of(folder, output):
 
 
 def cursors(run):
-    """Of all lanes, in the last checkpoint."""
+    """The cursors of all lanes in the last checkpoint."""
     return json.loads((checkpoint_dir.complete(run / CHECKPOINTS)[-1] / INDEX).read_text())["cursors"]
 
 
 def train_until_killed(run, victims, steps, delay_s):
-    """One rank, which, if it is a victim, kills itself so many seconds after so many steps; 0: after its start."""
+    """Trains one rank. If it is in `victims`, it kills itself `delay_s` seconds after `steps` steps; 0: after its
+    start."""
     from univitar_ds.training.logging import run_logs
 
     def kill_later():
@@ -86,7 +87,7 @@ def train_until_killed(run, victims, steps, delay_s):
 
 
 def killed(run, ranks, *doom):
-    """Whether the start of the run ended as it was doomed to; False: it came to its end before."""
+    """Whether the run was killed as planned; False: it was completed before."""
     try:
         run_distributed(train_until_killed, ranks, run, *doom)
     except RankFailed as failed:
@@ -117,7 +118,7 @@ def test_killed_at_random_points_and_resumed_on_other_ranks_it_is_the_uninterrup
             visited.add((ranks, workers))
             latest = checkpoint_dir.latest(run / CHECKPOINTS)
             stands.append(0 if latest is None else int(latest.name.removeprefix("step-")))
-        else:  # on a fast machine; the kills that are left are for another run
+        else:  # on a fast machine; the remaining kills are for another run
             assert_same(run, whole)
             run = create_run(config_of(whole.folder, tmp_path / str(len(stands))), "test", 2)
     print(f"{KILLS} kills, last checkpoints {stands} of {whole.steps} steps")

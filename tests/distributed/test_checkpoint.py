@@ -1,4 +1,5 @@
-"""Checkpoints of the stand-in: over numbers of ranks and ZeRO stages, damaged, of another model, and killed."""
+"""Checkpoints of a small model: on other ranks and ZeRO stages, damaged, of another model, killed while they are
+saved."""
 
 import hashlib
 import json
@@ -32,9 +33,9 @@ def cursors(world):
 
 
 def first_half(folder):
-    """Saves at MIDDLE and goes on to END, then once more from the checkpoint in the engine as it stands.
+    """Saves at MIDDLE and trains to END, then loads the checkpoint in the same engine and trains to END again.
 
-    Also says how many bytes of tensors this rank hashed, and which files of tensors it opened, on the way back.
+    Also returns the number of bytes that this rank hashed, and the files of tensors that it opened, to load it.
     """
     world = start_world()
     engine = engine_of(world)
@@ -58,7 +59,7 @@ def first_half(folder):
 
 
 def second_half(folder, settings):
-    """From the checkpoint at MIDDLE in new engines: by name, (results, what came with it, optimizer's state)."""
+    """Continues from the checkpoint at MIDDLE in new engines: by name, (results, saved state, optimizer's state)."""
     world = start_world()
     answers = {}
     for name, setting in settings.items():
@@ -106,12 +107,12 @@ def hashes(folder):
     return {name: manifest[name].get("parts", manifest[name]) for name in manifest if name.endswith(".safetensors")}
 
 
-def test_a_new_engine_of_as_many_ranks_goes_on_bit_for_bit(base, straight, resumed):
+def test_a_new_engine_on_as_many_ranks_continues_bit_for_bit(base, straight, resumed):
     assert resumed[2]["zero3"][0] == straight[0][0]
     assert hashes(end(base, "zero3-2")) == hashes(end(base, "checkpoints"))
 
 
-def test_going_back_in_a_live_engine_is_bit_for_bit_too(base, straight):
+def test_loading_in_the_same_engine_is_bit_for_bit_too(base, straight):
     assert straight[0][0] == straight[0][1]
     assert hashes(end(base, "again")) == hashes(end(base, "checkpoints"))
 
@@ -128,7 +129,7 @@ FP32 = [(1, "zero3"), (4, "zero3"), (2, "zero2"), (4, "zero1"), (4, "offload")]
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(("size", "name"), FP32)
-def test_other_ranks_and_stages_go_on_with_the_same_losses_and_weights(dense, base, straight, resumed, size, name):
+def test_other_ranks_and_stages_continue_with_the_same_losses_and_weights(dense, base, straight, resumed, size, name):
     pairs = zip(losses(resumed[size][name][0]), losses(straight[0][0]), strict=True)
     for step, (got, wanted) in enumerate(pairs, MIDDLE + 1):
         assert_sums_close(got, wanted, step * STANDIN_TERMS, f"loss of step {step}")
@@ -138,12 +139,12 @@ def test_other_ranks_and_stages_go_on_with_the_same_losses_and_weights(dense, ba
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", ["bf16", "bf16-1"])
-def test_fp32_goes_on_in_bf16_to_its_rounding(straight, resumed, name):
+def test_fp32_continues_in_bf16_up_to_its_rounding(straight, resumed, name):
     found, wanted = losses(resumed[2][name][0]), losses(straight[0][0])
     assert_sums_close(found, wanted, HALF_NUMBER_TERMS, dtype=torch.bfloat16)
 
 
-def test_what_is_saved_with_the_tensors_comes_back_whatever_the_ranks(resumed):
+def test_state_that_is_saved_with_the_tensors_is_loaded_on_any_number_of_ranks(resumed):
     for answers in resumed.values():
         for _, saved, state in answers.values():
             assert saved.state == {"note": [1, "two"]}
@@ -154,7 +155,7 @@ def test_what_is_saved_with_the_tensors_comes_back_whatever_the_ranks(resumed):
 
 
 @pytest.mark.numeric
-def test_one_process_reads_whole_weights_buffers_and_frozen_ones(base, straight):
+def test_one_process_reads_whole_weights_buffers_and_frozen_weights(base, straight):
     model = StandIn()
     dense = dense_training(model, MIDDLE, lr=lr, clip=1.0)
     whole = read_full(base / f"step-{MIDDLE:08d}")
@@ -176,17 +177,17 @@ class Renamed(StandIn):
 
 
 def refused(folder, damaged):
-    """What each rank says to a checkpoint of another model and to a damaged one."""
+    """The errors of each rank for a checkpoint of another model and for a damaged one."""
     world = start_world()
-    stories = []
+    messages = []
     for model, path in ((Renamed(), folder), (StandIn(), damaged)):
         engine = engine_of(world, model)
         try:
             load_checkpoint(engine, path)
         except (CheckpointError, PeerFailure) as error:
-            stories.append((type(error).__name__, str(error)))
+            messages.append((type(error).__name__, str(error)))
         engine.close()
-    return stories
+    return messages
 
 
 def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_ranks(base, straight, tmp_path):
@@ -208,9 +209,9 @@ def test_a_checkpoint_from_another_model_or_a_damaged_one_is_refused_on_all_rank
             assert part in foreign[1]
     kinds = sorted(kind for _, (kind, _) in answers)
     assert kinds == ["CheckpointError", "PeerFailure"]
-    for _, (_, story) in answers:
-        assert f"{NODE_FILE} has a different sha256" in story
-        assert f"step-{MIDDLE:08d}" in story
+    for _, (_, message) in answers:
+        assert f"{NODE_FILE} has a different sha256" in message
+        assert f"step-{MIDDLE:08d}" in message
 
 
 def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_path):
@@ -230,7 +231,7 @@ def test_a_checkpoint_whose_ranges_have_a_hole_is_damaged(base, straight, tmp_pa
 
 
 def one_rank_has_no_space(folder):
-    """The second rank cannot write its tensors: what each rank says, and whether a later save works."""
+    """The second rank cannot write its tensors: the error of each rank, and whether a later save works."""
     world = start_world()
     engine = engine_of(world)
     steps(engine, 0, 1)
@@ -245,25 +246,25 @@ def one_rank_has_no_space(folder):
         LocalFolder.put = full
     try:
         save_checkpoint(engine, folder, 2, {}, {}, keep=2)
-        story = None
+        message = None
     except (StorageError, PeerFailure) as error:
-        story = type(error).__name__, str(error), checkpoint_dir.latest(folder).name
+        message = type(error).__name__, str(error), checkpoint_dir.latest(folder).name
     LocalFolder.put = put
-    return story, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
+    return message, save_checkpoint(engine, folder, 2, {}, {}, keep=2).name
 
 
-def test_a_rank_without_disk_space_ends_the_save_on_all_and_the_previous_stays(tmp_path):
+def test_a_rank_without_disk_space_ends_the_save_on_all_ranks_and_the_previous_checkpoint_stays(tmp_path):
     answers = run_distributed(one_rank_has_no_space, 2, tmp_path / "c")
     assert answers[0][0][0] == "PeerFailure"
     assert answers[1][0][0] == "StorageError"
-    for story, later in answers:
-        assert "No space left on device" in story[1]
-        assert story[2] == "step-00000001"
+    for message, later in answers:
+        assert "No space left on device" in message[1]
+        assert message[2] == "step-00000001"
         assert later == "step-00000002"
 
 
 def one_rank_is_killed(folder):
-    """The second rank dies with half of its tensors on the disk."""
+    """The second rank is killed with half of its tensors on the disk."""
     world = start_world()
     engine = engine_of(world)
     save_checkpoint(engine, folder, 1, {}, {}, keep=2)
@@ -278,7 +279,7 @@ def one_rank_is_killed(folder):
     save_checkpoint(engine, folder, 2, {}, {}, keep=2)
 
 
-def test_a_rank_killed_while_it_saves_hangs_nobody_and_the_previous_stays(tmp_path):
+def test_a_rank_that_is_killed_while_it_saves_hangs_no_rank_and_the_previous_checkpoint_stays(tmp_path):
     with pytest.raises(RankFailed, match=r"exit code -9"):
         run_distributed(one_rank_is_killed, 2, tmp_path / "c")
     folder = checkpoint_dir.latest(tmp_path / "c")

@@ -47,7 +47,7 @@ def labels_config(shards, output) -> RunConfig:
 
 
 def mixing_rank(run):
-    """As `train_rank`; returns the number of mixed items of this rank too."""
+    """Trains as `train_rank`, and returns the number of mixed items of this rank."""
     from univitar_ds.training.step import classification
 
     mixed, plan = [], classification.plan_mixing
@@ -85,7 +85,7 @@ def test_the_run_has_its_classes_and_no_text_tower(whole):
     assert whole.mixed > 20
 
 
-def test_the_lines_name_the_loss_and_no_logits(whole):
+def test_the_metrics_have_the_loss_and_no_logits(whole):
     for line in metrics(whole.run):
         assert line["loss"] == line["loss_classification"] == line[f"loss_{line['modality']}"]
         assert line["classification_weight"] == 1.0
@@ -103,7 +103,7 @@ def test_one_process_gives_the_losses_and_weights_of_two(whole, tmp_path):
     assert_all_close(read_full(run / CHECKPOINTS / whole.last.name), read_full(whole.last), TERMS, reach=reach_of(run))
 
 
-def test_samples_with_a_label_and_no_caption_are_trained_and_found_good(tmp_path, capsys):
+def test_samples_with_a_label_and_no_caption_are_verified_and_trained(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     content = [(f"s{n:03d}", {"jpg": image(30, 40, n), "cls": str(n % 2).encode()}) for n in range(24)]
     shard = str(write_tar(tmp_path / "train.tar", content))
@@ -130,7 +130,7 @@ def test_samples_with_a_label_and_no_caption_are_trained_and_found_good(tmp_path
     capsys.readouterr()
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(whole, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
     run = rewound(whole.run, 2, tmp_path / "again")
     assert [line["modality"] for line in metrics(whole.run)[2:4]] == ["image", "image"]  # whose items are mixed
     assert [completed for completed, _ in run_distributed(mixing_rank, 2, run)] == [True, True]

@@ -1,4 +1,4 @@
-"""How many small messages the ranks exchange in a step beside those of the loss and of ZeRO."""
+"""The number of small messages between ranks in a step, in addition to those of the loss and of ZeRO."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where a training step would let the host wait for a GPU, counted on two CPU ranks, and the bits of its result."""
+"""The places where a training step would wait for a GPU, counted on two CPU ranks, and the averaged weights."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -21,14 +21,15 @@ from univitar_ds.training.step.train_step import StepSettings, train_step
 pytestmark = pytest.mark.distributed
 STAGES = [(1, True), (2, True), (3, False)]
 LIMIT = 3
-"""The most waits of a step: for the numbers of items, for the loss, for the norm with what the step reports."""
+"""Maximum number of waits in a step: for the numbers of items, for the loss, and for the norm with the metrics."""
 
 
 def waits_of_steps() -> dict[tuple[int, bool], Counter]:
     """By stage and precision, the waits of the third step, which reads the gradient and drops tokens and branches.
 
-    ZeRO-3 compares its ranks in the first two. Layers have own learning rates and the weights are averaged: Adam then
-    has many counts of updates."""
+    ZeRO-3 compares its ranks in the first two steps. Each layer has its own learning rate and the weights are averaged,
+    so that Adam has many counts of updates.
+    """
     world = start_world()
     answers = {}
     for stage, bf16 in STAGES:

@@ -1,4 +1,4 @@
-"""The teacher's part of a step on several ranks against plain torch on all packs at once."""
+"""Distillation in a step on several ranks, compared with plain torch on all packs at once."""
 
 import math
 
@@ -35,7 +35,7 @@ GRIDS = [
     [],
     [(1, 4, 4), (1, 1, 2), (1, 2, 1)],
 ]
-"""Items of each lane: ranks see different numbers of them, of sizes and of items that a merging teacher supports."""
+"""Items of each lane. Ranks have different numbers of items, of sizes, and of items that a merging teacher supports."""
 VIDEOS = [[(2, 2, 3)], [(1, 2, 2), (3, 2, 2)], [(2, 4, 2)], [(1, 1, 4)]]
 CASES = {
     "cosine": (GRIDS, {"model": "dinov2"}),
@@ -50,9 +50,9 @@ TERMS = gradient_terms(
     1176 + transformer_terms(width=64, inner=96, head=64, layers=3, longest=24),
     sum(t * h * w for items in GRIDS for t, h, w in items),
 )
-"""Summed on the way to a gradient: two blocks and the pool, or less; the last sums run over the tokens of all lanes."""
+"""`terms` of a gradient: two blocks and the pooling, or fewer; the last sums are over the tokens of all lanes."""
 DROPPING = DropConfig(patches=0.5, depth=0.4, blocks=2, seed=1, step=6)
-"""Of the cases of that name."""
+"""Dropping in the cases of that name."""
 
 
 def student(width: int | None) -> ContrastiveModel:
@@ -84,7 +84,7 @@ def dropping_of(name: str) -> DropConfig:
 
 
 def dense(folder, items, settings, dropping):
-    """(losses, agreement, gradients) of all packs in one process, by the formulas."""
+    """(losses, agreement, gradients) of all packs in one process, computed by the formulas."""
     config = teacher_config(folder, **{k: v for k, v in settings.items() if k != "partitioned"})
     teacher = build_teacher(config, merge=1, device=CPU)
     model, batches = student(teacher.width), packs(items)
@@ -118,7 +118,7 @@ def dense(folder, items, settings, dropping):
 
 
 def engine_for(world, width: int | None, stage: int):
-    """Without clipping and momentum: after a step, Adam's first moment is the gradient."""
+    """An engine without clipping and momentum, so that Adam's first moment is the gradient after a step."""
     content = {**ds_config(LANES // world.size, stage=stage), "gradient_clipping": 0.0}
     return build_engine(student(width), OptimizerConfig(betas=(0.0, 0.98)), content, world)
 
@@ -132,7 +132,7 @@ def gradient_pieces(engine):
 
 
 def on_ranks(folder, cases, stage, keep):
-    """(result, pieces of the gradient, runs of the teacher) for each case; nothing is learned at rate 0."""
+    """(result, pieces of the gradient, forward passes of the teacher) for each case. The learning rate is 0."""
     world = start_world()
     answers, engines = {}, {}
     for name in cases:
@@ -161,7 +161,7 @@ def on_ranks(folder, cases, stage, keep):
 
 
 def held(teacher) -> int:
-    """Elements of the teacher's weights that lie on this rank."""
+    """Number of elements of the teacher's weights on this rank."""
     weights = teacher.tower.model.parameters()
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in weights)
 
@@ -194,7 +194,7 @@ def assert_follows(answers, wanted, name):
     loss, losses, agreement, gradients = wanted[name]
     for ranks, _ in answers:
         result = ranks[name][0]
-        assert result == answers[0][0][name][0], "ranks tell different stories"
+        assert result == answers[0][0][name][0], "ranks have different results"
         assert_sums_close(result.loss, loss, TERMS, "loss")
         assert result.losses.keys() == losses.keys()
         for kind, wanted_loss in losses.items():
@@ -207,7 +207,9 @@ def assert_follows(answers, wanted, name):
     assert_sums_close(answers[0][0][name][0].grad_norm, norm, TERMS, "gradient norm")
     for parameter, gradient in gradients.items():
         mine = found[parameter].view_as(gradient)
-        if parameter.endswith("k_proj.bias"):  # softmax cancels it, so it is 0 but for sums of what the weight's are of
+        if parameter.endswith(
+            "k_proj.bias"
+        ):  # softmax cancels it, so it is 0 up to rounding of the sums of the weight's gradient
             scale = gradients[parameter.replace("bias", "weight")].abs().max().item()
             assert_sums_close(mine, torch.zeros_like(mine), TERMS, parameter, scale=scale)
         else:
@@ -230,19 +232,19 @@ def answers(request, folder):
     return run_distributed(on_ranks, ranks, folder, names, stage, keep)
 
 
-def test_the_gradient_is_that_of_one_process_whatever_the_ranks(answers, wanted):
+def test_the_gradient_on_any_number_of_ranks_is_that_of_one_process(answers, wanted):
     for name in CASES:
         if name in answers[0][0]:
             assert_follows(answers, wanted, name)
 
 
-def test_a_partitioned_teacher_gives_the_bits_of_a_whole_one_and_each_rank_holds_its_share(answers):
+def test_a_partitioned_teacher_equals_a_whole_one_bit_for_bit_and_each_rank_holds_its_share(answers):
     (plain, _, _, everything), (shared, _, _, mine) = (answers[0][0][name] for name in ("cosine", "partitioned"))
     assert plain == shared
     ours, theirs = whole(answers, "cosine"), whole(answers, "partitioned")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     runs = {ranks["partitioned"][2] for ranks, _ in answers}
-    assert len(runs) == 1, "ranks that run a partitioned teacher unequally often wait for ever"
+    assert len(runs) == 1, "ranks hang if they run a partitioned teacher unequally often"
     shares = [ranks["partitioned"][3] for ranks, _ in answers]
     assert sum(shares) == everything
     assert mine <= everything / len(answers) * 1.2

@@ -1,4 +1,4 @@
-"""The doctor on several ranks, as on nodes: what it finds, and who is missing."""
+"""The doctor on several ranks, each on a node of its own: its rows, and missing ranks."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ DISK, EXCHANGE = Row("disk", OK, "there"), Row("exchange", OK, "good")
 
 
 def on_node(slow: int | None = None) -> None:
-    """Makes this rank the only one of its node, on which products take no time at all, or long on rank `slow`."""
+    """Makes this rank the only one on its node. Its timed products take 5 ms, or 200 ms on rank `slow`."""
     rank = int(os.environ["RANK"])
     os.environ["SLURMD_NODENAME"] = f"node-{rank}"
     speed.work = lambda _: time.sleep(0.2 if rank == slow else 0.005)
@@ -60,9 +60,9 @@ def _shorter(context: Context) -> Found:
 
 
 def rows_without(place: str) -> list[str]:
-    """The rows of rank 0, while rank 1 does not come back from a check, or does not answer at all as if it were lost.
+    """The rows of rank 0, while rank 1 hangs in a check (`place` "check"), or does not answer at all ("rank").
 
-    Limits are short only once both ranks are there, and only where nothing else is waited for.
+    Limits are short only after both ranks have connected, and only for these waits.
     """
     on_node()
     lost = os.environ["RANK"] == "1" and place == "rank"
@@ -82,7 +82,7 @@ def rows_without(place: str) -> list[str]:
     return [f"{','.join(row.nodes)}|{row.check} {row.state}: {row.found}; {row.remedy}" for row in rows]
 
 
-def test_a_check_that_hangs_on_one_rank_fails_there_and_the_others_follow():
+def test_a_check_that_hangs_on_one_rank_fails_there_and_later_checks_run():
     rows, _ = run_distributed(rows_without, 2, "check")
     assert rows == [
         "node-0|disk ok: there; ",
@@ -91,7 +91,7 @@ def test_a_check_that_hangs_on_one_rank_fails_there_and_the_others_follow():
     ]
 
 
-def test_a_rank_that_is_lost_is_named_and_checks_of_all_ranks_are_left_out():
+def test_a_lost_rank_is_named_and_checks_that_need_all_ranks_are_skipped():
     rows, _ = run_distributed(rows_without, 2, "rank")
     assert rows[:2] == [
         "|disk ok: there; ",
@@ -103,7 +103,7 @@ def test_a_rank_that_is_lost_is_named_and_checks_of_all_ranks_are_left_out():
 
 
 def gone(run_file: None) -> str:
-    """What rank 1 says when rank 0 ends."""
+    """The error of rank 1 if rank 0 ends."""
     on_node()
     context = Context(run._join(300.0))
     if context.ranks.is_main:
@@ -114,6 +114,6 @@ def gone(run_file: None) -> str:
     return str(error.value)
 
 
-def test_a_rank_that_waits_for_rank_0_in_vain_says_so():
+def test_a_rank_that_waits_for_rank_0_beyond_the_limit_fails_with_a_message():
     _, said = run_distributed(gone, 2, None)
     assert said == "rank 0 has ended, or does not answer within 0.8 s; its log says why"

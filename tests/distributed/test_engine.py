@@ -1,4 +1,4 @@
-"""The stand-in under DeepSpeed against a plain torch loop on the same packs."""
+"""Training of a small model with DeepSpeed, compared with a plain torch loop on the same packs."""
 
 import gc
 
@@ -27,7 +27,7 @@ from univitar_ds.training.step.train_step import DivergedError, StepSettings, tr
 pytestmark = pytest.mark.distributed
 STEPS = 6
 PARAMETERS = sum(p.numel() for p in StandIn().parameters())
-"""Whose gradients a norm sums the squares of."""
+"""Number of parameters, whose squared gradients a norm sums."""
 KINDS = {
     "zero3": {},
     "zero2": {"stage": 2},
@@ -44,7 +44,7 @@ def dense():
 
 
 def trained(world, folder, *, model=None, options=None, **settings):
-    """(results, weights, norm of the last gradient as its parts make it up) after STEPS steps of a new engine."""
+    """(results, weights, norm of the last gradient computed from its parts) after STEPS steps of a new engine."""
     engine = engine_of(world, model, **settings)
     results = steps(engine, 0, STEPS, **({"read_gradient": True} if options is None else options))
     whole, norm = weights(engine, folder), norm_of_parts(engine) if engine.gradient_squares else None
@@ -53,7 +53,7 @@ def trained(world, folder, *, model=None, options=None, **settings):
 
 
 def assert_follows(dense, got, terms=STANDIN_TERMS) -> None:
-    """Every step builds on the sums of those before."""
+    """Compares results and weights. Each step adds the rounding errors of the steps before."""
     results, whole, _ = got
     for step, (result, (loss, norm)) in enumerate(zip(results, dense.curve, strict=True), 1):
         assert_sums_close(result.loss, loss, step * terms, f"loss of step {step}")
@@ -90,7 +90,7 @@ def on_two_ranks(folder):
 
 
 def gathered(world, keep):
-    """Weights that are whole when a backward pass reaches the first block, for each pack of a step with ZeRO-3."""
+    """Number of gathered weights when a backward pass reaches the first block, for each pack of a step with ZeRO-3."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     engine, seen = engine_of(world, StandIn(depth=4), kept_whole=0), []
@@ -113,7 +113,7 @@ def unused(world, folder):
         steps(engine, 3, 4)
         answers[stage] = before, weights(engine, folder)["spare.weight"]
         engine.close()
-        engine.close()  # as the end of a run does where the next engine could not be assembled
+        engine.close()  # as at the end of a run whose next engine cannot be built
     return answers
 
 
@@ -126,7 +126,8 @@ def empty(world, lanes):
 
 
 def poisoned(world, folder):
-    """A text weight of one rank's pack is not a number: what each rank says, and the weights before and after."""
+    """The outputs of the model are NaN on one rank. Returns the error of each rank, and whether no weight has
+    changed."""
     engine = engine_of(world)
     steps(engine, 0, 2)
     before = weights(engine, folder)
@@ -136,11 +137,11 @@ def poisoned(world, folder):
         engine.module.forward = lambda *inputs: tuple(output * float("nan") for output in forward(*inputs))
     try:
         train_step(engine, packs, StepSettings(1e-3), OBJECTIVE)
-        story = "nothing"
+        message = "nothing"
     except DivergedError as error:
-        story = str(error)
+        message = str(error)
     after = weights(engine, folder)
-    return story, all(torch.equal(before[name], after[name]) for name in before)
+    return message, all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +151,13 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("engine", ["zero3", "zero2", "zero1", "offload"])
-def test_two_ranks_train_as_one_process_of_plain_torch_does(dense, two_ranks, engine):
+def test_two_ranks_train_as_one_process_of_plain_torch(dense, two_ranks, engine):
     assert_follows(dense, two_ranks[0][engine])
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("engine", ["bf16 zero3", "bf16 zero2", "bf16 zero1"])
-def test_bf16_follows_plain_fp32_to_its_rounding(dense, two_ranks, engine):
+def test_bf16_equals_plain_fp32_up_to_its_rounding(dense, two_ranks, engine):
     results, whole, _ = two_ranks[0][engine]
     wanted_losses, wanted_norms = zip(*dense.curve, strict=True)
     assert_sums_close(losses(results), wanted_losses, HALF_NUMBER_TERMS, "losses", dtype=torch.bfloat16)
@@ -164,7 +165,7 @@ def test_bf16_follows_plain_fp32_to_its_rounding(dense, two_ranks, engine):
     assert_sums_close(norms, wanted_norms, HALF_NORM_TERMS, "gradient norms", dtype=torch.bfloat16)
     reach = dense_training(StandIn(), STEPS, lr=lr, clip=1.0, terms=HALF_TERMS, dtype=torch.bfloat16).reach
     start = StandIn().state_dict()
-    stored = {name: value.bfloat16() for name, value in start.items()}  # the master weights are made of these
+    stored = {name: value.bfloat16() for name, value in start.items()}  # the master weights are copies of these
     runs = ((whole, stored), (dense.weights, start))
     moves = [torch.cat([(after[name] - before[name]).flatten() for name in reach]) for after, before in runs]
     assert_sums_close(*moves, 0, "moves", dtype=torch.bfloat16, reach=torch.cat([x.flatten() for x in reach.values()]))
@@ -172,7 +173,7 @@ def test_bf16_follows_plain_fp32_to_its_rounding(dense, two_ranks, engine):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("engine", ["zero3", "zero2", "zero1", "offload", "bf16 zero3", "bf16 zero2", "bf16 zero1"])
-def test_the_parts_of_a_gradient_on_all_ranks_make_up_its_norm(two_ranks, engine):
+def test_the_norm_of_a_gradient_follows_from_its_parts_on_all_ranks(two_ranks, engine):
     results, _, norm = two_ranks[0][engine]
     assert_sums_close(norm, results[-1].grad_norm, PARAMETERS)
 
@@ -187,7 +188,7 @@ def test_activation_checkpointing_changes_no_bit(two_ranks):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packs_that_run_once_change_no_bit(two_ranks, kind):
-    """On two ranks with two packs each: none, one and both of them run once."""
+    """On two ranks with two packs each, none, one or both packs keep their graph and run once."""
     for answers in two_ranks:
         (never, never_weights, norm) = answers[kind, 0]
         for results, whole, other in (answers[kind], answers[kind, 2]):
@@ -212,29 +213,30 @@ def test_zero3_releases_the_weights_in_every_backward_pass_of_packs_that_run_onc
 
 
 @pytest.mark.parametrize("stage", [3, 2, 1])
-def test_a_parameter_unused_in_a_step_keeps_its_value_but_for_decay(two_ranks, stage):
-    """Three steps used it. Without momentum, as here, AdamW's update of a zero gradient is the decay alone."""
+def test_a_parameter_that_a_step_does_not_use_changes_only_by_weight_decay(two_ranks, stage):
+    """Three steps have used it. Without momentum, AdamW's update for a zero gradient is only the weight decay."""
     before, after = two_ranks[0]["unused"][stage]
     assert not torch.equal(before, StandIn().spare.weight), "the steps before did not use it"
     assert torch.equal(after, before * (1 - lr(3) * 0.1))
 
 
-def test_packs_without_items_on_some_or_all_ranks_are_steps_too(two_ranks):
+def test_packs_without_items_on_some_or_all_ranks_are_trained(two_ranks):
     for answer in two_ranks:
         assert answer["some empty"].items == len(pack(0, 2).caption_ids)
         assert answer["some empty"].loss > 0
         assert (answer["all empty"].loss, answer["all empty"].items, answer["all empty"].grad_norm) == (0.0, 0, 0.0)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_ends_all_in_the_same_words(two_ranks):
-    stories = [answer["nan"][0] for answer in two_ranks]
-    assert stories[0] == stories[1]
-    assert "the loss is nan" in stories[0]
+def test_a_loss_that_is_not_finite_on_one_rank_raises_the_same_error_on_all(two_ranks):
+    messages = [answer["nan"][0] for answer in two_ranks]
+    assert messages[0] == messages[1]
+    assert "the loss is nan" in messages[0]
     assert all(answer["nan"][1] for answer in two_ranks), "the weights changed"
 
 
 def encoder_on_two_ranks(folder, compiled):
-    """The real encoder with every parameter partitioned; a weight that DeepSpeed had to find by itself is a fault."""
+    """The real encoder with every parameter partitioned. A weight that is not declared in `external_parameters`
+    fails."""
     from deepspeed.runtime.zero import parameter_offload
 
     def found(module, parameter):
@@ -254,9 +256,9 @@ def encoder_on_two_ranks(folder, compiled):
 @pytest.mark.parametrize(
     "compiled", [pytest.param(False, id="plain"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
 )
-def test_weights_that_a_module_borrows_are_gathered_with_its_own(compiled, tmp_path):
+def test_weights_of_another_module_that_a_module_uses_are_gathered_with_its_own(compiled, tmp_path):
     model = WithEncoder()
-    compile_on_cpu(compiled)  # the same rounding here and there
+    compile_on_cpu(compiled)  # the same rounding in both
     dense = dense_training(model, STEPS, lr=lr, clip=1.0)
     compile_on_cpu(False)
     answers = run_distributed(encoder_on_two_ranks, 2, tmp_path, compiled)
@@ -277,7 +279,7 @@ def on_four_ranks(folder):
 
 
 def watched(world, folder):
-    """As `trained` in one pass; on the first rank alone somebody looks at what a module puts out."""
+    """As `trained` with one pass. On the first rank, a hook reads the output of a module."""
     engine, results = engine_of(world), []
     for step in range(STEPS):
         packs = [pack(step, lane) for lane in world.lanes(LANES)]
@@ -289,7 +291,7 @@ def watched(world, folder):
     return results, whole
 
 
-def test_a_single_pack_a_rank_runs_once_with_the_bits_of_running_twice_of_reading_and_of_looking(dense, tmp_path):
+def test_a_single_pack_of_a_rank_runs_once_with_the_bits_of_running_twice_and_of_a_hook(dense, tmp_path):
     answers = run_distributed(on_four_ranks, 4, tmp_path)
     (once, once_weights, _), (twice, twice_weights, norm) = (answers[0][name] for name in ("one pass", "two passes"))
     assert once == twice
@@ -309,7 +311,7 @@ def on_one_rank(folder):
 
 
 @pytest.mark.numeric
-def test_the_parts_of_a_gradient_make_up_its_norm_on_one_rank_too(tmp_path):
+def test_the_norm_of_a_gradient_follows_from_its_parts_on_one_rank_too(tmp_path):
     for results, _, norm in run_distributed(on_one_rank, 1, tmp_path)[0].values():
         assert_sums_close(norm, results[-1].grad_norm, PARAMETERS)
 
@@ -318,7 +320,7 @@ LONG = 50
 
 
 def long_training(folder):
-    """(losses, weights) after LONG steps on however many ranks."""
+    """(losses, weights) after LONG steps on any number of ranks."""
     world = start_world()
     engine = engine_of(world)
     results = steps(engine, 0, LONG)
@@ -328,14 +330,15 @@ def long_training(folder):
 
 
 def held_bytes() -> int:
-    """Of all tensors that this process has."""
+    """Bytes of all tensors of this process."""
     gc.collect()
     storages = [object_.untyped_storage() for object_ in gc.get_objects() if issubclass(type(object_), torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def opened_and_closed():
-    """Bytes before, with and after an engine of each kind, and how many modules DeepSpeed has in forward."""
+    """Bytes before, with and after an engine of each kind, and the number of modules that DeepSpeed lists as
+    running."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     world, answers = start_world(), {}
@@ -349,7 +352,7 @@ def opened_and_closed():
     return answers
 
 
-def test_a_closed_engine_holds_no_memory_and_an_open_one_piles_up_nothing():
+def test_a_closed_engine_holds_no_memory_and_an_open_one_does_not_grow():
     (answers,) = run_distributed(opened_and_closed, 1)
     for name, (before, opened, closed, lengths, left) in answers.items():
         assert opened > before + 100_000, name

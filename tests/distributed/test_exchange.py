@@ -1,4 +1,4 @@
-"""The contrastive losses over several ranks: values, gradients, and what a step costs."""
+"""The contrastive losses over several ranks: values, gradients, kernels and messages."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def on_this_rank(loss_of, cases, limit):
 
 @pytest.mark.parametrize("loss_of", DENSE)
 @pytest.mark.parametrize(("size", "limit"), [(2, GATHERED_BYTES), (4, GATHERED_BYTES), (2, 1), (4, 900), (4, 1)])
-def test_ragged_ranks_together_have_the_dense_loss_and_gradients(loss_of, size, limit):
+def test_ranks_with_different_numbers_of_items_have_the_dense_loss_and_gradients(loss_of, size, limit):
     """With 900 bytes, texts of one rank of both groups or of two ranks of one fit; with 1 byte no rank has a group."""
     cases = [case for case in CASES if len(case[0]) == size]
     by_rank = run_distributed(on_this_rank, size, loss_of, cases, limit)
@@ -61,7 +61,7 @@ def test_ragged_ranks_together_have_the_dense_loss_and_gradients(loss_of, size, 
 
 
 MESSAGES = {loss_of: 6 if loss_of is softmax_loss else 4 for loss_of in DENSE}
-"""Counts, texts, their gradients, the loss; and twice the normalisers of columns for softmax."""
+"""Messages: counts, texts, their gradients, the loss; for softmax also two of the normalizers of columns."""
 KINDS = [(loss_of, same) for loss_of in DENSE for same in (False, True)]
 
 
@@ -78,7 +78,7 @@ def spent_on_this_rank(counts):
     return [spent(*kind, vision[own], text[own], ids[own], 5) for kind in KINDS]
 
 
-def test_kernels_depend_on_the_texts_of_a_step_and_the_chunk_not_on_the_ranks_that_hold_them():
+def test_kernels_depend_on_the_number_of_texts_and_the_chunk_and_not_on_the_ranks():
     (alone,) = run_distributed(spent_on_this_rank, 1, (21,))
     for counts in ((4, 17), (9, 1, 3, 8)):
         for rank in run_distributed(spent_on_this_rank, len(counts), counts):
@@ -88,7 +88,7 @@ def test_kernels_depend_on_the_texts_of_a_step_and_the_chunk_not_on_the_ranks_th
                 assert ours == theirs | {"copy_": theirs.get("copy_", 0) + 1}  # in gloo's reduce-scatter
 
 
-def spent_in_fake_process_groups():
+def costs_in_fake_process_groups():
     found = []
     for size in (8, 64, 1024):
         vision, text, ids = embeddings(1024 // size)
@@ -97,8 +97,8 @@ def spent_in_fake_process_groups():
     return found
 
 
-def test_a_thousand_ranks_cost_the_kernels_and_messages_of_eight():
-    eight, *others = run_distributed(spent_in_fake_process_groups, 1)[0]
+def test_a_thousand_ranks_have_as_many_kernels_and_messages_as_eight():
+    eight, *others = run_distributed(costs_in_fake_process_groups, 1)[0]
     assert all(other == eight for other in others)
     for (loss_of, _), (kernels, messages) in zip(KINDS, eight, strict=True):
         assert sum(messages.values()) == MESSAGES[loss_of]
@@ -128,6 +128,6 @@ def groups_on_this_rank(limits):
 
 
 def test_texts_that_are_too_many_for_one_rank_are_gathered_in_as_few_groups_as_fit():
-    """A row has 64 bytes, and a message the rows of the rank that has most: four times 5, or twice."""
+    """A row has 64 bytes, and a message has as many rows as the rank with the most: four times 5, or twice."""
     for rank in run_distributed(groups_on_this_rank, 4, [4 * 5 * 64, 4 * 5 * 64 - 1, 2 * 5 * 64, 2 * 5 * 64 - 1, 1]):
         assert rank == [1, 2, 2, 4, 4]

@@ -1,4 +1,4 @@
-"""A finished run with one more stage: the weights of a run that had the stage from the beginning, bit for bit."""
+"""A finished run that gets one more stage has the weights of a run with that stage from the beginning, bit for bit."""
 
 import json
 from pathlib import Path

@@ -40,7 +40,7 @@ def trained():
 
 
 @pytest.mark.slow
-def test_fifty_steps_learn_as_much_as_without_and_every_kind_of_zero_has_the_same_losses():
+def test_fifty_steps_learn_as_much_as_without_fp8_and_the_losses_are_equal_for_every_kind_of_zero():
     pytest.importorskip("torchao", reason="needs the extra fp8: pip install 'univitar_ds[fp8]'")
     for answer in run_distributed(trained, 2):
         plain, names = answer.pop("plain")
@@ -56,7 +56,7 @@ def test_fifty_steps_learn_as_much_as_without_and_every_kind_of_zero_has_the_sam
             assert all(abs(one - other) <= most for one, other, most in zip(found, wanted, bounds, strict=False)), kind
 
 
-def test_what_it_needs_is_said_before_a_run_begins(monkeypatch):
+def test_missing_requirements_are_reported_before_a_run_starts(monkeypatch):
     monkeypatch.setattr(fp8, "find_spec", lambda name: None)
     with pytest.raises(InstallationError, match=r"needs the package torchao.*univitar_ds\[fp8\]"):
         fp8.use_fp8(nn.Linear(16, 16))

@@ -1,4 +1,4 @@
-"""A shard whose loss is not finite: all ranks skip its updates, or roll back together, and the run continues."""
+"""A shard whose loss is not finite: all ranks skip the update or roll back together, and the run continues."""
 
 import io
 import json
@@ -22,11 +22,12 @@ CLEAN, POISONED = 360, 2
 NOT_FINITE, LARGE = "nan", "1e4"
 ROLLS_BACK = {"max_skipped_in_a_row": 0, "max_rollbacks": 8, "min_steps": 4, "window_steps": 8}
 WHITE = 254
-"""The poison is a white image; a test's model makes of it what a real one makes of numbers that overflow."""
+"""Images with a larger mean pixel value are poisoned: the patched model has outputs that are not finite, or too
+large."""
 
 
 def write_shards(folder):
-    """Images for one epoch of the runs below, the poisoned ones in a shard of their own."""
+    """Writes images for one epoch of the runs below. The poisoned ones are in a separate shard."""
     rng = np.random.default_rng(3)
     clean = [image_sample(index, rng) for index in range(CLEAN)]
     for number in range(4):
@@ -40,7 +41,7 @@ def write_shards(folder):
 
 
 def poison_the_model(factor):
-    """From now on the images of a pack with a white one are embedded `factor` times too large."""
+    """Patches the model: image embeddings of a pack with a poisoned image are multiplied by `factor`."""
     from univitar_ds.model.contrastive import ContrastiveModel
 
     forward = ContrastiveModel.forward
@@ -92,7 +93,7 @@ def recovered(shards, tmp_path_factory):
     return SimpleNamespace(run=run, answers=answers, events=events_of(run))
 
 
-def test_the_run_goes_back_and_ends_and_says_so(recovered):
+def test_the_run_rolls_back_is_completed_and_logs_the_events(recovered):
     assert recovered.answers == [True, True]
     assert recovered.events[0] == {"step": 0, "event": "stage", "stage": "images", "samples_seen": 0}
     rollbacks = recovered.events[1:]
@@ -106,7 +107,7 @@ def test_the_run_goes_back_and_ends_and_says_so(recovered):
     assert np.isfinite([line["loss"] for line in metrics(recovered.run)]).all()
 
 
-def test_every_step_is_logged_once_and_no_poison_was_learned_from(recovered):
+def test_every_step_is_logged_once_and_no_poisoned_pack_was_trained_on(recovered):
     lines = metrics(recovered.run)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     learned = [key for entry in samples(recovered.run).values() for key in entry[1:]]
@@ -114,7 +115,7 @@ def test_every_step_is_logged_once_and_no_poison_was_learned_from(recovered):
     assert not any("poison" in key for key in learned)
 
 
-def test_the_data_window_is_skipped_and_kept_apart_not_read_again(recovered):
+def test_the_data_window_is_skipped_listed_and_not_read_again(recovered):
     learned = [key for entry in samples(recovered.run).values() for key in entry[1:]]
     skipped = [
         key
@@ -126,7 +127,7 @@ def test_the_data_window_is_skipped_and_kept_apart_not_read_again(recovered):
     assert not set(skipped) & set(learned)
 
 
-def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered, tmp_path):
+def test_a_run_resumed_before_a_rollback_repeats_it_bit_for_bit(recovered, tmp_path):
     back = recovered.events[1]["step"]
     assert back > 0, "the first rollback must have a checkpoint to start from; choose another seed"
     again = rewound(recovered.run, back, tmp_path / "again")
@@ -143,7 +144,7 @@ def test_a_run_resumed_before_a_rollback_goes_the_same_way_bit_for_bit(recovered
 
 
 @pytest.mark.slow
-def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(shards, tmp_path):
+def test_a_spike_before_the_first_checkpoint_rolls_the_run_back_to_its_start(shards, tmp_path):
     run = create_run(config_of(shards, tmp_path, checkpoint={"every_steps": 1000}), "test", 2)
     assert run_distributed(train_poisoned, 2, run, LARGE) == [True, True]
     rollbacks = events_of(run)[1:]
@@ -154,10 +155,10 @@ def test_a_spike_before_the_first_checkpoint_sends_the_run_back_to_its_start(sha
 
 def test_too_many_rollbacks_end_the_run_with_a_remedy(shards, tmp_path):
     run = create_run(config_of(shards, tmp_path, guard={"max_skipped_in_a_row": 0, "max_rollbacks": 0}), "test", 2)
-    stories = run_distributed(train_poisoned, 2, run, NOT_FINITE)
-    assert stories[0] == stories[1]
+    messages = run_distributed(train_poisoned, 2, run, NOT_FINITE)
+    assert messages[0] == messages[1]
     for part in ("the loss is nan", "guard.max_rollbacks is 0", "resume with a higher limit"):
-        assert part in stories[0]
+        assert part in messages[0]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def skipping(shards, tmp_path_factory):
     return SimpleNamespace(run=run, answers=answers, events=events_of(run)[1:])
 
 
-def test_a_loss_that_is_not_finite_skips_one_update_and_the_run_goes_on(skipping):
+def test_a_loss_that_is_not_finite_skips_one_update_and_the_run_continues(skipping):
     assert skipping.answers == [True, True]
     assert {event["event"] for event in skipping.events} == {"skipped"}
     steps, lines, read = [event["step"] for event in skipping.events], metrics(skipping.run), samples(skipping.run)
@@ -189,7 +190,7 @@ def test_a_loss_that_is_not_finite_skips_one_update_and_the_run_goes_on(skipping
     assert poisoned == set(steps)
 
 
-def test_a_skipped_update_leaves_all_tensors_of_the_checkpoint_and_its_number_of_updates(skipping):
+def test_a_skipped_update_changes_no_tensor_of_the_checkpoint_nor_its_number_of_updates(skipping):
     step = skipping.events[0]["step"]
     before, after = (skipping.run / CHECKPOINTS / f"step-{number:08d}" for number in (step - 1, step))
     ours, theirs = (checkpoint_dir.read_manifest(folder) for folder in (before, after))
@@ -199,7 +200,7 @@ def test_a_skipped_update_leaves_all_tensors_of_the_checkpoint_and_its_number_of
 
 
 @pytest.mark.slow
-def test_a_run_killed_right_after_a_skipped_update_goes_on_bit_for_bit(skipping, tmp_path):
+def test_a_run_killed_right_after_a_skipped_update_resumes_bit_for_bit(skipping, tmp_path):
     again = rewound(skipping.run, skipping.events[0]["step"], tmp_path / "again")
     assert run_distributed(train_poisoned, 2, again, NOT_FINITE) == [True, True]
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(skipping.run)]
@@ -213,7 +214,7 @@ def test_a_run_killed_right_after_a_skipped_update_goes_on_bit_for_bit(skipping,
 
 
 def train_broken(run):
-    """From the first step on no embedding is finite."""
+    """Trains a model none of whose embeddings is finite."""
     from univitar_ds.model.contrastive import ContrastiveModel
 
     forward = ContrastiveModel.forward
@@ -225,14 +226,14 @@ def train_broken(run):
 
 
 @pytest.mark.slow
-def test_too_many_skipped_updates_in_a_row_roll_back_and_a_resumed_run_counts_on(shards, tmp_path):
+def test_too_many_skipped_updates_in_a_row_roll_back_and_a_resumed_run_continues_the_count(shards, tmp_path):
     changes = {"guard": {"max_skipped_in_a_row": 2, "max_rollbacks": 1}, "checkpoint": {"every_steps": 1, "keep": 9}}
     run = create_run(config_of(shards, tmp_path, **changes), "test", 1)
-    (story,) = run_distributed(train_broken, 1, run)
+    (message,) = run_distributed(train_broken, 1, run)
     for part in ("step 5: the loss is nan", "2 updates before it were skipped", "guard.max_rollbacks is 1"):
-        assert part in story
+        assert part in message
     events = [(event["event"], event["step"]) for event in events_of(run)[1:]]
     assert events == [("skipped", 1), ("skipped", 2), ("rollback", 2), ("skipped", 3), ("skipped", 4)]
     again = rewound(run, 1, tmp_path / "again")
-    assert run_distributed(train_broken, 1, again) == [story]
+    assert run_distributed(train_broken, 1, again) == [message]
     assert events_of(again) == events_of(run)

@@ -18,12 +18,12 @@ from univitar_ds.training.step.train_step import StepSettings, train_step
 
 pytestmark = pytest.mark.distributed
 BIAS, SCALE = -10.03, 10.1
-"""Neither they nor the logarithm of the scale are bfloat16 numbers."""
+"""bfloat16 cannot represent these numbers, nor the logarithm of the scale."""
 STAGES = (1, 2, 3)
 
 
 def run(folder):
-    """By stage, the scale and bias of three steps, and the weights saved before each; the last step is resumed."""
+    """By stage, scale and bias in three steps, and the weights saved before each step. The last step is resumed."""
     world = start_world()
     answers = {}
     for stage in STAGES:

@@ -1,4 +1,4 @@
-"""What the parts of a training state hold, against the sizes that ZeRO gives them."""
+"""Compares the bytes of the parts of a training state with the sizes that follow from the ZeRO stage."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.distributed
 
 
 def measured():
-    """Bytes by part, and numbers of all weights and of those that train, by ZeRO stage, in float32."""
+    """By ZeRO stage: bytes by part, and numbers of all weights and of trained weights, in float32."""
     world, found = start_world(), {}
     for stage in (2, 3):
         engine = engine_of(world, stage=stage, kept_whole=0)
@@ -21,8 +21,9 @@ def measured():
     return found
 
 
-def test_the_parts_have_the_bytes_that_zero_gives_them():
-    """Two ranks share master weights and moments, and under ZeRO-3 weights and gradients; padding is a few numbers."""
+def test_the_parts_have_the_bytes_of_their_zero_stage():
+    """Master weights and moments are sharded over two ranks, with ZeRO-3 also weights and gradients. Padding is
+    small."""
     for found in run_distributed(measured, 2):
         for stage, (parts, weights, trained) in found.items():
             said = (stage, parts, weights, trained)

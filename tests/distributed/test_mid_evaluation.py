@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: its figures are those of the checkpoint, and the training is the one without it."""
+"""Evaluation during training: its figures are those of the checkpoint, and it does not change the training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ EVERY, SAMPLES = 30, 60
 
 
 def zero(folder: Path, stage: int, sharing: int | None) -> str:
-    """A DeepSpeed JSON whose parameters cross the shards of ranks. Args: sharing: ranks that share a training state."""
+    """A DeepSpeed JSON with parameters that cross the borders of shards. Args: sharing: ranks that share a training
+    state."""
     path = folder / f"zero{stage}-{sharing}.json"
     content = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000}
     if stage == 3:
@@ -58,8 +59,8 @@ def config(folder: Path, name: str, stage: int, sharing: int | None = None, mode
 
 
 def train_all(runs: list[tuple[Path, str]]) -> list[tuple[bool, torch.Tensor]]:
-    """Trains runs as one rank, each in a way of WAYS. Returns of each whether it was completed, and the next number of
-    the rank's generator."""
+    """Trains runs as one rank, each with an entry of WAYS. Returns, for each, whether it was completed, and the next
+    number of the rank's generator."""
     from univitar_ds.evaluation import shares
     from univitar_ds.training.checkpoint import whole_weights
     from univitar_ds.training.distributed.preemption import Stop
@@ -93,7 +94,7 @@ def kept_of(run: Path, modality: str) -> Path:
 
 
 class OutOfMemoryOnRank1(DuringTraining):
-    """Rank 1 has no memory for the first evaluation."""
+    """Rank 1 is out of memory in the first evaluation."""
 
     failed = False
 
@@ -105,7 +106,7 @@ class OutOfMemoryOnRank1(DuringTraining):
 
 
 class SourceIsGone(DuringTraining):
-    """The sources have gone before the first evaluation, and are back before the second one."""
+    """The sources are missing in the first evaluation, and exist again in the second."""
 
     calls = 0
 
@@ -136,7 +137,7 @@ def created(folder: Path, name: str, stage: int, every: int, **evaluation) -> Pa
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """On 2 ranks, with ZeRO 1 and 3: a run without evaluations while it trains, and one with."""
+    """On 2 ranks, with ZeRO 1 and 3: a run without evaluation during training, and one with it."""
     folder = tmp_path_factory.mktemp("mid")
     write_demo_shards(folder / "shards", images=48, videos=16, shards=2)
     keys = [(stage, every) for stage in (1, 3) for every in (0, EVERY)]
@@ -149,7 +150,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def troubled(trained):
-    """The same run with trouble in its evaluations, by the names of WAYS."""
+    """The same run with failures in its evaluations, by the names of WAYS."""
     folder = trained.folder
     shutil.copytree(folder / "shards", folder / "gone" / "shards")
     gone = [{"path": str(folder / "gone" / "shards"), "split": "test"}]
@@ -157,7 +158,7 @@ def troubled(trained):
     runs["source"] = created(folder, "source", 1, EVERY, sources=gone)
     ways = [*((run, way) for way, run in runs.items()), (runs["stop"], "as it is")]
     for answers in run_distributed(train_all, 2, ways):
-        assert [completed for completed, _ in answers] == [True, False, True, True], "one was left, and then resumed"
+        assert [completed for completed, _ in answers] == [True, False, True, True], "one was stopped, and then resumed"
     return runs
 
 
@@ -185,7 +186,7 @@ def assert_same_training(run: Path, plain: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_the_training_is_bit_for_bit_the_one_without_it(trained, stage):
+def test_the_training_equals_the_one_without_it_bit_for_bit(trained, stage):
     plain, evaluated = trained.runs[stage, 0], trained.runs[stage, EVERY]
     assert not evaluations_of(plain)
     assert [line["samples_seen"] // EVERY for line in evaluations_of(evaluated)] == [1, 2]
@@ -202,7 +203,7 @@ def assert_evaluates_its_checkpoint(run: Path) -> None:
         trained = open_trained(checkpoint, weights)
         wanted = evaluate(trained)["figures"]
         assert results(wanted, group).keys() == {name for name in last if name.rpartition("/")[0] == group}
-        terms = 2 * encoder_terms(trained.model.vision.config, 48)  # less than as much again for heads and text
+        terms = 2 * encoder_terms(trained.model.vision.config, 48)  # heads and text have fewer terms than the encoder
         for modality in ("image", "video"):
             found = torch.load(kept_of(run, modality), weights_only=False)[number]
             other = embed(trained.model, packs_of(trained, modality), modality, progress=False)
@@ -240,7 +241,7 @@ def test_its_figures_are_those_of_the_checkpoint(trained, stage):
 
 @pytest.fixture(scope="module")
 def on_four_ranks(trained):
-    """Runs whose ranks have parts of the weights, of a training state or of packs."""
+    """Runs whose ranks share the weights of blocks, a training state within groups, or packs."""
     split = {"tensor_parallel": 2, "sequence_parallel": 2}
     settings = {
         "zero 2": {"stage": 2},
@@ -271,7 +272,7 @@ def test_ranks_with_parts_of_weights_or_packs_evaluate_the_whole_model(on_four_r
     ("way", "rank", "reason"),
     [("memory", 1, "OutOfMemoryError: CUDA out of memory"), ("source", 0, "DataError: ")],
 )
-def test_one_that_fails_is_an_event_and_the_ranks_train_on_together(trained, troubled, way, rank, reason):
+def test_an_evaluation_that_fails_is_an_event_and_all_ranks_continue_to_train(trained, troubled, way, rank, reason):
     run = troubled[way]
     assert_same_training(run, trained.runs[1, 0])
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -286,7 +287,7 @@ def test_one_that_fails_is_an_event_and_the_ranks_train_on_together(trained, tro
 
 
 @pytest.mark.slow
-def test_one_that_a_stop_request_interrupts_comes_once_after_the_resume(trained, troubled):
+def test_an_evaluation_that_a_stop_request_interrupts_is_repeated_once_after_the_resume(trained, troubled):
     run, straight = troubled["stop"], trained.runs[1, EVERY]
     assert_same_training(run, trained.runs[1, 0])
     found, wanted = ([{**line, "evaluation_s": 0} for line in evaluations_of(one)] for one in (run, straight))
@@ -295,7 +296,7 @@ def test_one_that_a_stop_request_interrupts_comes_once_after_the_resume(trained,
     assert steps == sorted(steps)
 
 
-def test_the_best_one_is_kept_and_named(trained):
+def test_the_best_checkpoint_is_kept_and_named(trained):
     run = trained.runs[1, EVERY]
     scores = {}
     for line in evaluations_of(run):

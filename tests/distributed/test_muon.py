@@ -1,4 +1,4 @@
-"""Muon on sharded matrices: that of torch on one process, bit for bit where gradients are equal."""
+"""Muon on sharded matrices equals torch's on one process, bit for bit where gradients are equal."""
 
 from types import MappingProxyType
 
@@ -67,17 +67,17 @@ def wanted():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two ranks give, and their checkpoints at MIDDLE by name."""
+    """The results of two ranks, and their checkpoints at MIDDLE by name."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("bf16 zero1", "zero3")}
     answers = run_distributed(of_kinds, 2, {kind: KINDS[kind] for kind in FAST}, None, folders)
     return answers, {kind: folder / f"step-{MIDDLE:08d}" for kind, folder in folders.items()}
 
 
-def test_on_two_ranks_weights_and_moments_are_those_of_torch_bit_for_bit_whatever_the_sharding(wanted, two):
+def test_on_two_ranks_weights_and_moments_are_those_of_torch_bit_for_bit_with_any_sharding(wanted, two):
     assert_torch(wanted, two[0], {kind: KINDS[kind] for kind in FAST})
 
 
-def test_one_rank_gives_the_same_and_continues_from_two_of_another_stage(wanted, two):
+def test_one_rank_has_the_same_results_and_continues_from_two_ranks_of_another_stage(wanted, two):
     for source, kind in ((None, "zero1"), (two[1]["zero3"], "zero2"), (two[1]["bf16 zero1"], "zero3")):
         kinds = {kind: KINDS[kind]}
         assert_torch(wanted, run_distributed(of_kinds, 1, kinds, source), kinds)

@@ -1,4 +1,4 @@
-"""ZeRO-3 sharded within groups of ranks: four ranks as 2 x 2 train as all four together do."""
+"""ZeRO-3 sharded within groups of ranks: two groups of two ranks train as one group of four."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def half(engine, folder, first, last):
 
 
 def trained(world, folder, model=None, **settings):
-    """Results, norm of the last gradient by its parts, and this rank's master weights after END steps."""
+    """Results, norm of the last gradient computed from its parts, and this rank's master weights after END steps."""
     engine = engine_of(world, model, **settings)
     results = half(engine, folder, 0, MIDDLE) + half(engine, folder, MIDDLE, END)
     norm = norm_of_parts(engine)
@@ -49,7 +49,7 @@ def resumed(world, source, folder, **settings):
 
 
 def not_finite(world):
-    """Whether the weights were updated if a gradient of the last rank is not a number, and then if all are finite."""
+    """Whether the weights are updated if a gradient of the last rank is NaN, and after that if all are finite."""
     engine, answers = engine_of(world, sharing=2), []
     for factor in (float("nan"), 1.0):
         engine.zero_grad(1e-3)
@@ -113,8 +113,8 @@ def assert_follows(dense, results, whole, after=0):
 
 
 @pytest.mark.numeric
-def test_groups_train_as_all_ranks_and_as_plain_torch_do(dense, ranks, folder):
-    """Without the sum over groups each would follow the lanes of its own two ranks."""
+def test_groups_train_as_all_ranks_together_and_as_plain_torch(dense, ranks, folder):
+    """Without the sum over groups, each group would train on the lanes of its own two ranks."""
     for name in ("groups", "all"):
         assert_follows(dense, ranks[0][name][0], read_full(end(folder / name)))
     pairs = zip(losses(ranks[0]["groups"][0]), losses(ranks[0]["all"][0]), strict=True)
@@ -126,14 +126,14 @@ def test_groups_train_as_all_ranks_and_as_plain_torch_do(dense, ranks, folder):
 
 
 @pytest.mark.numeric
-def test_in_bf16_groups_follow_plain_fp32_to_its_rounding(dense, ranks):
+def test_in_bf16_groups_equal_plain_fp32_up_to_rounding(dense, ranks):
     wanted, _ = zip(*dense.curve, strict=True)
     found = losses(ranks[0]["bf16"][0])
     assert_sums_close(found, wanted, HALF_NUMBER_TERMS, "losses", dtype=torch.bfloat16)
 
 
 @pytest.mark.numeric
-def test_the_parts_of_a_gradient_make_up_the_norm_of_all_ranks(ranks):
+def test_the_norm_of_a_gradient_follows_from_its_parts_on_all_ranks(ranks):
     results, norm, _ = ranks[0]["groups"]
     assert_sums_close(norm, results[-1].grad_norm, PARAMETERS)
 
@@ -155,14 +155,14 @@ def hashes(folder):
     return {name: file for name, file in files.items() if name.endswith(".safetensors")}
 
 
-def test_groups_go_on_bit_for_bit(ranks, folder):
+def test_groups_resume_bit_for_bit(ranks, folder):
     assert ranks[0]["groups again"] == ranks[0]["groups"][0][MIDDLE:]
     assert hashes(folder / "groups again") == hashes(folder / "groups")
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", [name for name, *_ in RESUMED[1:]])
-def test_checkpoints_of_groups_and_of_all_ranks_are_read_by_any(dense, ranks, folder, name):
+def test_checkpoints_of_groups_and_of_all_ranks_are_read_with_any_sharding(dense, ranks, folder, name):
     assert_follows(dense, ranks[0][name], read_full(end(folder / name)), after=MIDDLE)
 
 
@@ -180,7 +180,7 @@ def test_every_element_is_written_once(ranks, folder, name):
 
 
 def grouped(names):
-    """What each rank says to NODE where the ranks are on machines of these names."""
+    """The result of each rank for NODE if the ranks are on machines of these names."""
     world = start_world()
     node_sharding.os.uname = lambda: type("uname", (), {"nodename": names[world.rank]})
     try:

@@ -1,7 +1,7 @@
-"""A run folder that an earlier version wrote resumes with the bits of a run of this version that was never interrupted.
+"""A run folder of an earlier version resumes with the bits of an uninterrupted run of this version.
 
-`tests/golden/old_run` holds all of it but the weights and moments, 41 MB, whose bits depend on the processor: the run
-of this version gives them, under the names that the earlier version gave them.
+`tests/golden/old_run` has all of the folder except the weights and moments (41 MB), whose bits depend on the processor.
+They are taken from a run of this version, under the names of the earlier version.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ TRAIN = [sys.executable, "-m", "univitar_ds", "train"]
 
 
 def copied(folder: Path) -> None:
-    """The old shards and run below `folder`, whose place their files name."""
+    """Copies the old shards and the old run to `folder`, and writes its path into their files."""
     shutil.copytree(OLD / "shards", folder / "shards")
     shutil.copytree(OLD / "run", folder / "old")
     for path in (folder / "old").rglob("*"):
@@ -34,7 +34,7 @@ def copied(folder: Path) -> None:
 
 
 def fill(checkpoint: Path, weights: Path) -> None:
-    """Gives an old checkpoint its weights, and its manifest the hashes of what the test has changed."""
+    """Adds weights to an old checkpoint, and the hashes of the changed files to its manifest."""
     shutil.copy(weights, checkpoint / weights.name)
     files = {}
     for path in checkpoint.glob("*"):

@@ -21,9 +21,9 @@ from univitar_ds.training.engine.optim import GRADIENT_PARTS
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SHAPE = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "qkv_bias": True}
 CANCELLED = ("k_proj.bias", "pool.kv.bias", "attn.qkv.bias")
-"""Softmax cancels them or a part of them: that gradient is rounding alone, which Adam makes as large as any other."""
+"""Biases that softmax cancels, wholly or in part. Their gradient is only rounding error, which Adam scales up."""
 PARAMETERS = 400_000
-"""Whose gradients a norm sums the squares of, about."""
+"""Approximate number of parameters, whose squared gradients a norm sums."""
 
 
 def config_of(folder, name, *, zero=3, **model):
@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_on_four_ranks_that_share_weights_or_packs_is_that_on_one_rank(whole, settings):
+def test_a_run_on_four_ranks_that_share_weights_or_packs_equals_one_on_one_rank(whole, settings):
     run = trained(whole.folder, "-".join(map(str, settings.values())), 4, **settings)
     assert samples(run) == samples(whole.run)
     lines = metrics(run)
@@ -112,7 +112,7 @@ def tensors_of(folder):
         return {(name, kind): reader.read(name, kind) for name, kinds in reader.kinds.items() for kind in kinds}
 
 
-def test_checkpoints_keep_their_bits_from_one_number_of_slices_to_another(whole, tmp_path):
+def test_checkpoints_are_resaved_with_another_number_of_slices_bit_for_bit(whole, tmp_path):
     wanted, folder = tensors_of(whole.last), whole.last
     assert {kind for _, kind in wanted} == {"fp32", "exp_avg", "exp_avg_sq", "ema"}
     zero1 = config_of(whole.folder, "zero1", zero=1)

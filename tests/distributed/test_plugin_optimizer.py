@@ -1,4 +1,4 @@
-"""An optimizer of a plugin: the same under every kind of ZeRO, with its moments in elastic checkpoints."""
+"""The optimizer of a plugin has the same results with every kind of ZeRO, and its moments in elastic checkpoints."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def refused(plugin, source):
 
 
 def unfrozen(plugin, folder):
-    """Moments of the head, which the checkpoint has frozen, after it is loaded: lowest and highest by kind."""
+    """(minimum, maximum) by kind of the moments of the head, loaded from a checkpoint in which the head is frozen."""
     load_plugins([str(plugin)])
     world, content = start_world(), ds_config(1) | {"gradient_clipping": 0.0}
     model = Towers()
@@ -88,7 +88,7 @@ def unfrozen(plugin, folder):
     saved = save_checkpoint(engine, folder, 2, {}, {}, keep=1)
     engine.close()
     engine = build_engine(Towers(), CONFIG, content, world, {"rest": 2})
-    train(engine, 0, 1)  # so that the moments are those of a live engine, as after a rollback
+    train(engine, 0, 1)  # so that the engine has moments already, as before a rollback
     load_checkpoint(engine, saved, stage_transition=True)
     (head,) = [piece.tensors for piece in engine.pieces() if piece.name == "head.weight"]
     found = {kind: (head[kind].min().item(), head[kind].max().item()) for kind in ("mean", "seen")}
@@ -116,7 +116,7 @@ def test_it_updates_shards_as_whole_parameters_and_its_moments_move_between_stag
 
 
 @pytest.mark.slow
-def test_every_kind_of_zero_gives_the_same(plugin):
+def test_every_kind_of_zero_has_the_same_results(plugin):
     wanted, answers = whole(plugin), run_distributed(of_kinds, 2, plugin, KINDS)
     for kind in KINDS:
         assert_whole([answer[kind] for answer in answers], wanted, kind)

@@ -65,7 +65,7 @@ def train_until_error(run) -> str:
 
 
 def run_to_its_end(run) -> list[str]:
-    """The warnings of a rank that resumes the run as the program does."""
+    """Resumes the run as the program does. Returns the warnings of a rank."""
     from univitar_ds.launch import run_rank
     from univitar_ds.run_lock import RunLock
     from univitar_ds.training.distributed.preemption import NEVER

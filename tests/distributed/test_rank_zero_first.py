@@ -1,4 +1,4 @@
-"""What rank 0 does alone while the others wait for its word."""
+"""Work of rank 0 for whose end the other ranks wait."""
 
 import os
 import time
@@ -31,7 +31,7 @@ def start_with_store_at_rank_0(port: int):
 
 def slow_work() -> list[str]:
     world = start_world()
-    with all_ranks_or_none(world):  # all are up, however busy the machine is
+    with all_ranks_or_none(world):  # all ranks have started, however busy the machine is
         pass
     distributed_c10d._set_pg_timeout(timedelta(seconds=2))
     done: list[str] = []
@@ -43,18 +43,18 @@ def slow_work() -> list[str]:
     rank_zero_first(world, work)
     rank_zero_first(world, lambda: done.append("more"))
     distributed_c10d._set_pg_timeout(PEER_TIMEOUT)
-    with all_ranks_or_none(world):  # the group still is sound
+    with all_ranks_or_none(world):  # the process group still works
         pass
     return done
 
 
-def test_the_others_wait_for_longer_than_a_collective_may_take():
+def test_other_ranks_wait_for_longer_than_the_timeout_of_a_collective():
     assert run_distributed(slow_work, 3) == [["work", "more"], [], []]
 
 
 def failing_work(port: int) -> tuple[str, str]:
     world = start_with_store_at_rank_0(port)
-    process_group.HEARD_TIMEOUT = PEER_TIMEOUT  # a busy machine may keep a rank from hearing for long
+    process_group.HEARD_TIMEOUT = PEER_TIMEOUT  # on a busy machine a rank may be late to read the result
 
     def work() -> None:
         raise DataError("shard-7.tar is cut at byte 512")
@@ -66,7 +66,7 @@ def failing_work(port: int) -> tuple[str, str]:
     return "", ""
 
 
-def test_a_failure_of_rank_0_ends_all_with_its_sentence_before_it_takes_the_store_along():
+def test_an_error_of_rank_0_reaches_all_ranks_before_its_store_ends():
     own, *others = run_distributed(failing_work, 3, free_ports()[0])
     assert own == ("DataError", "shard-7.tar is cut at byte 512")
     assert others == [("PeerFailure", "rank 0 ended the run: shard-7.tar is cut at byte 512")] * 2
@@ -86,7 +86,7 @@ def rank_0_goes(port: int) -> str:
     return "no error"
 
 
-def test_the_others_do_not_wait_for_a_rank_0_that_is_gone():
+def test_other_ranks_do_not_wait_for_a_rank_0_that_has_ended():
     assert "rank 0 ended without a message" in run_distributed(rank_0_goes, 2, free_ports()[0])[1]
 
 
@@ -94,7 +94,7 @@ def endless_work() -> str:
     world = start_world()
     process_group.SLICE = timedelta(seconds=0.2)
     store = distributed_c10d._get_default_store()
-    try:  # rank 0 works until the other has given up, and then ends as if it had never been waited for
+    try:  # rank 0 works until the other rank has given up, and then ends without an error
         rank_zero_first(world, lambda: store.wait(["gave up"], PEER_TIMEOUT), timeout=timedelta(seconds=1))
     except UserError as error:
         store.set("gave up", "")
@@ -102,7 +102,7 @@ def endless_work() -> str:
     return ""
 
 
-def test_the_others_give_up_when_rank_0_takes_longer_than_it_may():
+def test_other_ranks_give_up_when_rank_0_exceeds_the_limit():
     first, other = run_distributed(endless_work, 2)
     assert first == ""
     assert other.startswith("rank 0 has prepared the run for 0:00:01 (limit)")

@@ -1,4 +1,4 @@
-"""The type in which ranks sum gradients in a bf16 run: bf16, or fp32 with `communication_data_type`."""
+"""The dtype in which ranks sum gradients in a bf16 run: bf16, or fp32 with `communication_data_type`."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ KINDS = {f"zero{stage}": {"stage": stage, "bf16": True} for stage in (1, 2, 3)}
 
 
 class Reductions(TorchDispatchMode):
-    """The types of what is summed over ranks, except single numbers such as norms."""
+    """Records the dtypes of tensors that are summed over ranks, except single numbers such as norms."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,8 @@ class Reductions(TorchDispatchMode):
 
 
 def reduced(asked):
-    """By kind: types of the sums, and the norm of a gradient of 1 on rank 0 and SMALL on rank 1 for each weight."""
+    """By kind: dtypes of the sums, and the norm of a gradient that is 1 on rank 0 and SMALL on rank 1 for each
+    weight."""
     world = start_world()
     answers = {}
     for kind, settings in KINDS.items():

@@ -1,4 +1,4 @@
-"""Every file of `ds_configs/` trains on four CPU ranks, and follows plain torch to the rounding of its precision."""
+"""Every file of `ds_configs/` trains on four CPU ranks, and equals plain torch up to the rounding of its precision."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def resolved(name):
     content = read_deepspeed(name)
     for section in content["zero_optimization"].values():
         if isinstance(section, dict):
-            section.pop("pin_memory", None)  # without a GPU there is nothing to pin for
+            section.pop("pin_memory", None)  # pinned memory needs a GPU
     return resolve_deepspeed(
         check_config({"name": "r", "data": data, "stages": [stage]}, "run.yaml"), 4, content, ("run.yaml", name)
     )
 
 
 def every_file():
-    """The losses with each file; the four ranks say that they are on two machines."""
+    """The losses with each file. The four ranks have the names of two machines."""
     world, answers = start_world(), {}
     node_sharding.os.uname = lambda: type("uname", (), {"nodename": f"node{world.rank // 2}"})
     for name in SHIPPED:
@@ -45,7 +45,7 @@ def every_file():
 
 
 @pytest.mark.numeric
-def test_each_trains_as_plain_torch_does():
+def test_each_trains_as_plain_torch():
     assert {"zero1", "zero2", "zero3", "zero3_node", "zero3_offload"} <= set(SHIPPED)
     curve = dense_training(StandIn(), STEPS, lr=lr, clip=1.0).curve
     wanted = [loss for loss, _ in curve]
@@ -60,7 +60,8 @@ def test_each_trains_as_plain_torch_does():
 
 
 def misplaced(name):
-    """Parameters of whole 16 bytes that begin elsewhere than at a multiple of 16 bytes, and all parameters."""
+    """(misaligned parameters, all parameters) with a size that is a multiple of 16 bytes. Misaligned: at another
+    address."""
     world, shape = bench_host.fake_world(8), bench_host.Shape(1, 1)
     model = bench_host.build(shape)
     engine = build_engine(model, OptimizerConfig(), bench_host.configuration(name, shape, model), world)

@@ -1,4 +1,4 @@
-"""An update that is skipped because its loss or gradient is not finite changes nothing, under every kind of ZeRO."""
+"""An update that is skipped because its loss or gradient is not finite changes no state, with every kind of ZeRO."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class NoNumber(torch.autograd.Function):
 
 
 def step(engine, number, fault=None):
-    """A step; with a fault the outputs of one rank, or their gradients, are not finite. Returns what it raises."""
+    """Runs a step. With a `fault` the outputs of one rank, or their gradients, are not finite. Returns the error."""
     packs = [pack(number, lane) for lane in engine.world.lanes(LANES)]
     forward = engine.module.forward
     spoil = {"loss": lambda x: x * float("nan"), "gradient": NoNumber.apply}.get(fault)
@@ -63,7 +63,7 @@ def equal(one, other):
 
 
 def trained(world, faults, settings):
-    """Four good steps, and before step N those with the faults of N: results, errors, changes, and the last state."""
+    """Runs four good steps, and before step N the steps with the faults of N: results, errors, changes, last state."""
     config = OptimizerConfig(betas=(0.9, 0.98), ema_decay=0.9)
     engine = build_engine(StandIn(), config, ds_config(LANES // world.size, **settings), world)
     results, errors, changed = [], [], []
@@ -113,5 +113,5 @@ def test_a_loss_or_gradient_of_one_rank_that_is_not_finite_changes_nothing_on_an
 
 
 @pytest.mark.slow
-def test_with_one_pack_a_rank_and_a_single_pass_too():
+def test_it_changes_nothing_with_one_pack_of_a_rank_and_a_single_pass_too():
     assert_skipped(run_distributed(with_and_without_faults, 4, FAST))

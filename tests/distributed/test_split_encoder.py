@@ -1,4 +1,4 @@
-"""An encoder whose packs or weights are split over ranks gives the numbers of the whole encoder."""
+"""An encoder whose packs or weights are split over ranks has the outputs and gradients of the whole encoder."""
 
 import warnings
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from univitar_ds.training.distributed.process_group import start_world
 pytestmark = pytest.mark.distributed
 WIDTH, LAYERS = 96, 2
 GRIDS = [[1, 2, 4], [3, 4, 6], [1, 2, 2], [2, 2, 6]]
-"""The second item has 72 of 108 tokens: with four ranks more than two of them hold."""
+"""Grids of the items. The second item has 72 of 108 tokens, so that more than two of four ranks share it."""
 FRAMES = [1, 6, 1, 4]
 DROPS = DropConfig(patches=0.3, depth=0.4, blocks=LAYERS, merge=1, seed=3, step=5)
 KINDS = (0, 1, "selective")
@@ -81,7 +81,7 @@ def summed(gradients: list[dict]) -> dict:
 
 
 def joined(parts: list[dict]) -> dict:
-    """Whole tensors from (slice, tensor) of each rank; equal tensors of all ranks if there is no slice."""
+    """Whole tensors from (slice, tensor) of each rank. Without a slice, all ranks must have equal tensors."""
     found = {}
     for name, (part, tensor) in parts[0].items():
         if part is None:
@@ -118,7 +118,7 @@ def drops_of(grids, lane):
 
 @contextmanager
 def counted(sent: list[int]):
-    """Adds the bytes that each collective of a ring sends, or an exchange, to `sent`."""
+    """Appends to `sent` the bytes that a rank sends in each collective."""
     reduce, exchange = dist.all_reduce, dist.all_to_all_single
 
     def all_reduce(tensor, *given, group=None, **options):
@@ -159,7 +159,7 @@ EVEN = ([[1, 4, 8], [1, 4, 8]], [1, 1])
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_packs_split_over_ranks_give_the_tokens_and_gradients_of_whole_packs(ranks):
+def test_packs_split_over_ranks_have_the_tokens_and_gradients_of_whole_packs(ranks):
     answers, sent = zip(*run_distributed(split_packs, ranks), strict=True)
     assert_sends(sent, 1, ranks, tokens=64 // ranks)
     for case, (heads, grids, frames, lane) in CASES_OF_SPLIT.items():
@@ -174,7 +174,7 @@ def test_packs_split_over_ranks_give_the_tokens_and_gradients_of_whole_packs(ran
 
 
 def assert_sends(sent, tensor, sequence, *, tokens) -> None:
-    """The collectives of the blocks, forward and backward, and what a rank sends are those of the cost model."""
+    """Checks that the collectives of the blocks, forward and backward, and their bytes are those of the cost model."""
     shape = encoder(24).config
     for one in sent:
         assert len(one) == 2 * sharing_collectives(shape, tensor, sequence)
@@ -186,7 +186,7 @@ def split_weights(folders):
     world = start_world()
     group, found = RankGroup(world.rank, world.size, dist.group.WORLD), {}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of libraries that are imported
+        warnings.simplefilter("error")  # warnings of libraries that are imported
         for case in CASES:
             for every in KINDS:
                 numbers = golden(case)
@@ -204,7 +204,8 @@ def split_weights(folders):
 
 
 def assert_has_slices(model, slices) -> None:
-    """The weights of a rank are its slices of a checkpoint, in which rows of attn.qkv are ordered by head."""
+    """Checks that the weights of a rank are its slices of a checkpoint, in which rows of attn.qkv are ordered by
+    head."""
     heads = model.config.num_attention_heads // 2
     for name, parameter in model.named_parameters():
         wanted = slices.pop(f"vision.{name}")
@@ -215,7 +216,7 @@ def assert_has_slices(model, slices) -> None:
 
 
 @pytest.mark.numeric
-def test_weights_split_over_ranks_give_the_releases_tokens_and_gradients(tmp_path):
+def test_weights_split_over_ranks_have_the_tokens_and_gradients_of_the_release(tmp_path):
     folders = {case: tmp_path / case for case in CASES}
     for case, folder in folders.items():
         write(open_stored(golden(case).folder), folder)

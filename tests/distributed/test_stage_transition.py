@@ -1,4 +1,4 @@
-"""Stages that lock and unlock parts of the model: what rests stays, what is thawed starts anew, resume is exact."""
+"""Stages that freeze and unfreeze parts of the model: frozen weights stay, moments of unfrozen ones restart."""
 
 import json
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ LR = 1e-3
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Two ranks: the text tower locked, then all, then the encoder locked and the contrastive loss fading."""
+    """A run on two ranks: the text tower is frozen, then all is trained, then the encoder is frozen and the weight of
+    the contrastive loss decreases."""
     folder = tmp_path_factory.mktemp("whole")
     sizes = {"min_tokens": 4, "max_tokens": 24, "divisor_px": 14}
     stage = {"samples": 50, "image": sizes, "token_budget": 96, "lr": LR, "lr_schedule": "constant"}
@@ -53,7 +54,7 @@ def unchanged(before, after, prefix):
     return [torch.equal(before[name], after[name]) for name in names]
 
 
-def test_what_a_stage_locks_keeps_its_bits_and_the_rest_learns(whole):
+def test_parts_that_a_stage_freezes_keep_their_bits_and_the_others_are_trained(whole):
     first, second, third = (weights(whole, step) for step in whole.ends)
     begin = weights(whole, 1)
     assert all(unchanged(begin, first, "text."))
@@ -64,8 +65,8 @@ def test_what_a_stage_locks_keeps_its_bits_and_the_rest_learns(whole):
     assert not all(unchanged(second, third, "text."))
 
 
-def test_the_first_update_of_a_thawed_part_is_adams_first(whole):
-    """Bias-corrected, Adam's first step is the learning rate in size, whatever the gradient; a later one is not."""
+def test_the_first_update_of_an_unfrozen_part_is_the_first_of_adam(whole):
+    """With bias correction, the size of Adam's first step is the learning rate for any gradient. Later ones differ."""
     before, after = (weights(whole, whole.ends[0] + more) for more in (0, 1))
     name = "text.model.encoder.layers.0.mlp.fc2.weight"
     if name not in before:
@@ -77,7 +78,7 @@ def test_the_first_update_of_a_thawed_part_is_adams_first(whole):
     assert step.median() < 0.95
 
 
-def test_the_average_of_a_thawed_part_starts_at_its_value(whole):
+def test_the_average_of_an_unfrozen_part_starts_at_its_weights(whole):
     at, later = whole.ends[0], whole.ends[1]
     name = next(n for n in weights(whole, at) if n.startswith("text.") and n.endswith("fc2.weight"))
     trained, averaged = weights(whole, at + 1)[name], weights(whole, at + 1, averaged=True)[name]
@@ -89,9 +90,7 @@ def test_the_average_of_a_thawed_part_starts_at_its_value(whole):
 @pytest.mark.parametrize(
     "where", ["inside the first", "at the first stage transition", "at the second stage transition"]
 )
-def test_resumed_inside_a_stage_or_at_a_stage_transition_it_is_the_uninterrupted_run_bit_for_bit(
-    whole, tmp_path, where
-):
+def test_a_run_resumed_in_a_stage_or_at_a_transition_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path, where):
     step = {
         "inside the first": 1,
         "at the first stage transition": whole.ends[0],
@@ -109,7 +108,7 @@ def test_resumed_inside_a_stage_or_at_a_stage_transition_it_is_the_uninterrupted
     assert (again / "events.jsonl").read_text() == (whole.run / "events.jsonl").read_text()
 
 
-def test_on_another_number_of_ranks_the_losses_follow(whole, tmp_path):
+def test_the_losses_are_the_same_on_another_number_of_ranks(whole, tmp_path):
     again = rewound(whole.run, 1, tmp_path / "again")
     run_distributed(train_rank, 1, again)
     for ours, theirs in zip(metrics(whole.run), metrics(again), strict=True):

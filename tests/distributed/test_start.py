@@ -1,4 +1,5 @@
-"""A run that starts from another model: on two ranks, from a folder, a store or the hub, and resumed without it."""
+"""A run that starts from another model, on two ranks: from a folder, a store or the hub, and resumed without the
+model."""
 
 import json
 import shutil
@@ -40,7 +41,7 @@ def new_run(shards, output, model, **changes):
 
 
 def first_weights(run):
-    """The weights of a new run's parameters, of this rank."""
+    """The initial weights of a new run on this rank, by parameter."""
     engine, _ = build_training(load_config(run / "config.yaml"), run, start_world())
     found = {
         piece.name: (piece.start, piece.tensors["fp32"].clone())
@@ -61,7 +62,7 @@ def assert_begins_as(run, wanted, prefix=""):
     return names
 
 
-def test_the_whole_model_goes_on_where_the_other_ended(shards, source, tmp_path):
+def test_the_whole_model_starts_with_the_last_weights_of_the_other_run(shards, source, tmp_path):
     run = new_run(shards, tmp_path, {"init_from": str(source), "init_part": "model"})
     stored = open_stored(source)
     assert assert_begins_as(run, stored.tensors) == set(stored.tensors)
@@ -85,7 +86,7 @@ def test_weights_in_a_store_are_copied_into_the_run(shards, source, tmp_path):
         data = {"sources": [{"path": str(shards)}], "workers": 0, "s3": {"endpoint_url": server.url}}
         run = new_run(shards, tmp_path, {"init_from": address, "init_part": "model"}, data=data)
     stored = open_stored(source)
-    assert assert_begins_as(run, stored.tensors) == set(stored.tensors)  # the store is gone
+    assert assert_begins_as(run, stored.tensors) == set(stored.tensors)  # although the store has ended
 
 
 def test_weights_of_the_hub_are_copied_into_the_run(shards, source, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-"""Disks that are full or lost while a run trains, and a run that is taken over: all ranks end, nothing is half. Disks
-that fail for a moment: the save is repeated."""
+"""A disk that is full, fails, or fails for a moment, and a lost lock: the save is repeated once, or all ranks end and
+the last checkpoint is complete."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from univitar_ds.run_lock import RunLock
 
 pytestmark = pytest.mark.distributed
 CHECKPOINT_MB = 41
-"""Of the small run, by two ranks."""
+"""Size of a checkpoint of the small run on two ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def end_of(run: Path) -> list[str]:
-    """Trains as one rank; the error's class and what it says."""
+    """Trains as one rank. Returns the class and the message of the error."""
     try:
         train_rank(run)
     except UserError as error:
@@ -60,11 +60,11 @@ def with_failing_log(run: Path, fault: int) -> list[str]:
 
 
 def under_lock(run: Path, word: str) -> list[str]:
-    """As `end_of`, under a lock of the test; the first line of the metrics that is written loses it."""
+    """As `end_of`, with a run lock that another process takes over when the first line of metrics is written."""
     from univitar_ds import run_lock
     from univitar_ds.training.logging import writers
 
-    run_lock.RECENT_S = 0.0  # the lock is looked at before every line
+    run_lock.RECENT_S = 0.0  # the lock is checked before every line
     lock = RunLock(run)
     lock.watch(word)
     append = writers.append_line
@@ -102,7 +102,7 @@ def whole(run: Path) -> str:
     return last.name
 
 
-def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_checkpoint_whole(shards, tmp_path):
+def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_the_last_checkpoint_stays_complete(shards, tmp_path):
     with small_disk(tmp_path / "disk", 2.5 * CHECKPOINT_MB) as disk:
         run = create_run(small_config(shards, disk), "test", 2)
         first, second = run_distributed(end_of, 2, run)
@@ -111,7 +111,7 @@ def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_che
         assert re.search(
             r"MB are free there, and the checkpoint of step 4 takes 4\d\.\d MB; free some space there", said
         )
-        assert whole(run) == "step-00000003"  # of the stage transition to the second stage
+        assert whole(run) == "step-00000003"  # at the transition to the second stage
         assert sorted(path.name for path in (run / CHECKPOINTS).iterdir()) == [
             "latest", "step-00000002", "step-00000003",
         ], "the part of a checkpoint that did not fit is removed"  # fmt: skip
@@ -122,7 +122,7 @@ def test_a_disk_that_is_full_while_saving_ends_all_ranks_and_leaves_the_last_che
 
 
 @pytest.mark.parametrize("fault", [28, 122, 5], ids=["full", "quota", "broken"])
-def test_a_log_that_cannot_be_written_ends_all_ranks_with_one_sentence(shards, tmp_path, fault):
+def test_a_log_that_cannot_be_written_ends_all_ranks_with_the_same_error(shards, tmp_path, fault):
     run = create_run(small_config(shards, tmp_path), "test", 2)
     first, second = run_distributed(with_failing_log, 2, run, fault)
     assert first[0] == "StorageError"
@@ -155,7 +155,7 @@ def test_a_disk_that_fails_one_rank_for_a_moment_delays_one_save_and_changes_no_
     assert events(resumed) == events(run)[: len(events(resumed))]
 
 
-def test_a_disk_that_fails_one_rank_twice_ends_all_ranks_and_the_last_checkpoint_is_whole(shards, tmp_path):
+def test_a_disk_that_fails_one_rank_twice_ends_all_ranks_and_the_last_checkpoint_is_complete(shards, tmp_path):
     run = create_run(small_config(shards, tmp_path), "test", 2)
     first, second = run_distributed(with_failing_save, 2, run, 2)
     assert (first[0], second[0]) == ("PeerFailure", "StorageError")
@@ -169,7 +169,7 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tmp_path):
+def test_a_run_that_another_process_took_over_stops_on_all_ranks_before_it_saves(shards, tmp_path):
     run = create_run(small_config(shards, tmp_path), "test", 2)
     with RunLock(run) as lock:
         lock.take()
@@ -183,7 +183,7 @@ def test_a_run_that_was_taken_over_stops_on_all_ranks_before_it_saves(shards, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", ["1", "2"])
-def test_a_full_disk_is_a_sentence_and_exit_code_2(shards, tmp_path, nproc):
+def test_a_full_disk_is_an_error_message_and_exit_code_2(shards, tmp_path, nproc):
     with small_disk(tmp_path / "disk", 0.6 * CHECKPOINT_MB) as disk:
         dump_config(small_config(shards, disk), tmp_path / "run.yaml")
         command = [sys.executable, "-m", "univitar_ds", "train", "--config", str(tmp_path / "run.yaml")]

@@ -1,4 +1,4 @@
-"""Checkpoints on S3: a run over a store that fails at every turn, interrupted and resumed, is the uninterrupted run."""
+"""Checkpoints on S3: a run that is interrupted and resumed with a faulty store equals the uninterrupted run."""
 
 import os
 
@@ -43,7 +43,7 @@ def config_of(shards, output, url=None, endpoint=None):
 
 
 def trained(run, last=None):
-    """Trains as one rank; what the run says at its end. `last`: the step at which its log fails."""
+    """Trains as one rank. Returns the result or the error of the run. `last`: the step at which its log fails."""
     from univitar_ds.data.storage import retry
     from univitar_ds.training.logging import writers
 
@@ -63,7 +63,7 @@ def trained(run, last=None):
         return [type(error).__name__, str(error)]
 
 
-def test_interrupted_and_resumed_over_faults_it_is_the_uninterrupted_run(server, shards, tmp_path):
+def test_a_run_interrupted_and_resumed_with_faults_equals_the_uninterrupted_one(server, shards, tmp_path):
     whole = create_run(config_of(shards, tmp_path / "whole"), "test", 2)
     assert run_distributed(trained, 2, whole) == [True, True]
     with faulty(server, some_of(FAULTS, 0.2, seed=3)) as proxy:
@@ -91,7 +91,7 @@ def test_interrupted_and_resumed_over_faults_it_is_the_uninterrupted_run(server,
     assert sorted(path.name for path in copied.glob("*.safetensors")) == [
         "buffers.safetensors", "rank00000.safetensors", "rank00001.safetensors",
     ]  # fmt: skip
-    assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["latest"], "for scripts that ask for it"
+    assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["latest"], "for scripts that read it"
     assert len(store_of(config_of(shards, tmp_path, f"s3://{BUCKET}/runs", server.url)).complete()) == 2
     resumed_on_another_number_of_ranks(run, server, len(losses[0]))
 
@@ -105,7 +105,7 @@ def resumed_on_another_number_of_ranks(run, server, steps):
     assert len(numbers) > steps
 
 
-def test_a_store_that_refuses_uploads_ends_all_ranks_and_the_last_checkpoint_is_whole(server, shards, tmp_path):
+def test_a_store_that_refuses_uploads_ends_all_ranks_and_the_last_checkpoint_is_complete(server, shards, tmp_path):
     def refuses(request):
         return "status 403" if request.method == "PUT" and "step-00000004" in request.key else None
 

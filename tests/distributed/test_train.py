@@ -1,4 +1,4 @@
-"""Whole runs with the real model and loader: uninterrupted, resumed on as many and on other ranks, and ended early."""
+"""Whole runs with the real model and loader: uninterrupted, resumed on the same or other ranks, and ended by errors."""
 
 import gzip
 import json
@@ -33,14 +33,14 @@ from univitar_ds.training.engine.optim import GRADIENT_PARTS
 
 pytestmark = pytest.mark.distributed
 PARAMETERS = 3_500_000
-"""Whose gradients a norm sums the squares of, about."""
+"""Approximate number of parameters, whose squared gradients a norm sums."""
 CANCELLED = "k_proj.bias"
-"""Softmax cancels it: its gradient is rounding alone, which Adam makes as large as any other."""
+"""The bias that softmax cancels. Its gradient is only rounding error, which Adam scales up."""
 TIMED = ("_s", "_pct", "tflops_per_rank", "memory_gb", "mfu_note")
 
 
 def watched(run):
-    """As `train_rank`, with the rule by which each pack of this rank was thinned, by step and lane."""
+    """Trains as `train_rank`. Returns the drop plan of each pack of this rank, by step and lane."""
     from univitar_ds.model.blocks.dropping import DropConfig
 
     seen, draw = {}, DropConfig.of_pack
@@ -54,7 +54,7 @@ def watched(run):
     return train_rank(run), seen
 
 
-def thinned_config(shards, output, **changes):
+def dropping_config(shards, output, **changes):
     """The small run with a condition on its samples; dropout, stochastic depth and augmentation in its second stage."""
     config = small_config(shards, output, **changes)
     first, second = config.stages
@@ -70,7 +70,7 @@ def whole(tmp_path_factory):
     """An uninterrupted run on 2 ranks."""
     folder = tmp_path_factory.mktemp("whole")
     write_demo_shards(folder / "shards")
-    run = create_run(thinned_config(folder / "shards", folder), "test", 2)
+    run = create_run(dropping_config(folder / "shards", folder), "test", 2)
     answers = run_distributed(watched, 2, run)
     assert [completed for completed, _ in answers] == [True, True]
     rules = {**answers[0][1], **answers[1][1]}
@@ -88,7 +88,7 @@ def middle_of(whole, stage):
     return next(step for step in lines[:-1] if step % 2 == 0)
 
 
-def test_a_run_goes_through_its_stages_and_says_so(whole):
+def test_a_run_trains_its_stages_and_logs_them(whole):
     lines = metrics(whole.run)
     assert [line["step"] for line in lines] == list(range(1, whole.steps + 1))
     stages = [line["stage"] for line in lines]
@@ -116,7 +116,7 @@ def test_every_step_saw_one_pack_of_every_lane_and_the_counters_agree(whole):
     assert all(entry[0] == lines[step - 1]["modality"] for (step, _), entry in seen.items())
 
 
-def test_every_pack_of_a_stage_is_thinned_by_the_stages_rates_with_the_step_and_lane_as_its_key(whole):
+def test_every_pack_of_a_stage_is_dropped_from_at_the_rates_of_the_stage_keyed_by_step_and_lane(whole):
     assert whole.rules.keys() == samples(whole.run).keys()
     for (step, _), rule in whole.rules.items():
         line = metrics(whole.run)[step - 1]
@@ -156,7 +156,7 @@ def test_images_of_both_modalities_and_a_profile_change_no_bit(whole, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging = {"every_steps": 1, "peak_tflops": 0.05, "images_every_steps": 3, "profile": {"from_step": 2, "steps": 2}}
-    run = create_run(thinned_config(whole.shards, tmp_path, logging=logging), "test", 2)
+    run = create_run(dropping_config(whole.shards, tmp_path, logging=logging), "test", 2)
     run_distributed(train_rank, 2, run)
     assert [untimed(line) for line in metrics(run)] == [untimed(line) for line in metrics(whole.run)]
     ours, theirs = (checkpoint_dir.read_manifest(folder / CHECKPOINTS / whole.last.name) for folder in (whole.run, run))
@@ -176,14 +176,14 @@ def test_images_of_both_modalities_and_a_profile_change_no_bit(whole, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["images", "both"])
-def test_a_run_resumed_inside_a_stage_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stage):
+def test_a_run_resumed_inside_a_stage_equals_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stage):
     again = rewound(whole.run, middle_of(whole, stage), tmp_path / "again")
     run_distributed(train_rank, 2, again)
     assert [untimed(line) for line in metrics(again)] == [untimed(line) for line in metrics(whole.run)]
     assert samples(again) == samples(whole.run)
     ours, theirs = (checkpoint_dir.read_manifest(run / CHECKPOINTS / whole.last.name) for run in (whole.run, again))
     tensors = [name for name in ours if name.endswith(".safetensors")]
-    assert len(tensors) == 2  # of the node, and the buffers
+    assert len(tensors) == 2  # the tensors of the node, and the buffers
     assert all(ours[name] == theirs[name] for name in tensors)
     assert ours["index.json"] == theirs["index.json"], "cursors differ"
 
@@ -204,14 +204,14 @@ def test_a_run_resumed_on_other_ranks_sees_the_same_samples_and_losses(whole, tm
     assert_all_close({name: weights[name] for name in wanted}, wanted, whole.steps * TERMS, reach=reach_of(whole.run))
 
 
-def test_a_finished_run_started_again_only_says_so(whole, tmp_path):
+def test_a_finished_run_that_is_started_again_trains_no_step(whole, tmp_path):
     again = rewound(whole.run, whole.steps, tmp_path / "again")
     assert run_distributed(train_rank, 2, again) == [True, True]
     assert [line["step"] for line in metrics(again)] == list(range(1, whole.steps + 1))
     assert checkpoint_dir.complete(again / CHECKPOINTS)[-1].name == whole.last.name
 
 
-def story_of(run):
+def error_of(run):
     """The error of this rank."""
     from univitar_ds.errors import UserError
 
@@ -222,8 +222,8 @@ def story_of(run):
     return None
 
 
-def story_of_broken_data(run):
-    """As `story_of`, but the data of the second rank end with its third step."""
+def error_of_broken_data(run):
+    """As `error_of`, but the data of the second rank cannot be read in its third step."""
     import os
 
     from univitar_ds.errors import DataError
@@ -240,39 +240,39 @@ def story_of_broken_data(run):
 
     if os.environ["RANK"] == "1":
         loop.PackLoader = Broken
-    return story_of(run)
+    return error_of(run)
 
 
-def test_data_that_end_on_one_rank_end_all_of_them_with_its_story(whole, tmp_path):
+def test_a_data_error_on_one_rank_ends_all_ranks_with_its_message(whole, tmp_path):
     run = create_run(small_config(whole.shards, tmp_path), "test", 2)
-    stories = run_distributed(story_of_broken_data, 2, run)
-    assert stories[1] == ("DataError", "shard-7.tar is cut at byte 512")
-    assert stories[0] == ("PeerFailure", "rank 1 ended the run: shard-7.tar is cut at byte 512")
+    errors = run_distributed(error_of_broken_data, 2, run)
+    assert errors[1] == ("DataError", "shard-7.tar is cut at byte 512")
+    assert errors[0] == ("PeerFailure", "rank 1 ended the run: shard-7.tar is cut at byte 512")
     assert len(metrics(run)) == 2
     assert checkpoint_dir.latest(run / CHECKPOINTS).name == "step-00000002"
 
 
-def story_of_other_shards(run):
-    """As `story_of`, but the second rank's file system shows it other sizes, and it may not look into shards."""
+def error_of_other_shards(run):
+    """As `error_of`, but the second rank sees other sizes of the shards, and fails if it reads them."""
     import os
 
     from univitar_ds.data.storage.local import LocalStorage
 
-    def nothing_to_look_at(*_):
-        raise AssertionError("a rank beside the first lists a source, or asks how its shards begin")
+    def fail(*_):
+        raise AssertionError("a rank other than the first lists a source, or reads its shards")
 
     if os.environ["RANK"] == "1":
         found = LocalStorage.size
         LocalStorage.size = lambda *given: found(*given) + 1
-        LocalStorage.list = LocalStorage.read_range = nothing_to_look_at
-    return story_of(run)
+        LocalStorage.list = LocalStorage.read_range = fail
+    return error_of(run)
 
 
-def test_ranks_that_see_other_shards_end_the_run_and_the_first_alone_lists_and_looks_into_them(whole, tmp_path):
+def test_ranks_that_see_other_shards_end_the_run_and_only_the_first_lists_and_reads_them(whole, tmp_path):
     run = create_run(small_config(whole.shards, tmp_path), "test", 2)
-    (first, story), (second, other) = run_distributed(story_of_other_shards, 2, run)
+    (first, error), (second, other) = run_distributed(error_of_other_shards, 2, run)
     assert (first, second) == ("PeerFailure", "DataError")
-    assert story == f"rank 1 ended the run: {other}"
+    assert error == f"rank 1 ended the run: {other}"
     assert re.search(r"rank 1: .*\.tar has \d+ bytes here and \d+ on rank 0; all ranks must see the same data", other)
 
 
@@ -281,35 +281,35 @@ def test_another_configuration_is_refused(whole, tmp_path):
     text = (again / "config.yaml").read_text()
     assert "seed: 0\n" in text
     (again / "config.yaml").write_text(text.replace("seed: 0\n", "seed: 1\n"))
-    stories = run_distributed(story_of, 2, again)
-    assert stories[0] == stories[1]
-    assert stories[0][0] == "CheckpointError"
-    assert "another configuration" in stories[0][1]
+    errors = run_distributed(error_of, 2, again)
+    assert errors[0] == errors[1]
+    assert errors[0][0] == "CheckpointError"
+    assert "another configuration" in errors[0][1]
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused(whole, tmp_path):
     again = rewound(whole.run, 2, tmp_path / "again")
-    stories = run_distributed(story_of, 3, again)
-    assert {story[0] for story in stories} == {"ConfigError"}
-    assert "run 1, 2, 4 ranks" in stories[0][1]
+    errors = run_distributed(error_of, 3, again)
+    assert {error[0] for error in errors} == {"ConfigError"}
+    assert "run 1, 2, 4 ranks" in errors[0][1]
 
 
 def raise_on_rank_one():
     import os
 
     if os.environ["RANK"] == "1":
-        raise ValueError("the story of rank one")
+        raise ValueError("the error of rank one")
 
 
-def wait_for_ever():
+def wait_forever():
     import time
 
     time.sleep(1000)
 
 
-def test_a_failing_rank_shows_its_traceback_and_a_hanging_one_is_ended_with_its_stack():
-    with pytest.raises(RankFailed, match=r"rank 1 of 2:\n(.*\n)*.*raise_on_rank_one(.*\n)*.*the story of rank one"):
+def test_a_failing_rank_prints_its_traceback_and_a_hanging_one_is_ended_with_its_stack():
+    with pytest.raises(RankFailed, match=r"rank 1 of 2:\n(.*\n)*.*raise_on_rank_one(.*\n)*.*the error of rank one"):
         run_distributed(raise_on_rank_one, 2)
     stalled = r"2 ranks: no progress for 3 s \(rank 0: \d+\.\d\d s of CPU time, rank 1: .*\)\nrank 0:\n(.*\n)*"
-    with pytest.raises(RankFailed, match=stalled + r".*in wait_for_ever(.*\n)*rank 1:\n(.*\n)*.*in wait_for_ever"):
-        run_distributed(wait_for_ever, 2, idle_s=3)
+    with pytest.raises(RankFailed, match=stalled + r".*in wait_forever(.*\n)*rank 1:\n(.*\n)*.*in wait_forever"):
+        run_distributed(wait_forever, 2, idle_s=3)

@@ -1,4 +1,4 @@
-"""A whole run with a teacher in its first stage: what its lines say, and that it resumes bit for bit."""
+"""A whole run with a teacher in its first stage: its metrics, and that it resumes bit for bit."""
 
 from types import SimpleNamespace
 
@@ -39,11 +39,11 @@ def assert_two_messages_a_step(counted, run):
         assert min(between) == 2, "the same, and the agreement before a step with the numbers of items and tokens"
 
 
-def test_a_taught_step_has_two_small_messages(taught):
+def test_a_distilling_step_has_two_small_messages(taught):
     assert_two_messages_a_step(taught.counted, taught.run)
 
 
-def test_the_teacher_is_heard_in_its_stage_with_the_weight_of_the_schedule_and_not_after_it(taught):
+def test_distillation_has_the_weight_of_the_schedule_in_its_stage_and_ends_with_it(taught):
     lines = metrics(taught.run)
     first = [line for line in lines if line["stage"] == "images"]
     weights = [line["distill_weight"] for line in first]
@@ -57,18 +57,18 @@ def test_the_teacher_is_heard_in_its_stage_with_the_weight_of_the_schedule_and_n
     assert not any("teacher_agreement" in line for line in lines if line["stage"] == "both")
 
 
-def test_a_run_resumed_while_it_is_taught_is_the_uninterrupted_one_bit_for_bit(taught, tmp_path):
+def test_a_run_resumed_while_it_distills_equals_the_uninterrupted_one_bit_for_bit(taught, tmp_path):
     again = rewound(taught.run, 2, tmp_path / "again")
     run_distributed(train_rank, 2, again)
     assert [line["loss"] for line in metrics(again)] == [line["loss"] for line in metrics(taught.run)]
     assert samples(again) == samples(taught.run)
     ours, theirs = (checkpoint_dir.read_manifest(run / CHECKPOINTS / taught.last.name) for run in (taught.run, again))
     tensors = [name for name in ours if name.endswith(".safetensors")]
-    assert len(tensors) == 2  # of the node, and the buffers
+    assert len(tensors) == 2  # the tensors of the node, and the buffers
     assert all(ours[name] == theirs[name] for name in tensors)
 
 
-def test_a_classifier_is_taught_too(taught, tmp_path):
+def test_a_classifier_distills_too(taught, tmp_path):
     objective = {"kind": "classification", "teacher": {"path": str(taught.folder / "teacher")}}
     config = small_config(taught.folder / "shards", tmp_path, objective=objective)
     first = config.stages[0]

@@ -1,4 +1,4 @@
-"""A rank that is slow is named by a run of two ranks, and one that hangs ends it."""
+"""In a run of two ranks, a slow rank is named, and a rank that hangs ends the run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ DELAY_S = 100.0
 
 
 class DelayedMarks:
-    """A clock in which nothing takes time but the delays that the test adds."""
+    """A clock that only advances by the delays of the test."""
 
     now = 0.0
 
@@ -42,7 +42,7 @@ class DelayedMarks:
 
 
 def train_delayed(run):
-    """On the second rank every pack takes DELAY_S longer to arrive, and the first rank waits for it."""
+    """Trains a rank. On the second rank every pack arrives DELAY_S later, and the first rank waits for it."""
     from univitar_ds.data.loader import PackLoader
     from univitar_ds.training.distributed import process_group
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 that cuts for all ranks at once and gathers block by block, against DeepSpeed's own way."""
+"""The project's ZeRO-3, which splits for all ranks at once and gathers whole blocks, compared with DeepSpeed's own."""
 
 import copy
 import cProfile
@@ -40,13 +40,14 @@ MODELS = {
 
 
 def frozen(model):
-    """No input of the first block has a gradient: DeepSpeed does not see when its backward pass ends."""
+    """Freezes the embeddings, so that no input of the first block has a gradient: DeepSpeed cannot detect the end of
+    its backward pass."""
     model.vision.embeddings.requires_grad_(False)
     return model
 
 
 def as_deepspeed_does(monkeypatch) -> None:
-    """The engine of this process from now on gathers each module by itself, in slices for each rank."""
+    """Makes the engine of this process gather module by module, with slices for each rank, as DeepSpeed does."""
 
     class NoBlocks(engine_module.Blocks):
         def parameters(self):
@@ -60,18 +61,21 @@ def as_deepspeed_does(monkeypatch) -> None:
 
 
 def with_deepspeeds_functions(monkeypatch) -> None:
-    """DeepSpeed's functions gather, free and sum from now on, though blocks and cuts are ours."""
+    """Makes DeepSpeed's functions gather, free and sum, with the blocks and slices of this project."""
     from deepspeed.runtime.zero import linear
 
     for kind in (zero3.Fetching, zero3.GradientBuckets):
         monkeypatch.setattr(kind, "can_replace", staticmethod(lambda *_: False))
     monkeypatch.setattr(zero3, "Freeing", lambda parameter, original, accelerator: original)
     monkeypatch.setattr(zero3, "replace_functions", lambda module, offload: None)
-    monkeypatch.setattr(zero3, "Linear", linear.LinearFunctionForZeroStage3)  # the original: ours is set last
+    monkeypatch.setattr(
+        zero3, "Linear", linear.LinearFunctionForZeroStage3
+    )  # the original, since the project sets its own last
 
 
 def trained(folder):
-    """Results and weights of each model under DeepSpeed's own way, ours with its functions, and ours, in this order."""
+    """Results and weights of each model with DeepSpeed's ZeRO-3, with the project's blocks and DeepSpeed's functions,
+    and with the project's ZeRO-3, in this order."""
     world, answers = start_world(), {}
     load_deepspeed()
     for way in ("deepspeed", "ours with its functions", "ours"):
@@ -89,7 +93,7 @@ def trained(folder):
 
 
 def assert_same_training(answers) -> None:
-    """The sums of a backward pass may come in another order where hooks are gone from between them."""
+    """Compares results and weights. Sums of a backward pass may have another order, since there are fewer hooks."""
     for name, (model, _) in MODELS.items():
         reach = dense_training(model(), STEPS, lr=lr, clip=1.0).reach
         (theirs, their_weights), (ours, our_weights) = (answers[way, name] for way in ("deepspeed", "ours"))
@@ -98,13 +102,13 @@ def assert_same_training(answers) -> None:
             assert_sums_close(one.grad_norm, other.grad_norm, step * STANDIN_TERMS, f"norm of step {step}, {name}")
         assert our_weights.keys() == their_weights.keys()
         for key, value in our_weights.items():
-            if not key.endswith("qkv.bias"):  # the gradient of its K part is rounding, which Adam makes large
+            if not key.endswith("qkv.bias"):  # the gradient of its K part is rounding error, which Adam scales up
                 terms, amplified = len(ours) * STANDIN_TERMS, reach.get(key, 0.0)
                 assert_sums_close(value, their_weights[key], terms, f"{key}, {name}", reach=amplified)
 
 
 @pytest.mark.numeric
-def test_two_ranks_train_as_in_deepspeeds_own_way(tmp_path):
+def test_two_ranks_train_as_with_deepspeeds_own_zero3(tmp_path):
     for answers in run_distributed(trained, 2, tmp_path):
         assert_same_training(answers)
         for name in MODELS:
@@ -116,7 +120,7 @@ def test_two_ranks_train_as_in_deepspeeds_own_way(tmp_path):
 
 
 def shares():
-    """Shares of tensors that the ranks do not divide, by both functions."""
+    """Shares of tensors whose sizes the number of ranks does not divide, by both functions."""
     from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 
     world = start_world()
@@ -138,9 +142,10 @@ def test_the_shares_of_a_sum_are_those_of_deepspeeds_function(size):
 
 
 def counted(ranks, shape):
-    """Collectives by kind and torch's operators of one step in a world of `ranks`, and the tensors of the model.
+    """Collectives by kind and torch's operators in one step on `ranks` ranks, and the tensors of the model.
 
-    Kernels read weights by address, so those that a module uses must have their elements one after another."""
+    Kernels read weights by address, so the weights that a module uses must be contiguous.
+    """
 
     def contiguous(module, _):
         for name, parameter in module.named_parameters(recurse=False):
@@ -163,7 +168,7 @@ def test_a_step_takes_as_many_operators_and_collectives_at_1024_ranks_as_at_8():
     )
     assert few == many
     assert few["collectives"] < tensors / 2
-    # A tensor that the ranks do not divide is padded, at most once for its parts in the sum and in the whole.
+    # A tensor whose size the ranks do not divide is padded, at most once for its parts in the sum and in the whole.
     assert many_operators <= few_operators + 3 * tensors
 
 
@@ -183,8 +188,8 @@ def python_calls(ranks, shape):
     return answers
 
 
-def test_a_step_makes_as_many_python_calls_in_any_world_and_few_for_each_tensor():
-    """About 200 beside those of the plain model. DeepSpeed's own functions make 850 for each tensor."""
+def test_a_step_makes_as_many_python_calls_on_any_number_of_ranks_and_few_for_each_tensor():
+    """About 200 in addition to those of the plain model. DeepSpeed's own functions make 850 for each tensor."""
     shape = Shape(2, 2)
     tensors = sum(1 for _ in build(shape).parameters())
     (few, plain), (many, _) = (run_distributed(python_calls, 1, ranks, shape)[0] for ranks in (8, 1024))
