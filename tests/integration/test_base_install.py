@@ -1,4 +1,4 @@
-"""The base installation, with none of the extras: a trained model can be used and converted."""
+"""The base installation, without extras: a trained model can be used and converted."""
 
 import json
 import os
@@ -41,9 +41,9 @@ print(json.dumps({
 
 
 class Base:
-    """A new environment with the packages of the base and without those of the extras.
+    """A new environment with the base packages and without those of the extras.
 
-    torch is large, so the environment finds it, and what it needs, in this one; the others are installed.
+    torch and its dependencies are large, so they are links to this environment. The other packages are installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_files_are_embedded_and_classified(base, run, image, tmp_path):
     assert "pip install 'univitar_ds[parquet]'" in done.stderr
 
 
-def test_training_says_what_to_install(base, tmp_path):
+def test_training_names_the_missing_extra(base, tmp_path):
     done = base.run("-m", "univitar_ds", "train", "--config", "demo", f"output={tmp_path}")
     assert done.returncode == 2, done.stderr[-3000:]
     assert "pip install 'univitar_ds[train]'" in done.stderr

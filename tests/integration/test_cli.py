@@ -1,4 +1,4 @@
-"""The command line: help that teaches, and users' mistakes answered in a sentence before anything starts."""
+"""The command line: help texts, and errors of users, which are reported in a sentence before anything starts."""
 
 import importlib.metadata
 import json
@@ -63,7 +63,7 @@ def test_examples_are_aligned_and_the_export_has_its_usage(capsys):
     assert "univitar-ds convert export RUN OUT" in capsys.readouterr().out.partition("\n\n")[0]
 
 
-def test_a_run_file_with_faults_lists_them(capsys, run_file):
+def test_all_errors_of_a_run_file_are_listed(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.lnes=4", "seed=-1")
     assert "2 errors" in message
     assert "did you mean 'lanes'" in message
@@ -102,7 +102,7 @@ def test_the_version_is_printed_with_those_of_torch_and_deepspeed(capsys, monkey
     assert capsys.readouterr().out == expected.partition(", deepspeed")[0] + "\n"
 
 
-def test_an_error_with_a_name_that_would_act_on_the_terminal_is_escaped(capsys, tmp_path):
+def test_control_characters_of_a_name_in_an_error_are_escaped(capsys, tmp_path):
     message = fails(capsys, "data", "pack", tmp_path / "\x1b[2Jx\udcff", tmp_path / "out")
     assert r"\x1b[2Jx\udcff is not a folder" in message
 
@@ -111,23 +111,23 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused(capsys, run_file):
     assert "run 1, 2, 4 ranks" in fails(capsys, "train", "--config", run_file, "--nproc", "3")
 
 
-def test_a_source_that_is_not_there_is_named(capsys, run_file):
+def test_a_missing_source_is_named(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.sources.0.path=nowhere")
     assert "source nowhere: there is no such file or folder" in message
 
 
-def test_a_source_of_the_evaluation_that_is_not_there_is_named_before_training(capsys, run_file, tmp_path):
+def test_a_missing_source_of_the_evaluation_is_named_before_training(capsys, run_file, tmp_path):
     message = fails(capsys, "train", "--config", run_file, "evaluation.sources=[{path: elsewhere}]")
     assert "evaluation.sources: source elsewhere: there is no such file or folder" in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_split_that_is_not_there_names_those_that_are(capsys, run_file):
+def test_the_error_for_a_missing_split_names_the_existing_ones(capsys, run_file):
     message = fails(capsys, "train", "--config", run_file, "data.sources.0.split=validation")
     assert "no split 'validation'; it has test, train" in message
 
 
-def test_a_cut_shard_is_found_before_anything_starts(capsys, run_file, tmp_path):
+def test_a_truncated_shard_is_found_before_anything_starts(capsys, run_file, tmp_path):
     folder = write_demo_shards(tmp_path / "cut", images=16, videos=8, shards=1)
     shard = next(folder.glob("train-image-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1024])
@@ -168,7 +168,7 @@ def test_a_resumed_run_refuses_what_would_change_its_result(capsys, run_file, tm
     assert "workers: 3" in (run / "config.yaml").read_text()
 
 
-def test_two_owners_of_a_key_are_both_named(capsys, run_file, tmp_path):
+def test_a_key_in_both_files_is_an_error_that_names_both(capsys, run_file, tmp_path):
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 7}')
     message = fails(capsys, "train", "--config", run_file, f"deepspeed={tmp_path / 'own.json'}")
     assert "own.json" in message
@@ -184,12 +184,12 @@ def test_inspect_prints_fill_and_tokens_and_draws_them(capsys, run_file, tmp_pat
     assert str(drawn) in printed.err
     assert drawn.read_bytes().startswith(b"\x89PNG")
     arguments = ["data", "inspect", "--config", str(run_file), "--packs", "1", "--png", str(drawn)]
-    assert main(arguments) == 0, "its own image is replaced"
+    assert main(arguments) == 0, "an image that it wrote itself is replaced"
     assert [path.name for path in tmp_path.iterdir() if "seen" in path.name] == ["seen.png"]
 
 
 @pytest.mark.parametrize("content", [image(32, 32), b'{"samples": 3}', b"years of work", b"[]"])
-def test_a_file_that_no_such_command_has_written_is_not_replaced(capsys, run_file, tmp_path, content):
+def test_a_file_that_the_command_did_not_write_is_not_replaced(capsys, run_file, tmp_path, content):
     mine = tmp_path / "mine"
     mine.write_bytes(content)
     for command in (["inspect", "--config", run_file, "--png", mine], ["verify", tmp_path, "--report", mine]):
@@ -198,7 +198,7 @@ def test_a_file_that_no_such_command_has_written_is_not_replaced(capsys, run_fil
     assert mine.read_bytes() == content
 
 
-def test_inspect_prints_json_and_nothing_else_when_asked_to(capsys, run_file, tmp_path):
+def test_inspect_with_json_prints_only_json(capsys, run_file, tmp_path):
     arguments = ["--config", str(run_file), "--packs", "2", "--png", str(tmp_path / "a.png"), "--json"]
     assert main(["data", "inspect", *arguments]) == 0
     assert [stream["packs"] for stream in json.loads(capsys.readouterr().out)["streams"]] == [2, 2]
@@ -210,7 +210,7 @@ def test_a_result_that_cannot_be_written_is_reported_before_the_work(capsys, run
     assert "make it first" in fails(capsys, "data", "verify", tmp_path, "--report", nowhere)
 
 
-def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path):
+def test_verify_prints_sound_or_the_errors_and_writes_a_report(capsys, tmp_path):
     folder = write_demo_shards(tmp_path / "shards", images=16, videos=4, shards=1)
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(folder), "--report", str(report), "--workers", "1"]) == 0
@@ -230,7 +230,7 @@ def test_verify_says_sound_or_what_is_wrong_and_writes_it_down(capsys, tmp_path)
     assert json.loads(report.read_text())["bad"] == {"unreadable": 1}
 
 
-def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
+def test_verify_prints_only_the_first_of_many_bad_shards(capsys, tmp_path):
     sample = [("k", {"jpg": image(32, 32), "txt": b"a thing"})]
     for number in range(30):
         path = write_tar(tmp_path / "shards" / f"{number:02d}.tar", sample)
@@ -248,7 +248,7 @@ def test_of_thousands_of_bad_shards_verify_prints_the_first(capsys, tmp_path):
     assert "... and 40 more" in printed
 
 
-def test_a_source_to_verify_that_is_not_there_is_reported(capsys, tmp_path):
+def test_a_missing_source_to_verify_is_reported(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["data", "verify", str(tmp_path / "nowhere"), "--report", str(report)]) == 1
     assert "there is no such file or folder" in capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_a_source_to_verify_that_is_not_there_is_reported(capsys, tmp_path):
 
 @pytest.fixture
 def labelled(tmp_path):
-    """A folder with a shard of bare labels, and a run file that has templates for them."""
+    """A folder with a shard of samples with a label and no caption, and a run file with templates for them."""
     folder = tmp_path / "labelled"
     write_tar(folder / "a.tar", [(f"k{i}", {"jpg": image(60, 80), "cls": b"cat"}) for i in range(3)])
     data = {"sources": [{"path": str(folder), "templates": ["a photo of a {}"]}], "s3": {"region": "here"}}
@@ -266,7 +266,9 @@ def labelled(tmp_path):
 
 
 @pytest.mark.parametrize("named", ["nothing", "folder", "tar", "relative"])
-def test_bare_labels_are_sound_with_the_templates_of_the_run_file(capsys, labelled, tmp_path, monkeypatch, named):
+def test_labels_without_captions_are_sound_with_the_templates_of_the_run_file(
+    capsys, labelled, tmp_path, monkeypatch, named
+):
     folder, run_file = labelled
     monkeypatch.chdir(tmp_path)
     sources = {"nothing": [], "folder": [f"{folder}/"], "tar": [f"{folder}/a.tar"], "relative": ["labelled"]}[named]
@@ -292,7 +294,7 @@ def test_a_source_without_what_the_stages_of_the_run_file_read_is_not_sound_and_
     assert not (tmp_path / "runs").exists()
 
 
-def test_bare_labels_are_not_sound_where_no_source_has_templates_for_them(capsys, labelled, tmp_path):
+def test_labels_without_captions_are_not_sound_without_templates(capsys, labelled, tmp_path):
     folder, run_file = labelled
     arguments = ["--report", str(tmp_path / "report.json"), "--workers", "1"]
     assert main(["data", "verify", str(folder), *arguments]) == 1
@@ -302,7 +304,7 @@ def test_bare_labels_are_not_sound_where_no_source_has_templates_for_them(capsys
     assert "no_caption: a/k0" in capsys.readouterr().out
 
 
-def test_verify_has_the_limits_of_the_run_file(capsys, labelled, tmp_path):
+def test_verify_applies_the_limits_of_the_run_file(capsys, labelled, tmp_path):
     folder, run_file = labelled
     run_file.write_text(run_file.read_text().replace("max_image_px: 100000000", "max_image_px: 4799"))
     arguments = ["--config", str(run_file), "--report", str(tmp_path / "report.json"), "--workers", "1"]
@@ -310,7 +312,7 @@ def test_verify_has_the_limits_of_the_run_file(capsys, labelled, tmp_path):
     assert capsys.readouterr().out.count("too_large: a/k") == 3
 
 
-def test_verify_checks_the_split_that_the_run_reads_unless_it_is_reported_another(capsys, run_file, tmp_path):
+def test_verify_checks_the_split_that_the_run_reads_or_that_of_the_option(capsys, run_file, tmp_path):
     arguments = ["--config", str(run_file), "--report", str(tmp_path / "report.json"), "--workers", "1", "--no-decode"]
     assert main(["data", "verify", *arguments]) == 0
     assert "24 samples" in capsys.readouterr().out
@@ -318,7 +320,7 @@ def test_verify_checks_the_split_that_the_run_reads_unless_it_is_reported_anothe
     assert "24 samples" not in capsys.readouterr().out
 
 
-def test_verify_reaches_s3_as_the_run_file_says_and_options_come_first(monkeypatch, labelled, tmp_path):
+def test_verify_reads_s3_with_the_settings_of_the_run_file_and_options_override_them(monkeypatch, labelled, tmp_path):
     seen = []
     sound = {"sound": True, "samples": 0, "unread": {}, "sources": [], "shards": []}
     monkeypatch.setattr(
@@ -330,11 +332,11 @@ def test_verify_reaches_s3_as_the_run_file_says_and_options_come_first(monkeypat
     assert [settings.region for settings in seen] == ["here", "there"]
 
 
-def test_nothing_to_verify_is_a_sentence(capsys):
+def test_nothing_to_verify_is_an_error(capsys):
     assert "give a SOURCE, or --config" in fails(capsys, "data", "verify")
 
 
-def test_names_from_outside_are_printed_with_escapes(tmp_path):
+def test_control_characters_in_names_of_files_are_printed_as_escapes(tmp_path):
     keys = [b"caf\xe9", b"new\nline", b"\x1b[31mred", "日本".encode()]
     write_tar(tmp_path / "a.tar", [(os.fsdecode(key), {"jpg": image(60, 80)}) for key in keys])
     (tmp_path / os.fsdecode(b"\xe9.jpg")).write_bytes(b"junk")
@@ -354,7 +356,7 @@ def test_names_from_outside_are_printed_with_escapes(tmp_path):
             assert r"\udce9.jpg: " in printed
 
 
-def test_probe_reports_of_each_file_what_a_run_would_make_of_it(capsys, run_file, tmp_path):
+def test_probe_reports_how_a_run_would_read_each_file(capsys, run_file, tmp_path):
     (tmp_path / "a.jpg").write_bytes(image(60, 120))
     (tmp_path / "b.jpg").write_bytes(b"junk")
     files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
@@ -373,7 +375,7 @@ def test_probe_reports_of_each_file_what_a_run_would_make_of_it(capsys, run_file
     assert bad.startswith("left out (unreadable): ")
 
 
-def test_a_file_to_probe_that_is_not_there_costs_none_of_the_others(capsys, tmp_path):
+def test_probe_reports_the_other_files_if_one_is_missing(capsys, tmp_path):
     (tmp_path / "a.jpg").write_bytes(image(60, 120))
     files = [str(tmp_path / name) for name in ("missing.jpg", "a.jpg", ".")]
     assert main(["data", "probe", *files]) == 1
@@ -383,7 +385,7 @@ def test_a_file_to_probe_that_is_not_there_costs_none_of_the_others(capsys, tmp_
     assert good.startswith("image: ")
 
 
-def test_a_stage_to_probe_for_that_is_not_there_names_those_that_are(capsys, run_file):
+def test_the_error_for_a_missing_stage_names_the_existing_ones(capsys, run_file):
     assert "no stage 'last'; the stages are both" in fails(
         capsys, "data", "probe", "x.jpg", "--config", run_file, "--stage", "last"
     )

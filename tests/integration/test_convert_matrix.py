@@ -1,4 +1,4 @@
-"""Conversions from every format to every format: the same bits, whatever ranks and ZeRO stages have written the run."""
+"""Conversions from every format to every format keep all bits, for runs of any number of ranks and ZeRO stage."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_run_files(folder: Path):
 
 
 def trained(folder: Path, stages: tuple[int, ...]) -> None:
-    """Trains the model of `run_config` for some updates under each stage, in the runs `folder/zero<stage>`."""
+    """Trains the model of `run_config` for some updates with each ZeRO stage, in the runs `folder/zero<stage>`."""
     world = start_world()
     for stage in stages:
         run = folder / f"zero{stage}"
@@ -71,7 +71,7 @@ def trained(folder: Path, stages: tuple[int, ...]) -> None:
 
 
 class Runs:
-    """The runs of each number of ranks, which are trained when they are first needed."""
+    """The runs by (ranks, ZeRO stage), which are trained when they are first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ def test_a_run_of_any_ranks_and_stage_is_the_same_in_every_format(runs, world, t
         assert_same(found, run.encoder_only() if to == "release" else run, optimizer=to in WITH_OPTIMIZER)
 
 
-def test_what_deepspeed_has_saved_itself_is_what_the_run_has(runs, tmp_path):
+def test_the_checkpoint_of_deepspeed_itself_has_the_tensors_of_the_run(runs, tmp_path):
     for ranks, stage in ((2, 3), (2, 2)):
         run = runs[ranks, stage]
         native = run.parent / f"deepspeed{stage}"
@@ -145,7 +145,7 @@ def written(runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("to", WRITTEN)
-def test_every_format_becomes_every_other_bit_by_bit(runs, written, to, tmp_path):
+def test_every_format_is_converted_to_every_other_bit_for_bit(runs, written, to, tmp_path):
     run = open_stored(runs[2, 3])
     for source in WRITTEN:
         convert(written[source], tmp_path / source, to)
@@ -155,7 +155,7 @@ def test_every_format_becomes_every_other_bit_by_bit(runs, written, to, tmp_path
 
 
 @pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)])
-def test_the_released_encoder_gives_its_numbers_after_every_path(case, tmp_path):
+def test_the_released_encoder_has_its_reference_outputs_after_every_conversion(case, tmp_path):
     numbers = golden(case)
     for first, second in product(WRITTEN, WRITTEN):
         if not (tmp_path / first).is_dir():

@@ -1,4 +1,4 @@
-"""Data sets in the forms in which people have them: packed, and as sources of a run."""
+"""Data sets in common formats: packed, and as sources of a run."""
 
 import json
 import os
@@ -32,7 +32,7 @@ AS_THEY_ARE = ("webdataset", "img2dataset")
 
 
 def trained(tmp_path, sources):
-    """The configuration of a run of a few steps on each of these sources, after it has ended."""
+    """Trains a run of a few steps on these sources. Returns its configuration."""
     listed = [
         {"path": path, "name": name, "split": "val" if "coco" in name else "train", "templates": ["a {}"]}
         for name, path in sources.items()
@@ -60,7 +60,7 @@ def keys_by_source(tmp_path, config) -> dict[str, set[str]]:
 
 
 @pytest.mark.slow
-def test_a_run_trains_on_each_form_packed_and_as_it_is(tmp_path):
+def test_a_run_trains_on_each_format_packed_and_unpacked(tmp_path):
     sources = {name: str(make(tmp_path / "sources" / name)) for name, make in FORMS.items()}
     packed = {f"packed {name}": str(tmp_path / "packed" / name) for name in FORMS}
     for name, source in sources.items():

@@ -20,7 +20,7 @@ COPIES, PART = 200, 64
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run, shards, and a folder in which each image has many names."""
+    """A run, shards, and a folder with many hard links to each image."""
     folder = tmp_path_factory.mktemp("embedded")
     write_run(folder / "run", run_config())
     write_demo_shards(folder / "shards", images=20, videos=6, shards=2)

@@ -1,4 +1,4 @@
-"""Whole small runs in environments that people have: left-behind variables, hostile folders, `python -O`."""
+"""Whole small runs in difficult environments: variables of launchers, folders with modules, `python -O`."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def ended(command, cwd=None, **environment) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_with_nproc_a_run_ignores_what_launchers_left_in_the_shell(run_file, nproc):
+def test_with_nproc_a_run_ignores_variables_of_launchers_in_the_shell(run_file, nproc):
     name = f"left-{nproc}"
     command = [BIN / "univitar-ds", "train", "--config", run_file, "--nproc", nproc, f"name={name}"]
     result = ended(command, **LEFT_BEHIND)
@@ -52,7 +52,7 @@ def test_with_nproc_a_run_ignores_what_launchers_left_in_the_shell(run_file, npr
     assert (summary["completed"], summary["ranks"]) == (True, nproc)
 
 
-def test_ranks_of_torchrun_in_a_shell_of_mpirun_are_those_of_torchrun(run_file):
+def test_torchrun_determines_the_ranks_in_a_shell_of_mpirun(run_file):
     port = str(free_ports()[0])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", port, "--nproc-per-node", "2"]
     command = [*launcher, "-m", "univitar_ds", "train", "--config", run_file, "name=in-mpi"]
@@ -72,7 +72,7 @@ START = {
 
 
 @pytest.mark.parametrize("start", START)
-def test_a_run_imports_nothing_of_the_folder_in_which_it_is_started(run_file, tmp_path, start):
+def test_a_run_imports_nothing_from_the_current_folder(run_file, tmp_path, start):
     for number, name in enumerate(HOSTILE):
         path = tmp_path / f"{name}.py" if number % 2 == 0 else tmp_path / name / "__init__.py"
         path.parent.mkdir(exist_ok=True)

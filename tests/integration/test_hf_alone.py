@@ -1,7 +1,7 @@
-"""A folder for transformers in a new environment without this package: same features, and a pipeline that classifies.
+"""A converted model in a new environment with transformers and without this package: same features and classes.
 
-The environment has torch, transformers, safetensors and Pillow with what they require. The test is skipped where pip
-cannot install them.
+The environment has torch, transformers, safetensors, Pillow and their requirements. The test is skipped if pip cannot
+install them.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "pillow")
 ABSENT = ("univitar_ds", "torchvision", "flash_attn", "accelerate", "deepspeed", "kernels")
 LABELS = ["red square", "blue circle", "very long label " * 20]
 NEAR = 1e-5
-"""Bound of a unit vector's error."""
+"""Maximum error of an entry of a unit vector."""
 SCRIPT = """
 import importlib.util, json, sys
 from PIL import Image
@@ -59,7 +59,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
-    """Python of a new environment with the libraries in the versions of this one."""
+    """Python of a new environment with the same versions of the libraries as this one."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     found = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in LIBRARIES]
@@ -77,7 +77,7 @@ def outside(**changes: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("family", "objective"), [("clip", "sigmoid"), ("siglip", "softmax")])
-def test_a_new_environment_gives_the_same_features_and_classifies(python, tmp_path, family, objective):
+def test_a_new_environment_has_the_same_features_and_classes(python, tmp_path, family, objective):
     made = make_model(family, objective)
     hf.write(made.stored, tmp_path / "model", shard_bytes=100_000)
     hf.write(made.stored.encoder_only(), tmp_path / "model-encoder")

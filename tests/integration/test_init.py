@@ -1,4 +1,4 @@
-"""A run file that `univitar-ds init` prints trains at once, on each form of source."""
+"""A run file that `univitar-ds init` prints can be trained without changes, on each format of source."""
 
 import json
 import os

@@ -48,7 +48,7 @@ def resume(run: Path, nproc: object) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", ["1", "2"])
-def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder):
+def test_the_first_ctrl_c_ends_the_run_as_sigterm_with_one_line(nproc, folder):
     run = folder / "runs" / f"once-{nproc}"
     with Program([*LONG, "--nproc", nproc, f"name={run.name}"], folder) as program:
         program.wait_for(lambda: len(steps(run)) >= 2)
@@ -65,15 +65,15 @@ def test_the_first_one_ends_the_run_as_sigterm_does_with_one_line(nproc, folder)
 
 
 @pytest.mark.slow
-def test_the_second_one_ends_the_run_at_once_with_one_line(folder):
+def test_the_second_ctrl_c_ends_the_run_at_once_with_one_line(folder):
     run = folder / "runs" / "twice"
     with Program([*LONG, "--nproc", "2", f"name={run.name}"], folder) as program:
         program.wait_for(lambda: len(steps(run)) >= 2)
         (rank,) = (pid for pid in program.pids(RANK="1") if b"univitar_ds.launch" in command(pid))
-        os.kill(rank, signal.SIGSTOP)  # so that no step ends any more
+        os.kill(rank, signal.SIGSTOP)  # so that no step ends
         before = len(program.said().splitlines())
         program.press_ctrl_c()
-        while program.process.poll() is None:  # two that follow each other too quickly count once
+        while program.process.poll() is None:  # two signals in quick succession count as one
             program.wait_for(lambda: True, running=False)
             program.press_ctrl_c()
         assert program.ends() == 128 + signal.SIGINT
@@ -82,7 +82,7 @@ def test_the_second_one_ends_the_run_at_once_with_one_line(folder):
 
 
 @pytest.mark.slow
-def test_ranks_that_start_end_with_one_line(folder):
+def test_ctrl_c_during_the_start_of_ranks_ends_them_with_one_line(folder):
     with Program([*LONG, "--nproc", "2", "name=early"], folder) as program:
         program.wait_for(lambda: program.pids(RANK="1"))
         program.press_ctrl_c()
@@ -103,7 +103,7 @@ def test_packing_ends_with_one_line_and_can_be_repeated(folder):
     command = [str(BIN / "univitar-ds"), "data", "pack", str(images), str(folder / "packed"), "--workers", "2"]
     with Program(command, folder) as program:
         parent = program.process.pid
-        program.wait_for(lambda: any(map(children, children(parent))))  # of the server that forks workers
+        program.wait_for(lambda: any(map(children, children(parent))))  # the children of the server that forks workers
         program.press_ctrl_c()
         assert program.ends() == 130, program.said()[-3000:]
         program.wait_for(lambda: not program.pids(), running=False)

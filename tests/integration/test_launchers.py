@@ -68,7 +68,7 @@ def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     assert (run / "export" / "model.safetensors").is_file()
     assert "x chance" in done.stdout
     chosen = [line.split(" INFO ")[1] for line in done.stderr.splitlines() if " INFO attention on" in line]
-    assert len(chosen) == len(set(chosen)) > 0, "one rank is enough to say what all do"
+    assert len(chosen) == len(set(chosen)) > 0, "only one rank logs what all ranks do"
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ TWO_HOSTS = {
 
 
 class TwoHosts:
-    """A launcher on each of two hosts, which are names of this machine, with a rank each."""
+    """A launcher on each of two hosts with one rank each. Both hosts are names of this machine."""
 
     def __init__(self, launcher: str, hostfile: Path, *arguments: str) -> None:
         hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
@@ -137,7 +137,7 @@ class TwoHosts:
         return next(pid for pid, environ in self._processes() if f"RANK={number}".encode() in environ)
 
     def kill(self) -> None:
-        """Whatever is left of them."""
+        """Kills all remaining processes of the launchers."""
         for pid, _ in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -145,9 +145,9 @@ class TwoHosts:
             process.wait()
 
     def _processes(self) -> Iterator[tuple[int, list[bytes]]]:
-        """Process ids and environments, launchers first; torchrun gives ranks a session of their own."""
+        """Yields (process id, environment), launchers first. Ranks of torchrun have their own sessions."""
         for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
-            with suppress(OSError):  # gone meanwhile
+            with suppress(OSError):  # the process has ended in the meantime
                 environ = (folder / "environ").read_bytes().split(b"\0")
                 if self.mark in environ:
                     yield int(folder.name), environ
@@ -176,8 +176,8 @@ def after_some_steps(run: Path, launchers: list[subprocess.Popen], log: Path | N
     wait_until(reached, "the third step", of={f"launcher {number}": one.pid for number, one in enumerate(launchers)})
 
 
-def ask_to_leave(run: Path) -> None:
-    """The run has its only checkpoint at its last step."""
+def assert_saved_at_its_end(run: Path) -> None:
+    """Checks that the run was stopped, with its only checkpoint at its last step."""
     (saved,) = checkpoint_dir.complete(run / CHECKPOINTS)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert saved.name == f"step-{steps[-1]:08d}"
@@ -189,14 +189,14 @@ SOME_STEPS = ["data.lanes=2", "stages.0.samples=250", "logging.every_steps=1", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", TWO_HOSTS)
-def test_one_rank_asked_to_leave_makes_all_hosts_save_and_the_run_goes_on(launcher, run_file, two_hosts):
+def test_a_stop_signal_to_one_rank_makes_all_hosts_save_and_the_run_is_resumed(launcher, run_file, two_hosts):
     run = run_file.parent / "runs" / f"asked-{launcher}"
     hosts = two_hosts(launcher, "--config", str(run_file), f"name={run.name}", *SOME_STEPS)
     after_some_steps(run, hosts.started, hosts.log)
     os.kill(hosts.rank(1), signal.SIGUSR1)
     codes = {"deepspeed": SAVED, "torchrun": 1}  # torchrun has one code for all failures
     assert hosts.ends() == [codes[launcher]] * 2, hosts.log.read_text()[-3000:]
-    ask_to_leave(run)
+    assert_saved_at_its_end(run)
     hosts = two_hosts(launcher, "--resume", str(run))
     assert hosts.ends() == [0, 0], hosts.log.read_text()[-3000:]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -204,7 +204,7 @@ def test_one_rank_asked_to_leave_makes_all_hosts_save_and_the_run_goes_on(launch
 
 
 @pytest.mark.slow
-def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
+def test_the_own_launcher_forwards_a_signal_to_the_ranks(run_file):
     run = run_file.parent / "runs" / "asked-own"
     start = [*LAUNCHERS["own"], "--config", str(run_file), f"name={run.name}", *SOME_STEPS]
     process = subprocess.Popen(
@@ -217,10 +217,10 @@ def test_the_own_launcher_hands_a_signal_on_to_the_ranks(run_file):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    ask_to_leave(run)
+    assert_saved_at_its_end(run)
 
 
-def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sentence(run_file):
+def test_an_error_that_rank_0_finds_before_training_ends_all_ranks_with_one_message(run_file):
     command = [str(free_ports()[0]) if part == "PORT" else part for part in LAUNCHERS["deepspeed"]]
     done = completed([*command, "--config", str(run_file), "name=absent", "data.sources.0.path=nowhere"])
     assert done.returncode == 2, done.stderr[-3000:]
@@ -230,12 +230,12 @@ def test_a_fault_that_rank_0_finds_before_training_ends_all_ranks_with_one_sente
 
 
 @pytest.mark.slow
-def test_a_fault_in_the_data_ends_all_ranks_with_one_sentence(run_file, tmp_path):
+def test_an_error_in_the_data_ends_all_ranks_with_one_message(run_file, tmp_path):
     shards = write_demo_shards(tmp_path / "shards", images=100, videos=16, shards=2)
     shard = sorted(shards.glob("train-image-*.tar"))[0]
     content = bytearray(shard.read_bytes())
     middle = content.find(b'{"captions"', len(content) // 2)
-    content[middle] = ord("#")  # one sample, so that one lane meets it first
+    content[middle] = ord("#")  # one sample, so that only one lane reads it
     shard.write_bytes(content)
     command = [*LAUNCHERS["own"], "--config", str(run_file), "name=faulty", f"data.sources.0.path={shards}"]
     done = completed([*command, "data.on_bad=fail", "data.pool_samples=8", "stages.0.samples=100"])

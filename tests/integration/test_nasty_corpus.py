@@ -1,6 +1,6 @@
-"""Odd, broken and hostile files of other projects' test suites, through the loader: read well or left out and counted.
+"""Unusual, broken and hostile files from the test suites of other projects: decoded correctly, or left out and counted.
 
-Every file is taken the way of a sample: into a shard, through a lane, to a decoding process.
+Every file is read as a sample of a shard, through a lane and a decoding process.
 """
 
 import json
@@ -44,7 +44,7 @@ sys.exit(status)
 
 
 def probed(files):
-    """The lines that `data probe` prints, and the most memory of its own process and of a decoding process in KiB."""
+    """The lines that `data probe` prints, and the peak memory of its process and of a decoding process in KiB."""
     command = [sys.executable, "-c", PROBE, *map(str, files)]
     done = run_watched(command, check=True, cwd=ROOT, errors="replace")
     memory = [int(line) for line in done.stderr.splitlines()[-2:]]
@@ -53,7 +53,7 @@ def probed(files):
 
 @pytest.fixture(scope="module")
 def probe():
-    """Of every file of the corpus the line that was printed, and the memory above that of one ordinary image."""
+    """The line that was printed for each file, and the memory of the corpus above that of one ordinary image."""
     _, base = probed([CORPUS / "images/irs_3.jpg"])
     lines, memory = probed([CORPUS / row["file"] for row in ROWS])
     assert [line["file"] for line in lines] == [str(CORPUS / row["file"]) for row in ROWS]
@@ -62,7 +62,7 @@ def probe():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
-def test_a_file_is_read_or_refused_as_expected(row, probe):
+def test_a_file_is_decoded_or_rejected_as_expected(row, probe):
     line = probe[0][row["file"]]
     if not line["ok"]:
         assert row["expect"] != "decode", f"refused: {line['error']}: {line['message']}"
@@ -91,7 +91,7 @@ def test_the_corpus_takes_less_than_a_gibibyte_above_an_ordinary_image(probe):
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_the_loader_gives_the_good_files_and_counts_the_others(modality, probe, tmp_path):
+def test_the_loader_returns_the_good_files_and_counts_the_others(modality, probe, tmp_path):
     rows = [row for row in ROWS if row["kind"] == modality and Path(row["file"]).suffix]
     samples = []
     for number, row in enumerate(rows):
@@ -100,7 +100,7 @@ def test_the_loader_gives_the_good_files_and_counts_the_others(modality, probe, 
     write_tar(tmp_path / "odd.tar", samples)
     expected = {f"odd/{number:04d}": probe[0][row["file"]] for number, row in enumerate(rows)}
     good = {key for key, line in expected.items() if line["ok"]}
-    # An image and a video of no known extension belong to nobody; a shard of unknown content counts them as images.
+    # A file without a known extension has no modality; in a shard of unknown content it is counted as an image.
     mine = {key: line for key, line in expected.items() if line["error"] != "no_media" or modality == "image"}
     bad = Counter(line["error"] for line in mine.values() if not line["ok"])
 
@@ -121,7 +121,7 @@ SMALL = {"min_tokens": 4, "max_tokens": 400, "divisor_px": 14}
 
 
 def swept(data, modality):
-    """How often each key comes and each kind of error is counted in one sweep over the source."""
+    """(number by key, number by kind of error) of the samples in one pass over the source."""
     delivered, counted = Counter(), Counter()
     packs = eval_packs(
         data.sources,
@@ -140,7 +140,7 @@ def swept(data, modality):
 
 
 def trained_on(data, modality, different):
-    """The keys that a lane gives until there are so many different ones."""
+    """The keys that a lane returns, until there are `different` distinct ones."""
     ratio = 1.0 if modality == "video" else 0.0
     stage = StageConfig(name="odd", samples=1, lr=1e-3, image=SMALL, video=SMALL, video_ratio=ratio, token_budget=400)
     keys = set()
@@ -151,7 +151,7 @@ def trained_on(data, modality, different):
 
 
 def pixels(name):
-    """What is decoded of a file, at its own size."""
+    """The decoded pixels of a file at its own size."""
     data = (CORPUS / name).read_bytes()
     if name.startswith("videos"):
         return decode_video(data, frames=4, limits=DecodeLimits(100_000_000, 30.0))
@@ -165,10 +165,10 @@ def test_a_photo_looks_the_same_in_every_exif_orientation(kind):
     assert len(images) >= 3
     for image in images[1:]:
         assert image.shape == images[0].shape
-        # Every file was encoded anew and has its number printed in it.
+        # Every file was encoded separately, and shows its number.
         assert np.corrcoef(image[::8, ::8].ravel(), images[0][::8, ::8].ravel())[0, 1] > 0.9
 
 
-def test_the_same_video_comes_out_upright_with_and_without_a_rotation():
+def test_the_same_video_is_decoded_upright_with_and_without_a_rotation():
     straight, turned = (np.asarray(pixels(f"videos/decord_video_{angle}.mov")) for angle in (0, 90))
     assert straight.shape[1:3] == turned.shape[1:3][::-1]

@@ -15,7 +15,7 @@ CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"
 SMALL = {"SAMPLES = 4000": "SAMPLES = 40", '"--images", 1600': '"--images", 60', '"--videos", 400': '"--videos", 12'}
 
 
-def test_every_cell_is_python_and_the_numbers_to_shrink_are_there():
+def test_every_cell_is_python_and_has_the_numbers_that_the_test_reduces():
     text = "\n".join(CODE)
     compile(text, "quickstart.ipynb", "exec")
     assert all(text.count(number) == 1 for number in SMALL)

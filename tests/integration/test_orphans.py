@@ -1,4 +1,4 @@
-"""What is left of a run of several processes: nothing, neither processes after `kill -9` nor files in /dev/shm."""
+"""A run of several processes leaves no processes after `kill -9` and no files in /dev/shm."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_all_processes_of_a_run_end_with_one_that_is_killed(victim, folder):
             assert f"error: {NAMES[victim]} was ended by SIGKILL" in program.said()
 
 
-def test_a_run_needs_no_room_in_dev_shm_and_leaves_nothing_there(folder):
+def test_a_run_needs_no_space_in_dev_shm_and_leaves_no_file_there(folder):
     if subprocess.run([*APART, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets nobody mount a small /dev/shm in a namespace of its own")
     compiled = folder / "compiled"

@@ -1,4 +1,4 @@
-"""Ours is installed beside Hugging Face's package `kernels`, which transformers imports where it finds it."""
+"""This package beside Hugging Face's package `kernels`, which transformers imports if it is installed."""
 
 import json
 import os
@@ -40,7 +40,7 @@ print(json.dumps({
 
 
 def copied_checkout(folder: Path) -> Path:
-    """What the package is built from: building writes into its folder."""
+    """Copies the files that the package is built from, since a build writes into their folder."""
     for name in ("univitar_ds", "kernels", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
@@ -49,7 +49,7 @@ def copied_checkout(folder: Path) -> Path:
 
 
 class Environment:
-    """A new one that finds the libraries of this one, but not our package, and has the stand-in installed."""
+    """A new environment with the libraries of this one, without this package, and with a fake package `kernels`."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder / "venv")  # pip is one of the libraries
@@ -75,7 +75,7 @@ class Environment:
 
 
 @pytest.mark.parametrize("way", ["wheel", "editable", "checkout"])
-def test_both_packages_work_and_ours_leaves_theirs_whole(tmp_path, way):
+def test_both_packages_work_and_uninstalling_ours_keeps_theirs(tmp_path, way):
     environment, checkout = Environment(tmp_path), copied_checkout(tmp_path / "checkout")
     theirs = environment.packages / "kernels" / "__init__.py"
     if way != "checkout":
@@ -95,6 +95,7 @@ def test_both_packages_work_and_ours_leaves_theirs_whole(tmp_path, way):
 
 
 def test_no_folder_of_the_checkout_hides_an_installed_package():
-    """Python takes a folder with an `__init__.py` before what is installed, one without after it."""
+    """Python prefers a folder with an `__init__.py` to an installed package, and the package to a folder without
+    one."""
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
     assert sorted(packages) == ["tests", "univitar_ds"]

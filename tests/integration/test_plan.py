@@ -1,4 +1,4 @@
-"""`univitar-ds plan`: what it prints and draws, and its exit status."""
+"""`univitar-ds plan`: output, plot and exit status."""
 
 import json
 
@@ -10,7 +10,7 @@ from univitar_ds.cli.main import main
 RUN = ["plan", "--config", "univitar_0p3b", "--nodes", "2"]
 
 
-def test_it_prints_one_object_and_draws_an_image(capsys, tmp_path):
+def test_it_prints_one_json_object_and_draws_a_plot(capsys, tmp_path):
     image_file = tmp_path / "plan.png"
     assert main([*RUN, "--gpu", "H200", "--json", "--png", str(image_file), "seed=3"]) == 0
     printed = capsys.readouterr()
@@ -20,7 +20,7 @@ def test_it_prints_one_object_and_draws_an_image(capsys, tmp_path):
     assert "image in" in printed.err
     with Image.open(image_file) as image:
         assert image.width > 1000
-    assert main([*RUN, "--gpu", "H200", "--png", str(image_file)]) == 0, "it replaces its own image"
+    assert main([*RUN, "--gpu", "H200", "--png", str(image_file)]) == 0, "an image that it wrote itself is replaced"
     assert "assumptions" in capsys.readouterr().out
 
 
@@ -35,12 +35,12 @@ def test_it_prints_one_object_and_draws_an_image(capsys, tmp_path):
         (["deepspeed=nowhere"], "no file 'nowhere'"),
     ],
 )
-def test_wrong_input_is_refused_with_the_remedy(capsys, words, said):
+def test_invalid_input_is_an_error_with_a_remedy(capsys, words, said):
     assert main([*RUN, *words]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_stage_that_does_not_exist_is_refused_before_the_plan(monkeypatch, capsys):
+def test_a_missing_stage_is_an_error_before_the_plan(monkeypatch, capsys):
     monkeypatch.setattr("univitar_ds.planning.forecast.plan.plan_run", lambda *_: pytest.fail("the run was planned"))
     assert main([*RUN, "--sweep", "--stage", "none"]) == 2
     assert "its stages are" in capsys.readouterr().err
@@ -54,7 +54,7 @@ def test_a_plan_that_does_not_fit_is_printed_and_fails(capsys):
     assert "token_budget 200,000" in printed.err
 
 
-def test_a_file_of_someone_else_is_not_overwritten(capsys, tmp_path):
+def test_a_file_that_plan_did_not_write_is_not_overwritten(capsys, tmp_path):
     theirs = tmp_path / "plan.png"
     theirs.write_text("mine")
     assert main([*RUN, "--png", str(theirs)]) == 2

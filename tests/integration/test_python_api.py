@@ -21,7 +21,7 @@ def test_a_wrong_configuration_is_an_error_before_anything_starts(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_start_gives_its_sentence_and_exit_code(tmp_path):
+def test_a_run_that_cannot_start_has_a_message_and_an_exit_code(tmp_path):
     config = small_config(tmp_path / "absent", tmp_path / "runs")
     lines: list[str] = []
     with pytest.raises(RunError, match="absent") as caught:
@@ -31,7 +31,7 @@ def test_a_run_that_cannot_start_gives_its_sentence_and_exit_code(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupt_saves_and_a_report_that_raises_too(tmp_path):
+def test_an_interrupt_saves_a_checkpoint_and_so_does_an_error_of_the_report_function(tmp_path):
     write_demo_shards(tmp_path / "shards")
     config = small_config(tmp_path / "shards", tmp_path / "runs")
     long = [stage.model_copy(update={"samples": 1_000_000}) for stage in config.stages]  # it never ends by itself

@@ -1,4 +1,4 @@
-"""The Python snippets of README and of the page on models run as they are written."""
+"""The Python snippets in README and docs/models.md run unchanged."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def test_the_pages_have_their_snippets():
+def test_the_pages_have_snippets():
     assert len(SNIPPETS) == 4
 
 

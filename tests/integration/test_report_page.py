@@ -32,7 +32,7 @@ addEventListener("load", () => {
 
 
 def browse(page, folder, width: int, dark: bool) -> tuple[dict, str]:
-    """What `LOOK` finds in the page, and what the browser says about it."""
+    """The values that `LOOK` reads from the page, and the messages of the browser."""
     done = run_watched(
         [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
          f"--window-size={width},1200", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
@@ -43,7 +43,7 @@ def browse(page, folder, width: int, dark: bool) -> tuple[dict, str]:
     return json.loads(found[1]) if found else {}, "\n".join(re.findall(r".*CONSOLE.*", done.stderr))
 
 
-def test_a_browser_draws_all_of_it_on_wide_and_narrow_screens_light_and_dark(run_folder, tmp_path):  # noqa: F811
+def test_a_browser_draws_the_page_on_wide_and_narrow_screens_light_and_dark(run_folder, tmp_path):  # noqa: F811
     runs = [str(run_folder("first")), str(run_folder("second-with-a-long-name-that-has-no-place-to-break", seed=3))]
     page, looking = tmp_path / "page.html", tmp_path / "looking.html"
     assert main(["report", *runs, "--out", str(page)]) == 0

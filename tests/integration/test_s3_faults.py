@@ -1,4 +1,4 @@
-"""The whole loader over a store that fails at every turn: the same samples in the same order, or a sentence."""
+"""The whole loader with a faulty store: the same samples in the same order, or an error message."""
 
 import os
 
@@ -64,8 +64,8 @@ def assert_same(ours, truth):
 
 
 @pytest.mark.parametrize(("workers", "limit_gb"), [(0, 1.0), (2, 1.0), (1, 5e-5)])
-def test_the_same_samples_come_in_the_same_order_through_all_faults(server, folder, tmp_path, workers, limit_gb):
-    """With a cache too small for all shards, decoding processes fetch again what has had to go."""
+def test_the_samples_have_the_same_order_despite_all_faults(server, folder, tmp_path, workers, limit_gb):
+    """With a cache too small for all shards, decoding processes download evicted shards again."""
     cache = {"folder": str(tmp_path / "cache"), "limit_gb": limit_gb}
     steps = STEPS if limit_gb == 1.0 else STEPS // 2
     with faulty(server, some_of(FAULTS, 0.25, seed=workers)) as proxy:
@@ -80,7 +80,7 @@ def test_the_same_samples_come_in_the_same_order_through_all_faults(server, fold
     assert steps < STEPS or len({key for pack in ours for key in pack.keys}) > 0.9 * (IMAGES + VIDEOS)
 
 
-def test_every_sample_comes_exactly_once_through_all_faults(server, folder):
+def test_every_sample_is_read_exactly_once_despite_all_faults(server, folder):
     with faulty(server, some_of(FAULTS, 0.25, seed=9)) as proxy:
         data = config(f"s3://{BUCKET}/demo", proxy.url)
         ours = [swept(data, modality) for modality in ("image", "video")]
@@ -99,19 +99,19 @@ def test_without_faults_each_shard_is_fetched_once_by_one_request(server, folder
         assert fetched == sorted(f"GET demo/{name} bytes=0-{size - 1}" for name, size in sizes.items())
 
 
-def test_a_cache_that_is_kept_spares_the_next_run_all_requests_for_shards(server, tmp_path):
+def test_with_a_kept_cache_the_next_run_requests_no_shards(server, tmp_path):
     cache = {"folder": str(tmp_path / "cache")}
     with faulty(server, lambda request: None) as proxy:
         first = swept(config(f"s3://{BUCKET}/demo", proxy.url, cache=cache))
         fetched = len([request for request in proxy.requests if request.key.endswith(".tar")])
-        second = swept(config(f"s3://{BUCKET}/demo", proxy.url, cache=cache, give_up_s=301.0))  # a storage of its own
+        second = swept(config(f"s3://{BUCKET}/demo", proxy.url, cache=cache, give_up_s=301.0))  # a new storage object
         assert fetched == SHARDS
         assert len([request for request in proxy.requests if request.key.endswith(".tar")]) == fetched
     assert_same(first, second)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_object_that_is_replaced_during_the_run_ends_it_with_a_sentence(server, tmp_path, workers):
+def test_an_object_that_is_replaced_during_the_run_ends_it_with_an_error(server, tmp_path, workers):
     """Shards too large for one answer in this test: the second half would come from the new object."""
     samples = [(f"k{n:03d}", {"png": image(150, 150, n, "PNG") + os.urandom(9000), "txt": b"x"}) for n in range(40)]
     path = write_tar(tmp_path / "a.tar", samples)
@@ -131,7 +131,7 @@ def test_an_object_that_is_replaced_during_the_run_ends_it_with_a_sentence(serve
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_store_that_answers_503_for_ever_ends_the_run_within_the_stated_time(server, workers):
+def test_a_store_that_always_answers_503_ends_the_run_within_the_stated_time(server, workers):
     def broken(request):
         late = len([one for one in proxy.requests if one.key.endswith(".tar")]) > 6
         return "throttle" if late and request.key.endswith(".tar") else None

@@ -1,4 +1,4 @@
-"""`slurm/train.sbatch` on a real Slurm of two nodes: which ends of a job lead to another start, what a run loses."""
+"""`slurm/train.sbatch` on a real Slurm cluster of two nodes: which jobs are requeued, and that runs lose no steps."""
 
 import json
 import re
@@ -30,7 +30,7 @@ TRAIN = ROOT / "slurm" / "train.sbatch"
 PREFLIGHT = ROOT / "slurm" / "preflight.sbatch"
 EVALUATIONS = ROOT / "slurm" / "eval_array.sbatch"
 THIRTY_STEPS = ["data.lanes=2", "stages.0.samples=270", "stages.1.samples=30"]
-"""The stage transition, which saves too, comes after all that the tests do to a run."""
+"""Overrides with which the stage transition, which also saves, comes after everything that the tests do to a run."""
 STEPS_OF_A_START = 2
 
 
@@ -45,7 +45,7 @@ def ended(job: dict[str, str]) -> bool:
 
 
 class Job:
-    """A job of a script of ours with a task on each node, which it has for itself."""
+    """A job of an sbatch script of this project, with one task on each node and exclusive nodes."""
 
     def __init__(
         self,
@@ -79,16 +79,16 @@ class Job:
             raise AssertionError(f"{error}\n{self.log.read_text()[-3000:]}") from error
 
     def ends(self) -> tuple[str, int, str]:
-        """Its state, how often it was started again and its exit code."""
+        """Waits for the end. Returns state, number of restarts and exit code."""
         job = self.wait(ended)
         return job["JobState"], int(job["Restarts"]), job["ExitCode"]
 
     def warn(self) -> None:
-        """What Slurm does `--signal=B:USR1@seconds` before the time limit."""
+        """Sends the signal of `--signal=B:USR1@seconds`, as Slurm does before the time limit."""
         self.slurm.run("scancel", "--signal=USR1", "--batch", self.number)
 
     def lose_nodes(self) -> None:
-        """A job of the partition with priority takes the nodes."""
+        """Submits a job of the partition with higher priority, which takes the nodes."""
         script = self.slurm.folder / "urgent.sh"
         script.write_text("#!/bin/bash\ntrue\n")
         self.slurm.submit(script, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
@@ -126,7 +126,7 @@ exit 0
 
 @pytest.fixture
 def stub(slurm, tmp_path):
-    """Starts train.sbatch with a trainer whose end is given."""
+    """Returns a function that starts train.sbatch with a stub of the trainer, which ends as given by `end`."""
     (tmp_path / "stub").write_text(STUB)
     (tmp_path / "stub").chmod(0o755)
 
@@ -140,7 +140,7 @@ def both_up(job: Job) -> None:
     job.wait(lambda _: job.log.exists() and job.log.read_text().count("up ") == 2)
 
 
-def test_a_run_that_has_saved_is_started_again_and_then_continued(stub):
+def test_a_run_that_has_saved_is_requeued_and_resumed(stub):
     job = stub("saved")
     assert job.ends() == ("COMPLETED", 1, "0:0")
     first, second = (line for line in job.log.read_text().splitlines() if ": start " in line)
@@ -149,33 +149,33 @@ def test_a_run_that_has_saved_is_started_again_and_then_continued(stub):
 
 
 @pytest.mark.parametrize("end", ["hung", "stuck"])
-def test_a_run_that_its_watchdog_has_ended_is_started_again(stub, end):
-    """Also if a rank could not end by itself and was killed."""
+def test_a_run_that_its_watchdog_has_ended_is_requeued(stub, end):
+    """Also if a rank did not end by itself and was killed."""
     job = stub(end)
     assert job.ends() == ("COMPLETED", 1, "0:0")
     assert f"train --resume {job.run}" in job.log.read_text()
 
 
 @pytest.mark.parametrize(("end", "code"), [("fault", "2:0"), ("crash", "143:0"), ("givenup", "1:0")])
-def test_a_run_that_fails_is_not_started_again(stub, end, code):
-    """Slurm ends the other ranks of a failed one with SIGTERM, as it does at pre-emption."""
+def test_a_run_that_fails_is_not_requeued(stub, end, code):
+    """If a rank fails, Slurm ends the other ranks with SIGTERM, as at pre-emption."""
     assert stub(end).ends() == ("FAILED", 0, code)
 
 
-def test_the_first_rank_has_the_time_it_needs_after_the_others_have_ended(stub):
+def test_the_first_rank_is_not_ended_when_the_other_ranks_have_ended(stub):
     job = stub("finishes")
     assert job.ends() == ("COMPLETED", 0, "0:0")
     assert "finished" in job.log.read_text()
 
 
-def test_a_warning_before_training_starts_the_job_again(stub):
+def test_a_warning_before_training_requeues_the_job(stub):
     job = stub("early")
     both_up(job)
     job.warn()
     assert job.ends() == ("COMPLETED", 1, "0:0")
 
 
-def test_a_warning_while_a_trained_and_exported_run_is_evaluated_does_not_take_the_nodes_again(stub):
+def test_a_warning_during_the_evaluation_after_training_does_not_requeue_the_job(stub):
     job = stub("evaluates")
     both_up(job)
     job.warn()
@@ -184,7 +184,7 @@ def test_a_warning_while_a_trained_and_exported_run_is_evaluated_does_not_take_t
 
 
 @pytest.mark.parametrize("end", ["early", "saves"])
-def test_a_job_that_lost_its_nodes_to_another_is_started_again(stub, end):
+def test_a_preempted_job_is_requeued(stub, end):
     job = stub(end)
     both_up(job)
     job.lose_nodes()
@@ -201,10 +201,10 @@ def test_a_cancelled_job_stays_cancelled(stub, end):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run undisturbed on two ranks; its run file lies beside it."""
+    """An uninterrupted run on two ranks. Its run file is in the same folder."""
     folder = tmp_path_factory.mktemp("slurm")
     write_demo_shards(folder / "shards")
-    rarely = {"every_steps": 100_000, "keep": 100}  # what is saved was saved because of a signal
+    rarely = {"every_steps": 100_000, "keep": 100}  # a checkpoint in the test was saved because of a signal
     dump_config(small_config(folder / "shards", folder, checkpoint=rarely), folder / "run.yaml")
     config = load_config(folder / "run.yaml", ["name=whole", *THIRTY_STEPS])
     run = create_run(config, "test", 2)
@@ -213,12 +213,12 @@ def whole(tmp_path_factory):
 
 
 def start(slurm: Cluster, whole: Path, name: str) -> Job:
-    overrides = [*THIRTY_STEPS, "data.workers=1"]  # signals of Slurm reach decoding processes too
+    overrides = [*THIRTY_STEPS, "data.workers=1"]  # so that signals of Slurm reach decoding processes too
     return Job(slurm, whole.parent / name, overrides=overrides, CONFIG=str(whole.parent / "run.yaml"))
 
 
 def trained(job: Job) -> int:
-    """Waits until this start has made some steps; returns the last one."""
+    """Waits until this start has trained some steps. Returns the last one."""
     before = last_step(job.run)
     job.wait(lambda _: last_step(job.run) >= before + STEPS_OF_A_START)
     return last_step(job.run)
@@ -231,13 +231,13 @@ def last_step(run: Path) -> int:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Those of checkpoints but for the one at the stage transition from the first stage."""
+    """Steps of the checkpoints, without that at the transition from the first stage."""
     handed_over = {json.loads(line)["step"] for line in (run / "events.jsonl").read_text().splitlines()}
     steps = {int(folder.name.removeprefix("step-")) for folder in checkpoint_dir.complete(run / CHECKPOINTS)}
     return sorted(steps - handed_over)
 
 
-def test_a_run_goes_on_through_everything_that_takes_its_nodes_and_loses_nothing(slurm, whole):
+def test_a_run_continues_after_every_loss_of_its_nodes_and_loses_no_step(slurm, whole):
     job = start(slurm, whole, "disturbed")
     reached = [trained(job)]
     job.warn()
@@ -261,7 +261,7 @@ def test_a_run_goes_on_through_everything_that_takes_its_nodes_and_loses_nothing
     assert (job.run / "export" / "model.safetensors").is_file()
 
 
-def test_a_cancelled_run_has_saved_and_stays_cancelled(slurm, whole):
+def test_a_cancelled_run_saves_and_stays_cancelled(slurm, whole):
     job = start(slurm, whole, "cancelled")
     reached = trained(job)
     slurm.run("scancel", job.number)
@@ -310,9 +310,9 @@ def test_a_chain_of_jobs_with_2_then_1_then_4_ranks_is_one_run(slurm, whole):
     assert (summary["completed"], summary["ranks"]) == (True, 4)
 
 
-def test_a_second_job_on_the_folder_of_a_run_is_refused_and_the_first_goes_on(slurm, whole):
+def test_a_second_job_on_the_folder_of_a_run_is_refused_and_the_first_continues(slurm, whole):
     given = {"CONFIG": str(whole.parent / "run.yaml")}
-    overrides = ["data.lanes=2", "data.workers=0", "stages.0.samples=1000000"]  # goes on until it is ended
+    overrides = ["data.lanes=2", "data.workers=0", "stages.0.samples=1000000"]  # trains until it is ended
     first = Job(slurm, whole.parent / "held", overrides=overrides, options=["--nodes=1"], **given)
     trained(first)
     log = whole.parent / "second.log"
@@ -332,7 +332,7 @@ def test_a_second_job_on_the_folder_of_a_run_is_refused_and_the_first_goes_on(sl
     assert int(last.name.removeprefix("step-")) == steps[-1]
 
 
-def test_a_fault_of_the_user_ends_the_job_with_its_sentence(slurm, tmp_path):
+def test_an_error_of_the_user_ends_the_job_with_its_message(slurm, tmp_path):
     job = Job(slurm, tmp_path / "faulty", CONFIG=str(tmp_path / "absent.yaml"))
     assert job.ends()[:2] == ("FAILED", 0)
     assert "error: " in job.log.read_text()
@@ -351,7 +351,7 @@ sys.exit(main())' "$@"
 """
 
 
-def test_the_preflight_names_the_slow_node_and_what_the_run_would_refuse(slurm, tmp_path):
+def test_the_preflight_names_the_slow_node_and_errors_of_the_run_file(slurm, tmp_path):
     write_demo_shards(tmp_path / "shards")
     dump_config(small_config(tmp_path / "shards", tmp_path), tmp_path / "run.yaml")
     python = tmp_path / "python"

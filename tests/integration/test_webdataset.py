@@ -1,4 +1,4 @@
-"""Shards both ways: what webdataset writes is read here, what is packed here is read by webdataset."""
+"""Shards that webdataset writes are read, and shards that `data pack` writes are read by webdataset."""
 
 import io
 import json
@@ -26,7 +26,7 @@ IMAGES, VIDEOS = 12, 4
 
 
 class Opened:
-    """Whose pickle makes a file when it is opened."""
+    """An object whose pickle creates the file `trace` when it is loaded."""
 
     def __init__(self, trace: str) -> None:
         self._trace = trace
@@ -36,7 +36,8 @@ class Opened:
 
 
 def others(trace: str) -> dict:
-    """A member of each kind that a trainer of images has no use for; half of them would run what is in them."""
+    """A member of each kind that webdataset writes and this package does not read. Half of them run code when
+    loaded."""
     hostile = pickle.dumps(Opened(trace))
     objects = io.BytesIO()
     np.save(objects, np.array([Opened(trace)], object), allow_pickle=True)
@@ -75,7 +76,7 @@ def written_by_webdataset(folder, trace: str) -> None:
 
 @pytest.fixture
 def foreign(tmp_path):
-    """(source of shards that webdataset has written, the folder that one of its members would make)."""
+    """(source of shards that webdataset has written, the folder that one of their members would create)."""
     written_by_webdataset(tmp_path / "shards", str(tmp_path / "opened"))
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     return SourceConfig(path=str(tmp_path / "shards"), class_names=str(tmp_path / "classes.txt")), tmp_path / "opened"
@@ -121,7 +122,7 @@ def test_training_reads_what_webdataset_wrote(foreign, modality, count):
     assert not opened.exists()
 
 
-def test_members_that_nothing_reads_are_counted_and_never_opened(foreign, tmp_path, capsys):
+def test_members_that_are_not_read_are_counted_and_never_loaded(foreign, tmp_path, capsys):
     source, opened = foreign
     found = verify([source], progress=False)
     assert found["sound"]
@@ -134,12 +135,12 @@ def test_members_that_nothing_reads_are_counted_and_never_opened(foreign, tmp_pa
     assert json.loads(report.read_text())["unread"] == found["unread"]
     assert not opened.exists()
     pickle.loads(others(str(opened))["pyd"])
-    assert opened.is_dir(), "a member that is opened leaves no trace"
+    assert opened.is_dir(), "a loaded member leaves no trace, so the test could not fail"
 
 
 @pytest.fixture
 def packed(tmp_path):
-    """(folder of media, packed folder): images of several forms and videos."""
+    """(folder of media, packed folder): images in several formats, and videos."""
     files = {f"{i}.png": media.encoded(image_of(i), "PNG") for i in range(6)}
     files |= {f"{i} photo ü.jpg": media.encoded(image_of(i)) for i in range(6, 12)}
     files |= {f"{i}.mp4": video(48, 64, seed=i) for i in range(3)}
@@ -169,8 +170,8 @@ def test_webdataset_reads_what_is_packed_here(packed):
     assert read == set(rows)
 
 
-def test_shards_are_the_bytes_of_members_without_user_time_and_place(packed):
-    """So that folders that an earlier version has packed stay as they are."""
+def test_the_bytes_of_shards_depend_on_no_user_time_or_folder(packed):
+    """So that folders that an earlier version has packed do not change."""
     for path in packed[1].glob("*.tar"):
         again = io.BytesIO()
         with tarfile.open(path) as tar, tarfile.open(fileobj=again, mode="w|", format=tarfile.USTAR_FORMAT) as truth:
