@@ -15,7 +15,7 @@ def left(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def test_a_file_is_replaced_whole_or_not_at_all_with_the_rights_of_any_new_file(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all_with_the_permissions_of_a_new_file(tmp_path):
     before = os.umask(0o027)
     try:
         atomic_write.replace_text(tmp_path / "a.txt", "first")
@@ -33,7 +33,7 @@ def test_a_file_is_replaced_whole_or_not_at_all_with_the_rights_of_any_new_file(
     [("f" * 300, "File name too long; choose a shorter name"), ("file/x", "Not a directory; a part of this path is"),
      ("folder", "Is a directory; there is a folder of this name")],
 )  # fmt: skip
-def test_what_the_storage_refuses_is_a_sentence(tmp_path, path, said):
+def test_an_error_of_the_storage_is_one_message(tmp_path, path, said):
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder/x"):
         (tmp_path / name).write_text(name)
@@ -43,7 +43,7 @@ def test_what_the_storage_refuses_is_a_sentence(tmp_path, path, said):
 
 
 @pytest.mark.parametrize("name", ["a.txt", ".a.txt"])
-def test_what_a_kill_left_is_not_written_through(tmp_path, name):
+def test_files_left_by_a_kill_are_not_written_to(tmp_path, name):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".a.txt.partial").symlink_to(tmp_path / "mine")
     atomic_write.replace_text(tmp_path / name, "new")
@@ -51,7 +51,7 @@ def test_what_a_kill_left_is_not_written_through(tmp_path, name):
     assert left(tmp_path) == sorted([name, "mine"])
 
 
-def test_two_writers_of_a_shared_name_do_not_meet(tmp_path):
+def test_two_writers_of_one_name_do_not_conflict(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write.replacing(path, shared=True) as one, atomic_write.replacing(path, shared=True) as other:
         one.write_text("one")

@@ -54,19 +54,19 @@ def test_errors_of_a_model_in_bfloat16_pass_where_they_cancel_and_not_where_all_
 @pytest.mark.parametrize(
     "loose", [{"dtype": torch.bfloat16}, {"reach": 0.1}, {"scale": 1e6}, {"dtype": torch.bfloat16, "reach": 0.1}]
 )
-def test_a_bound_that_cannot_see_1_percent_is_refused_even_where_nothing_is_wrong(loose):
+def test_a_bound_that_cannot_detect_1_percent_is_refused_even_for_equal_values(loose):
     wanted = torch.tensor([1.0, 2.0])
     with pytest.raises(AssertionError, match="too wide to detect an error of 1%"):
         assert_sums_close(wanted, wanted, 100, **loose)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_a_number_is_not_close_to_one(wrong):
+def test_nan_is_not_close_to_a_number(wrong):
     with pytest.raises(AssertionError, match="instead of 2 at 1"):
         assert_sums_close(torch.tensor([1.0, wrong]), torch.tensor([1.0, 2.0]), 10)
 
 
-def test_what_is_zero_must_be_zero_but_for_a_scale_that_is_named():
+def test_zero_must_be_zero_unless_a_scale_is_given():
     zero, rounding = torch.zeros(3), torch.full((3,), 1e-7)
     assert_sums_close(zero, zero, 10)
     assert_sums_close(rounding, zero, 10, scale=1.0)
@@ -96,7 +96,7 @@ def adam(noise: float):
     return model.weight.detach(), reach.by_name["weight"]
 
 
-def test_adam_may_make_a_whole_step_of_rounding_and_next_to_nothing_of_it_where_there_is_a_gradient():
+def test_adam_reach_is_a_whole_step_for_rounding_errors_and_almost_0_for_a_real_gradient():
     (one, reach), (other, _) = adam(1e-7), adam(-1e-7)
     unused, rounded, small, large = reach.flatten().tolist()
     assert unused == 0
@@ -108,7 +108,7 @@ def test_adam_may_make_a_whole_step_of_rounding_and_next_to_nothing_of_it_where_
         assert_sums_close(one, other, 500)
 
 
-def test_the_bound_is_the_only_one_and_tests_that_use_it_run_as_other_processors_would():
+def test_no_test_has_a_bound_of_its_own_and_tests_that_compare_sums_have_the_marker_numeric():
     for path in set(TESTS.rglob("test_*.py")) - {Path(__file__)}:
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(TESTS))
         own = re.search(r"torch\.testing|allclose|[^_]rtol|\.norm\(\) <=", text)

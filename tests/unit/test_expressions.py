@@ -57,7 +57,7 @@ FIELDS = {
         ("width > 1000 and json.absent > 1", False),
     ],
 )
-def test_a_condition_gives_what_python_gives(text, expected):
+def test_a_condition_has_the_result_of_python(text, expected):
     if expected is None:
         with pytest.raises(LacksField, match=r"json\.absent"):
             Condition(text).holds(FIELDS)
@@ -106,7 +106,7 @@ def test_fields_of_every_sample_may_be_absent_too():
         "(json.huge % 7) / 2.5 > 1",
     ],
 )
-def test_values_that_an_operation_does_not_take_decide_nothing_and_cost_nothing(text):
+def test_values_of_another_type_make_a_condition_undecided(text):
     with pytest.raises(Undecided, match="of another type"):
         Condition(text).holds(FIELDS)
 
@@ -159,7 +159,7 @@ def test_values_that_an_operation_does_not_take_decide_nothing_and_cost_nothing(
         ("width > 1" + " " * MAX_LENGTH, r"has 1009 characters; at most 1000"),
     ],
 )
-def test_what_is_no_condition_is_refused_with_its_position_and_what_is_allowed(text, message):
+def test_an_invalid_condition_is_refused_with_its_position_and_what_is_allowed(text, message):
     with pytest.raises(ValueError, match=message):
         Condition(text)
 

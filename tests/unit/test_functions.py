@@ -64,7 +64,7 @@ def faults(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def test_functions_are_short_and_take_few_arguments_or_say_why_not():
+def test_functions_are_short_and_take_few_arguments_or_give_a_reason():
     found = {}
     for path in FILES:
         for name, fault in faults(path.read_text(encoding="utf-8")):
@@ -94,5 +94,5 @@ BODY = "".join(f"    x{number} = {number}\n" for number in range(MOST_LINES - 1)
         (f"def f():\n{BODY}    if x0:\n        def g({ARGUMENTS}, b): pass\n", ["f", "f.g"]),
     ],
 )
-def test_what_is_too_long_or_takes_too_many_arguments_is_found(text, names):
+def test_a_function_that_is_too_long_or_takes_too_many_arguments_is_found(text, names):
     assert [name for name, _ in faults(text)] == names

@@ -36,7 +36,7 @@ sides = st.integers(1, 20_000)
 
 
 @given(sides, sides, st.sampled_from([14, 28, 56, 112]), st.integers(1, 2_000), st.integers(0, 20_000))
-def test_every_size_is_divisible_positive_and_within_the_most_pixels(height, width, factor, least, more):
+def test_every_size_is_divisible_positive_and_within_the_pixel_limit(height, width, factor, least, more):
     min_pixels, max_pixels = least * 196, (least + more) * 196
     if factor * factor > max_pixels:
         with pytest.raises(ValueError, match=str(factor)):
@@ -65,7 +65,7 @@ def test_a_grid_counts_two_frames_a_step_and_keeps_the_limit_of_the_whole_item(h
     assert token_count((steps, h, w)) <= 1024
 
 
-def test_a_fixed_rule_gives_one_square_whatever_comes_in():
+def test_a_fixed_rule_returns_the_same_square_for_any_input():
     rule = Resolution(1, 10**6, fixed_px=224)
     assert rule.grid(31, 4000, 8) == (4, 224 // PATCH, 224 // PATCH)
 

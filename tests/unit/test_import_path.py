@@ -48,7 +48,7 @@ MODULE = [sys.executable, "-m", "univitar_ds"]
 
 
 @pytest.mark.parametrize("start", [CONSOLE, MODULE], ids=["console script", "python -m"])
-def test_commands_and_their_processes_import_nothing_of_the_current_folder(hostile, start):
+def test_commands_and_their_processes_import_nothing_from_the_current_folder(hostile, start):
     result, imported = ended(hostile, [*start, "data", "probe", "../images/0.png"], PYTHONPATH=None)
     assert (result.returncode, imported) == (0, []), result.stderr[-2000:]
 
@@ -62,7 +62,7 @@ def test_an_empty_entry_of_PYTHONPATH_is_not_the_current_folder(hostile, entries
     assert (result.returncode, imported) == (0, []), result.stderr[-2000:]
 
 
-def test_the_processes_of_packing_import_nothing_of_the_current_folder(hostile):
+def test_the_processes_of_packing_import_nothing_from_the_current_folder(hostile):
     result, imported = ended(hostile, [*CONSOLE, "data", "pack", "../images", "../packed"], PYTHONPATH=None)
     assert (result.returncode, imported) == (0, []), result.stderr[-2000:]
 
@@ -85,7 +85,7 @@ def elsewhere(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-def test_only_what_put_the_current_folder_first_or_into_PYTHONPATH_is_taken_off(elsewhere, monkeypatch):
+def test_only_entries_for_the_current_folder_are_removed_from_the_path(elsewhere, monkeypatch):
     monkeypatch.setattr(sys, "path", [elsewhere, "/usr/lib/somewhere", elsewhere])
     drop_current_folder()
     assert sys.path == ["/usr/lib/somewhere", elsewhere]  # such as the folder of the standard library
@@ -95,7 +95,7 @@ def test_only_what_put_the_current_folder_first_or_into_PYTHONPATH_is_taken_off(
     assert sys.path == ["/usr/lib/somewhere"]
 
 
-def test_a_current_folder_that_was_removed_is_no_matter(tmp_path, monkeypatch):
+def test_a_removed_current_folder_causes_no_error(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

@@ -62,11 +62,11 @@ def started(monkeypatch, tmp_path):
     ("shown", "devices"),
     [("2,3", ["2", "3"]), ("5, 1,7", ["5", "1"]), ("GPU-8f2e,GPU-11ab", ["GPU-8f2e", "GPU-11ab"])],
 )
-def test_processes_get_the_gpus_that_the_user_shows(started, shown, devices):
+def test_processes_get_the_gpus_that_the_user_makes_visible(started, shown, devices):
     assert started(len(shown.split(",")), 2, CUDA_VISIBLE_DEVICES=shown) == (devices, None)
 
 
-def test_processes_get_the_first_gpus_where_the_user_says_nothing(started):
+def test_processes_get_the_first_gpus_by_default(started):
     assert started(8, 2) == ([0, 1], None)
 
 
@@ -135,7 +135,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("fault", [None, CheckpointError("no room")])
-def test_the_encoder_is_exported_before_an_evaluation_that_may_be_cut_and_is_evaluated_without_it(
+def test_the_encoder_is_exported_before_the_evaluation_which_also_runs_if_the_export_fails(
     monkeypatch, tmp_path, fault
 ):
     done = []
@@ -159,7 +159,7 @@ def test_the_encoder_is_exported_before_an_evaluation_that_may_be_cut_and_is_eva
 
 
 @pytest.mark.parametrize("fault", [DataError("a shard is cut off"), RuntimeError("a fault of the program")])
-def test_an_evaluation_that_fails_costs_neither_the_export_nor_the_summary(monkeypatch, tmp_path, caplog, fault):
+def test_the_export_and_the_summary_are_written_if_the_evaluation_fails(monkeypatch, tmp_path, caplog, fault):
     def evaluate(_):
         raise fault
 
@@ -175,7 +175,7 @@ def test_an_evaluation_that_fails_costs_neither_the_export_nor_the_summary(monke
     assert f"univitar-ds eval {tmp_path}" in caplog.text
 
 
-def test_a_table_that_cannot_be_printed_costs_nothing(monkeypatch, tmp_path, caplog):
+def test_results_are_written_if_the_table_cannot_be_printed(monkeypatch, tmp_path, caplog):
     class Full(io.StringIO):
         def write(self, _):
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -140,7 +140,7 @@ def test_a_module_imports_only_its_own_layer_or_a_lower_one(module):
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_a_module_enters_another_package_through_its_doors(module):
+def test_a_module_imports_only_public_modules_of_another_package(module):
     here = package_of(module)
     for imported in imports_of(module) & SOURCES.keys():
         package = package_of(imported)
@@ -149,7 +149,7 @@ def test_a_module_enters_another_package_through_its_doors(module):
             assert imported.rpartition(".")[2] in doors, f"{module} imports {imported}; {package} names {sorted(doors)}"
 
 
-def test_every_door_is_a_module_of_its_package():
+def test_every_public_module_exists_in_its_package():
     packages = {package_of(module) for module in SOURCES} - {"univitar_ds"}
     for package in packages:
         for door in doors_of(package):
@@ -158,19 +158,19 @@ def test_every_door_is_a_module_of_its_package():
             assert ast.get_docstring(ast.parse(SOURCES[package].read_text(encoding="utf-8"))), package
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_modules_have_no_import_cycles():
     """Nor through imports inside functions."""
     graph = {module: set(imports_of(module) & SOURCES.keys()) - {module} for module in SOURCES}
     graph["univitar_ds"] = set()  # it imports its public names when they are first asked for
     assert circles(graph) == []
 
 
-def test_a_circle_is_found():
+def test_an_import_cycle_is_found():
     assert circles({"a": {"b"}, "b": set(), "c": {"d", "b"}, "d": {"c"}}) == [["c", "d"], ["d", "c"]]
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_some_libraries_have_one_door(module):
+def test_some_libraries_are_imported_in_one_place(module):
     for library in {imported.split(".")[0] for imported in imports_of(module)} & LIBRARIES.keys():
         assert module in LIBRARIES[library], f"{module} imports {library}; its door is {LIBRARIES[library]}"
 
@@ -193,7 +193,7 @@ def test_every_module_has_a_layer():
         assert layer_of(module) or module in ("univitar_ds", "univitar_ds.__main__"), f"{module} has no layer"
 
 
-def test_no_package_is_a_crowd():
+def test_no_package_has_too_many_files_or_lines():
     packages = {package_of(module) for module in SOURCES} - {"univitar_ds.kernels"}
     for package in packages - {"univitar_ds"}:
         files = [path for module, path in SOURCES.items() if package_of(module) == package]
@@ -209,7 +209,7 @@ def test_importing_the_package_and_its_command_line_loads_no_heavy_library():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_public_face_is_reached_without_deepspeed_or_transformers():
+def test_the_public_names_need_neither_deepspeed_nor_transformers():
     code = (
         "import sys; from univitar_ds import UniViTAR, Preprocessor;"
         "print([m for m in ('deepspeed', 'transformers') if m in sys.modules])"

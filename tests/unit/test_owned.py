@@ -27,14 +27,14 @@ def left(folder: Path) -> list[str]:
     ["a.txt.old", "xa.txt", "log-", "log-1\n", "b.txt", "inner/a.txt", "inner/c/b.txt", "a.txt/b.txt",
      "log-2/photo.jpg", ".notes.partial"],
 )  # fmt: skip
-def test_a_name_that_is_not_written_is_foreign_and_stays(tmp_path, name):
+def test_a_file_that_the_program_does_not_write_is_kept(tmp_path, name):
     fill(tmp_path, "log-1", "inner/b.txt", name)
     assert name.startswith(owned.foreign(tmp_path, NAMES))
     owned.clear(tmp_path, NAMES)
     assert left(tmp_path) == [name]
 
 
-def test_own_files_go_and_so_does_a_folder_that_is_empty_then(tmp_path):
+def test_own_files_are_removed_and_so_is_a_folder_that_is_then_empty(tmp_path):
     fill(tmp_path / "run", "a.txt", "log-7", "inner/b.txt", ".a.txt.partial")
     assert owned.foreign(tmp_path / "run", NAMES) is None
     assert owned.remove(tmp_path / "run", NAMES)
@@ -42,7 +42,7 @@ def test_own_files_go_and_so_does_a_folder_that_is_empty_then(tmp_path):
     assert owned.remove(tmp_path / "run", NAMES)
 
 
-def test_a_folder_that_holds_more_stays(tmp_path):
+def test_a_folder_with_other_files_is_kept(tmp_path):
     fill(tmp_path, "a.txt", "inner/b.txt", "inner/photo.jpg")
     assert not owned.remove(tmp_path, NAMES)
     assert left(tmp_path) == ["inner/photo.jpg"]
@@ -72,7 +72,7 @@ def test_a_linked_folder_is_not_cleared_through_its_link(tmp_path):
     assert left(tmp_path / "mine") == ["a.txt"]
 
 
-def test_a_mark_is_of_its_kind_and_a_regular_file(tmp_path):
+def test_a_mark_has_its_content_and_is_a_regular_file(tmp_path):
     assert not owned.is_marked(tmp_path, "run")
     owned.mark(tmp_path, "run")
     assert owned.is_marked(tmp_path, "run")

@@ -101,7 +101,7 @@ def test_a_module_in_the_current_folder_is_not_found(written, tmp_path, monkeypa
         ("from univitar_ds.plugins import *\nregister_reader('a', scheme='s3')\n", r"scheme 's3' is taken"),
     ],
 )
-def test_a_plugin_that_cannot_be_imported_gives_one_sentence(written, text, said):
+def test_a_plugin_that_cannot_be_imported_is_one_error_message(written, text, said):
     with pytest.raises(PluginError, match=said) as caught:
         load_plugins([written(text)])
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_a_plugin_that_cannot_be_imported_gives_one_sentence(written, text, said
 
 
 @pytest.mark.parametrize("entry", ["gone.py", "folder/gone.py"])
-def test_a_missing_file_gives_its_path_and_the_remedy(entry):
+def test_the_error_for_a_missing_file_has_its_path_and_a_remedy(entry):
     with pytest.raises(PluginError, match=r"gone\.py.*No such file.*check the path"):
         load_plugins([entry])
 

@@ -57,7 +57,7 @@ def test_a_fixed_mode_makes_squares_and_relarge_grows_before_the_limits():
     ],
     ids=["nothing", "bare image", "no frames", "odd frames", "sizes", "path", "too long"],
 )
-def test_what_cannot_be_prepared_is_refused_with_a_sentence(items, complaint):
+def test_an_item_that_cannot_be_prepared_is_refused_with_a_message(items, complaint):
     with pytest.raises(UserError, match=complaint):
         Preprocessor(CONFIG)(items)
 

@@ -12,7 +12,7 @@ from univitar_ds.processes import SIGNALS, Process, children, command, parent, s
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
-def test_a_process_is_known_until_it_ends_even_if_nobody_collects_it():
+def test_a_process_is_recognized_until_it_ends_even_as_a_zombie():
     started = subprocess.Popen(SLEEP)
     try:
         process = Process.of(started.pid)
@@ -35,7 +35,7 @@ def test_a_later_process_of_the_same_number_is_another():
     assert not Process(this.pid, this.started - 1).alive
 
 
-def test_there_is_no_process_of_a_number_that_none_has():
+def test_an_unused_process_id_has_no_process():
     assert Process.of(2**31 - 1) is None
     assert (parent(2**31 - 1), command(2**31 - 1), children(2**31 - 1)) == (0, b"", [])
 

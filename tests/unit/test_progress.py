@@ -37,7 +37,7 @@ def started(code: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(python(code, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_command_that_uses_no_cpu_time_is_ended_with_its_stack_and_what_it_wrote():
+def test_a_command_that_uses_no_cpu_time_is_ended_with_its_stack_and_its_output():
     with pytest.raises(Stalled, match=r"no progress for 2 s \(its processes: \d+\.\d\d s of CPU time\)") as stalled:
         run_watched(python(SLEEPS), limits=SHORT)
     assert "\nup\n" in str(stalled.value)
@@ -61,14 +61,14 @@ def test_the_time_of_children_that_have_ended_counts():
         process.communicate()
 
 
-def test_what_spins_for_ever_is_ended_by_the_limit_of_the_whole():
+def test_an_endless_loop_is_ended_by_the_limit_of_the_whole_wait():
     process = started(SPINS, "inf")
     with pytest.raises(Stalled, match=r"the loop: not done after 2 s \(its processes: "):
         output_of(process, "the loop", idle_s=1.0, whole_s=2.0)
     assert process.returncode == -6
 
 
-def test_a_stalled_command_takes_its_descendants_along():
+def test_a_stalled_command_is_ended_with_its_descendants():
     code = f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {SLEEPS!r}])\nchild.wait()"
     with pytest.raises(Stalled):
         run_watched(python(code), env={**os.environ, "TEST_OF_TREES": str(os.getpid())}, limits=SHORT)
@@ -116,7 +116,7 @@ def test_the_exit_code_of_a_process_is_waited_for_and_a_sleeper_is_named():
     process.communicate()
 
 
-def test_a_failure_is_subprocess_s_own():
+def test_a_failure_raises_the_error_of_subprocess():
     with pytest.raises(subprocess.CalledProcessError, match="exit status 3") as failed:
         run_watched(python("import sys; print('said'); sys.exit(3)"), check=True)
     assert failed.value.stdout == "said\n"

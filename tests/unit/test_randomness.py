@@ -3,14 +3,14 @@
 from univitar_ds.randomness import draw, draws, permutation
 
 
-def test_a_draw_is_the_same_for_ever():
+def test_a_draw_is_the_same_in_every_version():
     assert draw(0) == 8493733112532773764
     assert draw(7, "units", "image", 3) == 3467772570552104442
     assert permutation(8, 1, "x") == [7, 3, 0, 2, 5, 4, 6, 1]
     assert draws(2, 7, "patches", 3).tolist() == [7793631619983537638, 9884311198532528329]
 
 
-def test_keys_do_not_run_into_each_other():
+def test_different_keys_have_different_draws():
     assert draw(1, 23) != draw(12, 3)
     assert draw("a", "b") != draw("ab")
     assert draws(1, 1, 23)[0] != draws(1, 12, 3)[0]

@@ -23,7 +23,7 @@ def test_a_pipe_is_refused_and_a_file_is_read(tmp_path):
     assert read_bytes(tmp_path / "file") == "ä\r\n".encode()
 
 
-def test_a_folder_is_refused_in_the_words_of_the_system(tmp_path):
+def test_a_folder_is_refused_with_the_message_of_the_system(tmp_path):
     with pytest.raises(IsADirectoryError):
         read_bytes(tmp_path)
 

@@ -38,7 +38,7 @@ def test_an_absent_package_is_named_with_the_command_that_installs_it():
         import no_such_package.part  # noqa: F401
 
 
-def test_a_fault_within_a_package_stays_as_it_is():
+def test_an_error_inside_a_package_is_not_changed():
     with pytest.raises(ModuleNotFoundError), extra("s3"):
         raise ModuleNotFoundError("ours", name="univitar_ds.gone")
     with pytest.raises(ImportError, match="a fault"), extra("s3"):

@@ -67,7 +67,7 @@ FOREIGN = ["photo.jpg", "notes.txt", "tb/notes.txt", "tb/sub/events.out.tfevents
 
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("marked", [True, False], ids=["ours", "no run"])
-def test_a_folder_with_anything_that_no_run_writes_is_refused_and_stays_as_it_is(config, tmp_path, name, marked):
+def test_a_folder_with_a_file_that_no_run_writes_is_refused_and_not_changed(config, tmp_path, name, marked):
     run = tmp_path / config.name
     if marked:
         create_run(config, "test", 1)
@@ -150,7 +150,7 @@ def test_runs_of_an_earlier_version_have_no_mark_and_are_started_over_and_resume
     assert (run / MARK).is_file()
 
 
-def test_a_folder_in_use_is_refused_before_anything_else_is_said_of_it(config, tmp_path):
+def test_a_folder_in_use_is_refused_before_any_other_error(config, tmp_path):
     run = tmp_path / config.name
     write_run(run, config)
     before = contents(run)
@@ -163,7 +163,7 @@ def test_a_folder_in_use_is_refused_before_anything_else_is_said_of_it(config, t
     assert contents(run) == before
 
 
-def test_a_run_that_another_start_made_meanwhile_is_left_alone(config, tmp_path):
+def test_a_run_that_another_start_made_in_the_meantime_is_not_changed(config, tmp_path):
     """Both saw no folder; this one is the slower."""
     run = tmp_path / config.name
 
@@ -213,7 +213,7 @@ def test_a_job_that_torchrun_has_started_again_continues_what_it_saved(config, m
     ],
     ids=["long", "below a file", "a file", "no disk", "no right"],
 )
-def test_a_place_that_cannot_be_written_is_a_sentence(shards, tmp_path, monkeypatch, changes, error, said):
+def test_a_folder_that_cannot_be_written_is_an_error_message(shards, tmp_path, monkeypatch, changes, error, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(error, match=said):
@@ -222,7 +222,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(shards, tmp_path, monkeypa
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_relative_paths_mean_what_they_meant_at_the_start(shards, tmp_path, monkeypatch):
+def test_relative_paths_refer_to_the_folder_of_the_start(shards, tmp_path, monkeypatch):
     home = tmp_path / "start"
     home.mkdir()
     (home / "data").symlink_to(shards)
@@ -239,7 +239,7 @@ def test_relative_paths_mean_what_they_meant_at_the_start(shards, tmp_path, monk
     assert load_config(moved / "config.yaml").data.sources[0].path == str(tmp_path / "other")
 
 
-def test_every_path_of_a_run_file_is_anchored_and_what_is_a_name_stays(tmp_path, monkeypatch):
+def test_every_path_of_a_run_file_becomes_absolute_and_names_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.json").write_text("{}")
     source = {"path": "s", "class_names": "names.txt", "table": {"images": "i"}}

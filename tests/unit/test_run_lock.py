@@ -102,7 +102,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     max(folder.glob(".lock-0*")).write_text(json.dumps(record(folder) | changes))
 
 
-def test_a_second_start_is_refused_and_reported_host_process_and_job(started, tmp_path):
+def test_a_second_start_is_refused_with_host_process_and_job_of_the_first(started, tmp_path):
     holder = started(HOLDER, tmp_path, SLURM_JOB_ID="7042")
     holder.stdout.readline()
     with pytest.raises(RunLocked) as refused:
@@ -130,7 +130,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(started, tmp_pat
     assert "has ended" in caplog.text
 
 
-def test_a_number_that_another_process_has_by_now_is_not_the_same_process(started, tmp_path):
+def test_a_process_with_a_reused_id_is_not_the_same_process(started, tmp_path):
     holder = started(HOLDER, tmp_path)
     holder.stdout.readline()
     pid, start = record(tmp_path)["processes"][0]
@@ -141,7 +141,7 @@ def test_a_number_that_another_process_has_by_now_is_not_the_same_process(starte
 
 
 @pytest.mark.parametrize("key", ["host", "boot", "namespace"])
-def test_a_process_elsewhere_is_judged_by_its_heartbeat_alone(started, tmp_path, key):
+def test_a_process_on_another_machine_is_judged_only_by_its_heartbeat(started, tmp_path, key):
     """Two containers may have one host name, and the same number means another process in each."""
     with RunLock(tmp_path) as lock:
         lock.take()
@@ -154,7 +154,7 @@ def test_a_process_elsewhere_is_judged_by_its_heartbeat_alone(started, tmp_path,
             second.take()
 
 
-def test_the_heartbeat_is_compared_with_the_clock_of_the_files_and_not_with_this_machine_s(tmp_path, monkeypatch):
+def test_the_heartbeat_is_compared_with_the_clock_of_the_file_system(tmp_path, monkeypatch):
     with RunLock(tmp_path) as lock:
         lock.take()
         monkeypatch.setattr(time, "time", lambda: 4e9)
@@ -162,7 +162,7 @@ def test_the_heartbeat_is_compared_with_the_clock_of_the_files_and_not_with_this
             RunLock(tmp_path).take()
 
 
-def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path, monkeypatch):
+def test_the_heartbeat_continues_while_the_lock_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.01)
     with RunLock(tmp_path) as lock:
         lock.take()
@@ -235,7 +235,7 @@ def test_a_folder_without_its_lock_is_no_longer_ours(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["nothing", "released", "dead"])
-def test_of_many_that_want_it_at_once_exactly_one_gets_it(started, tmp_path, state):
+def test_exactly_one_of_many_concurrent_processes_gets_the_lock(started, tmp_path, state):
     if state != "nothing":
         lock = RunLock(tmp_path)
         lock.take()

@@ -50,7 +50,7 @@ def test_letters_that_stderr_cannot_show_are_escaped():
     assert r"nowhere/k\xf6pek holds neither" in result.stderr
 
 
-def test_a_reader_that_has_left_ends_a_command_quietly(run):
+def test_a_closed_pipe_ends_a_command_without_a_message(run):
     read, write = os.pipe()
     os.close(read)
     result = ended([run], stdout=write)
@@ -59,7 +59,7 @@ def test_a_reader_that_has_left_ends_a_command_quietly(run):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_under_stdout_is_a_sentence(run):
+def test_a_full_disk_under_stdout_is_an_error_message(run):
     with open("/dev/full", "wb") as full:
         result = ended([run], stdout=full)
     assert result.returncode == 2
@@ -67,7 +67,7 @@ def test_a_full_disk_under_stdout_is_a_sentence(run):
     assert "Traceback" not in result.stderr
 
 
-def test_closed_streams_are_as_good_as_none(run):
+def test_closed_streams_cause_no_error(run):
     shell = f"exec {' '.join(COMMAND)} {run} >&- 2>&- <&-"
     assert subprocess.run(["/bin/sh", "-c", shell], check=False).returncode == 0
 
@@ -157,7 +157,7 @@ def test_without_a_terminal_log_lines_have_no_control_characters(monkeypatch, ki
     assert stream.getvalue() == "a line\n"
 
 
-def test_a_terminal_that_has_closed_is_no_error(monkeypatch):
+def test_a_closed_terminal_causes_no_error(monkeypatch):
     with on_terminal(monkeypatch):
         screen.show_status("step 1")
         monkeypatch.setattr(
@@ -198,7 +198,7 @@ def test_a_progress_bar_in_a_pipe_is_log_lines_with_percent_and_time_left(monkey
     assert stream.getvalue() == ""
 
 
-def test_a_quick_progress_bar_in_a_pipe_says_nothing(monkeypatch, caplog):
+def test_a_quick_progress_bar_in_a_pipe_prints_nothing(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(screen, "LINES_AFTER_S", 1000.0)
     with contextlib.redirect_stderr(io.StringIO()), screen.progress_bar(desc="examine", unit="file", total=2) as bar:
@@ -206,7 +206,7 @@ def test_a_quick_progress_bar_in_a_pipe_says_nothing(monkeypatch, caplog):
     assert caplog.messages == []
 
 
-def test_libraries_log_warnings_alone_and_the_program_its_steps():
+def test_libraries_log_only_warnings_and_the_program_its_steps():
     code = """
 import logging
 from univitar_ds.screen import log_to_screen

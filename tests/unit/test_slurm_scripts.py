@@ -92,7 +92,7 @@ def test_a_run_that_lost_a_node_is_requeued(job, code, here, there, again):
 
 
 @pytest.mark.parametrize(("script", "command"), [("train.sbatch", "train"), ("preflight.sbatch", "doctor")])
-def test_a_run_that_has_a_checkpoint_is_continued_or_examined_as_it_is(job, script, command):
+def test_a_run_with_a_checkpoint_is_resumed_or_examined(job, script, command):
     _, _, folder = job(script, "seed=3")
     assert f"{command} --config demo output={folder} name=run seed=3" in (folder / "started").read_text()
     (folder / "run" / "checkpoints").mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_a_run_that_has_a_checkpoint_is_continued_or_examined_as_it_is(job, scri
     assert f"{command} {option} {folder / 'run'} seed=3" in (folder / "started").read_text()
 
 
-def test_a_conversion_passes_its_arguments_on_and_its_code_back(job):
+def test_a_conversion_forwards_its_arguments_and_returns_the_exit_code(job):
     code, _, folder = job("convert.sbatch", "--to", "hf", code=2, SRC="runs/photos", DST="out")
     assert code == 2
     assert "-m univitar_ds convert runs/photos out --to hf" in (folder / "started").read_text()
@@ -122,7 +122,7 @@ echo "\\"modality\\": \\"image\\", \\"value\\": 0.5, \\"chance\\": 0.1, \\"n\\":
 """
 
 
-def test_an_array_measures_each_pair_once_whatever_its_number_of_jobs_and_collects_a_table(job, tmp_path):
+def test_an_array_of_any_number_of_jobs_measures_each_pair_once_and_collects_a_table(job, tmp_path):
     (tmp_path / "models.txt").write_text("# two models\nruns/a\nruns/b c  \n\n")
     (tmp_path / "tasks.txt").write_text("zero-shot --data pets\nknn --data 'my cars' --split test\n")
     for name, body in (("srun", SRUN_OF_EVALUATIONS), ("sleep", SLEEP)):
@@ -160,7 +160,7 @@ def test_an_array_measures_each_pair_once_whatever_its_number_of_jobs_and_collec
     assert len((out / "table.csv").read_text().splitlines()) == 5
 
 
-def test_an_array_without_models_is_a_sentence(job, tmp_path):
+def test_an_array_without_models_is_an_error_message(job, tmp_path):
     (tmp_path / "models.txt").write_text("# none\n")
     (tmp_path / "tasks.txt").write_text("zero-shot --data pets\n")
     names = {name: str(tmp_path / f"{name.lower()}.txt") for name in ("MODELS", "TASKS")}
@@ -169,6 +169,6 @@ def test_an_array_without_models_is_a_sentence(job, tmp_path):
     assert "has 0 models and" in said
 
 
-def test_the_scripts_have_no_faults_of_syntax():
+def test_the_scripts_have_no_syntax_errors():
     for script in sorted((ROOT / "slurm").glob("*.sbatch")):
         subprocess.run(["bash", "-n", str(script)], check=True, env=os.environ)

@@ -18,7 +18,7 @@ def reports(caplog, monkeypatch):
     return caplog
 
 
-def test_a_phase_that_lasts_is_reported_and_reported_again(reports, monkeypatch):
+def test_a_long_phase_is_reported_repeatedly(reports, monkeypatch):
     monkeypatch.setattr(startup, "AFTER_S", 0.01)
     monkeypatch.setattr(startup, "AGAIN_S", 0.01)
     with startup.reported("loading"):
@@ -49,7 +49,7 @@ def test_a_start_whose_phases_are_short_reports_the_one_that_lasts_when_it_is_du
     assert reports.messages == ["three ..."]
 
 
-def test_a_quick_start_and_what_follows_its_end_are_silent(reports, monkeypatch):
+def test_a_quick_start_and_everything_after_a_start_report_nothing(reports, monkeypatch):
     monkeypatch.setattr(startup, "AFTER_S", 1000.0)
     with startup.reported("loading"):
         startup.phase("building")

@@ -27,7 +27,7 @@ def test_special_tokens_have_the_first_ids(tokenizer):
     assert tokenization.special_ids(tokenizer) == tokenization.SpecialIds(0, 1, 2, tokenizer.get_vocab_size())
 
 
-def test_training_depends_on_the_captions_alone(tokenizer):
+def test_training_depends_only_on_the_captions(tokenizer):
     again = tokenization.train_tokenizer(iter(CAPTIONS[::-1]), 400)
     assert again.to_str() == tokenizer.to_str()
     assert tokenization.train_tokenizer([*CAPTIONS, "zebra zebra zebra"], 400).to_str() != tokenizer.to_str()
@@ -127,7 +127,7 @@ def foreign(tokens: list[str], tmp_path):
     return tmp_path / "tokenizer.json"
 
 
-def test_of_a_text_as_long_as_a_book_only_the_beginning_is_encoded(tokenizer):
+def test_only_the_beginning_of_a_very_long_text_is_encoded(tokenizer):
     book = "a red cat " * 100_000
     seen = []
 
@@ -145,7 +145,7 @@ def test_of_a_text_as_long_as_a_book_only_the_beginning_is_encoded(tokenizer):
     assert lengths.tolist() == [32]
 
 
-def test_somebody_elses_tokenizer_keeps_its_own_special_ids(tmp_path):
+def test_a_foreign_tokenizer_keeps_its_special_ids(tmp_path):
     loaded = tokenization.load_tokenizer(foreign(["a", "cat", "<|startoftext|>", "<|endoftext|>", "?"], tmp_path))
     assert tokenization.special_ids(loaded) == tokenization.SpecialIds(3, 2, 3, 5)
     ids, lengths = tokenization.encode(loaded, ["a cat a cat", "cat"], 16)

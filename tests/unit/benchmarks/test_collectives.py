@@ -31,7 +31,7 @@ def counted(ranks, cases):
     return answers
 
 
-def test_a_group_adds_two_messages_and_the_bytes_of_a_shard_whatever_the_number_of_groups():
+def test_a_group_adds_two_messages_and_the_bytes_of_a_shard_for_any_number_of_groups():
     cases = {"groups": {"sharing": NODE}}
     few, many = (run_distributed(counted, 1, ranks, cases)[0]["groups"] for ranks in (2 * NODE, 64 * NODE))
     alone = run_distributed(counted, 1, NODE, {"all": {}})[0]["all"]

@@ -157,7 +157,7 @@ def test_runs_that_take_long_are_still_many(monkeypatch):
     assert device.runs >= 12
 
 
-def test_a_row_says_what_it_was_measured_on():
+def test_a_row_names_the_machine_that_it_was_measured_on():
     said = about(torch.device("cpu"))
     assert list(said) == ["device", "torch", "triton", "cuda", "python", "commit", "date"]
     assert said["torch"] == torch.__version__
@@ -189,7 +189,7 @@ def test_the_dry_run_needs_only_torch_and_triton_and_writes_no_rows():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_says_so():
+def test_without_a_gpu_there_is_one_error_message():
     run = run_watched([sys.executable, str(SCRIPT)])
     assert run.returncode == 1
     assert run.stderr == "bench_gpu needs a CUDA GPU and torch sees none here; the dry run is --device cpu --tiny\n"

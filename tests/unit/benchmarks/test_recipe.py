@@ -137,7 +137,7 @@ def test_one_seed_shows_nothing():
     assert "top-1 +10.0. One seed: a difference without an interval shows nothing." in text
 
 
-def test_what_the_baseline_cannot_do_is_compared_with_chance():
+def test_tasks_that_the_baseline_cannot_do_are_compared_with_chance():
     videos = {"modality": "video", "chance": 0.25}
     rows = [row("video-0", 0, 0.5), row("video-0.1", 0, 0.4), row("video-0.1", 0, 0.9, **videos)]
     assert "direction of motion, top-1 (against chance) +65.0" in tables(rows, "scenes", 7000)

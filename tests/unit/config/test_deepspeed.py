@@ -41,11 +41,11 @@ def test_a_key_with_two_values_names_both_files(config):
         resolve_deepspeed(config, 2, {"gradient_clipping": 0.5}, NAMES)
 
 
-def test_the_same_value_on_both_sides_is_no_fault(config):
+def test_the_same_value_in_both_files_is_no_error(config):
     assert resolve_deepspeed(config, 2, {"gradient_clipping": 1.0}, NAMES)["gradient_clipping"] == 1.0
 
 
-def test_all_ownership_faults_are_reported_at_once(config):
+def test_all_ownership_errors_are_reported_at_once(config):
     content = {"optimizer": {}, "scheduler": {}, "train_batch_size": 99, "fp16": {"enabled": True}}
     with pytest.raises(ConfigError) as error:
         resolve_deepspeed(config, 2, content, NAMES)
@@ -118,7 +118,7 @@ def test_keys_that_tensor_parallelism_cannot_have_are_refused(config, section, c
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"x"'])
-def test_a_json_that_is_no_object_is_a_sentence(tmp_path, content):
+def test_a_json_that_is_no_object_is_an_error_message(tmp_path, content):
     path = tmp_path / "zero.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"zero\.json"):
@@ -156,7 +156,7 @@ def test_a_number_of_ranks_or_those_of_a_machine_share_a_state(value, ranks):
         (2, {"zero_hpz_partition_size": 2}, "with zero_hpz_partition_size"),
     ],
 )
-def test_a_sharding_that_cannot_be_used_is_a_sentence(config, value, zero, said):
+def test_a_sharding_that_cannot_be_used_is_an_error_message(config, value, zero, said):
     content = {SHARDING: value, "zero_optimization": {"stage": 3, **zero}}
     with pytest.raises(ConfigError, match=said):
         resolve_deepspeed(config, 4, content, NAMES)

@@ -70,12 +70,12 @@ def test_an_unknown_key_inside_a_list_names_the_nearest_one(run_file):
         load_config(run_file, ["stages.0.sample=4"])
 
 
-def test_a_deepspeed_key_in_the_run_file_is_sent_to_its_owner(run_file):
+def test_the_error_for_a_deepspeed_key_in_the_run_file_names_its_owner(run_file):
     with pytest.raises(ConfigError, match=r"zero_optimization belongs to the DeepSpeed JSON"):
         load_config(run_file, ["zero_optimization={stage: 3}"])
 
 
-def test_all_faults_are_reported_at_once(run_file):
+def test_all_errors_are_reported_at_once(run_file):
     with pytest.raises(ConfigError) as error:
         load_config(run_file, ["data.lanes=0", "modell={}", "stages.0.lr=-1", "optimizer.betas=[2, 0.9]"])
     message = str(error.value)
@@ -130,7 +130,7 @@ def test_contradictions_are_named_with_their_values(run_file, overrides, expecte
         ("data.lanes=[1", "not valid YAML"),
     ],
 )
-def test_a_malformed_override_is_a_sentence(override, expected):
+def test_a_malformed_override_is_an_error_message(override, expected):
     with pytest.raises(ConfigError, match=expected):
         apply_overrides(MINIMAL, [override])
 
@@ -143,7 +143,7 @@ def test_a_key_written_twice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["- 1\n", "a: [", "\x00"])
-def test_a_file_that_is_no_run_file_is_a_sentence(tmp_path, content):
+def test_a_file_that_is_no_run_file_is_an_error_message(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"run\.yaml"):
@@ -161,13 +161,13 @@ def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch):
     assert load_config("demo").name == "demo"
 
 
-def test_the_stored_config_reads_back_to_the_same_run(run_file, tmp_path):
+def test_the_stored_config_is_read_as_the_same_run(run_file, tmp_path):
     config = load_config(run_file, ["seed=3"])
     dump_config(config, tmp_path / "stored.yaml")
     assert load_config(tmp_path / "stored.yaml") == config
 
 
-def test_the_fingerprint_follows_what_decides_the_result_and_nothing_else(run_file):
+def test_the_fingerprint_depends_only_on_keys_that_change_the_result(run_file):
     base = config_fingerprint(load_config(run_file))
     assert config_fingerprint(load_config(run_file, ["data.workers=5", "logging.every_steps=1"])) == base
     assert config_fingerprint(load_config(run_file, ["data.sources.0.path=elsewhere"])) == base
@@ -175,7 +175,7 @@ def test_the_fingerprint_follows_what_decides_the_result_and_nothing_else(run_fi
         assert config_fingerprint(load_config(run_file, [override])) != base
 
 
-def test_what_changes_the_result_is_named_by_its_place(run_file):
+def test_a_changed_key_that_changes_the_result_is_named(run_file):
     before, after = load_config(run_file), load_config(run_file, ["seed=1", "stages.0.lr=1e-4", "data.workers=3"])
     assert changed_result(before, after) == ["seed", "stages.0.lr"]
 
@@ -296,7 +296,7 @@ def test_an_extension_without_keys_is_refused():
         extended(run_config(), [], "the test")
 
 
-def test_an_override_of_the_start_replaces_what_a_recipe_says_of_a_model_from_scratch():
+def test_an_override_of_init_from_replaces_the_recipes_keys_of_a_new_model():
     started = load_config("labels", ["model.init_from=runs/photos"])
     assert (started.model.encoder, started.model.layer_scale_init) == (None, ModelConfig().layer_scale_init)
     assert unused_parts(started) == []

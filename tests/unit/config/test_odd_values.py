@@ -58,13 +58,13 @@ def test_anchors_and_merged_sections_are_allowed():
 
 
 @pytest.mark.parametrize("value", ODD)
-def test_a_value_that_a_key_does_not_have_is_a_sentence(value):
+def test_an_invalid_value_of_a_key_is_an_error_message(value):
     for key in KEYS:
         with suppress(ConfigError):  # any other error fails the test
             load_config("demo", [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("section", ["model", "stages", "logging", "data", "objective"])
-def test_keys_of_python_that_are_no_text_are_a_sentence(section):
+def test_keys_that_are_not_strings_are_an_error_message(section):
     with pytest.raises(ConfigError, match=section):
         check_config({"name": "a", section: {1: 2}, 3: 4}, "config")

@@ -29,7 +29,7 @@ def _place(tmp_path, monkeypatch):
         ("s3://bucket$DATA_1/~", "s3://bucketDATA/~"), ("s3://bucket/a$$b", "s3://bucket/a$b"),
     ],
 )  # fmt: skip
-def test_what_a_path_means(path, meant, tmp_path):
+def test_paths_are_expanded(path, meant, tmp_path):
     meant = meant.replace("HOME", str(tmp_path / "home")).replace("DATA", str(tmp_path / "data"))
     assert expanded(path) == meant
     assert expanded(written(meant)) == meant or meant.startswith("./")
@@ -40,7 +40,7 @@ def test_what_a_path_means(path, meant, tmp_path):
     [("$UNSET/x", "the variable UNSET is not set"), ("s3://${UNSET}/x", "the variable UNSET is not set"),
      ("~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'")],
 )  # fmt: skip
-def test_what_is_not_set_is_named(path, said):
+def test_an_unset_variable_is_named(path, said):
     with pytest.raises(ValueError, match=said):
         expanded(path)
 

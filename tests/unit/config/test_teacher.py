@@ -33,7 +33,7 @@ def test_a_teacher_that_contradicts_itself_is_refused(settings, said):
         run({"path": "t", **settings})
 
 
-def test_where_features_are_kept_and_how_weights_lie_may_change_on_resume_and_nothing_else():
+def test_only_the_cache_and_the_partitioning_of_a_teacher_may_change_on_resume():
     start = config_fingerprint(run({"path": "t"}))
     assert config_fingerprint(run({"path": "t", "cache": "c"})) == start
     assert config_fingerprint(run({"path": "t", "partitioned": True})) == start

@@ -46,7 +46,7 @@ def test_a_run_s_card_has_its_sizes_recipe_and_data(run):
     assert "## Results" not in text
 
 
-def test_an_encoder_s_card_says_nothing_that_its_files_do_not(tmp_path):
+def test_the_card_of_an_encoder_has_only_information_from_its_files(tmp_path):
     convert(golden(CASES[0]).folder, tmp_path / "out", "release", Options())
     text = (tmp_path / "out" / "README.md").read_text()
     assert metadata(text) == {

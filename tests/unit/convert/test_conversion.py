@@ -62,7 +62,7 @@ def test_an_earlier_result_is_replaced_with_force_only(run, tmp_path):
         convert(run, out, "release", Options(replace=True))
 
 
-def test_too_little_space_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(run, tmp_path, monkeypatch):
     free = os.statvfs_result((4096, 4096, 10, 10, 10, 10, 10, 10, 0, 255))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free.f_bavail * 4096})())
     with pytest.raises(StorageError, match=r"needs 0\.1 GB and .* has 0\.0 GB free"):
@@ -98,7 +98,7 @@ def test_a_damaged_result_is_found_by_verify(run, tmp_path, monkeypatch):
     ("onyx", Options(), "'onyx' is no format"),
     ("release", Options(part="model"), "an encoder alone"),
 ])  # fmt: skip
-def test_what_a_format_cannot_hold_is_refused(run, tmp_path, to, options, said):
+def test_tensors_that_a_format_cannot_hold_are_refused(run, tmp_path, to, options, said):
     with pytest.raises(CheckpointError, match=said):
         convert(run, tmp_path / "out", to, options)
 
@@ -182,7 +182,7 @@ def test_any_size_of_shards_gives_whole_files(run, tmp_path):
     assert not list((tmp_path / str(10**18)).glob("*.index.json"))
 
 
-def test_moments_that_the_source_lacks_are_said_to_be_zeros(run, tmp_path):
+def test_moments_that_the_source_lacks_are_reported_to_be_zeros(run, tmp_path):
     said = convert(golden(CASES[0]).folder, tmp_path / "out", "universal")
     assert "moments in it are zeros" in said
     assert "zeros" not in convert(run, tmp_path / "run", "release")

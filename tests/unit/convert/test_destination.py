@@ -75,7 +75,7 @@ def killed(source: Path, out: Path, to: str, reads: int = 0, call: tuple[str, st
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("to", ALL)
-def test_after_a_kill_nothing_is_half_written_and_the_next_conversion_works(run, tmp_path, to):
+def test_after_a_kill_no_result_is_incomplete_and_the_next_conversion_works(run, tmp_path, to):
     before, out, partial = content(run), tmp_path / "out", tmp_path / ".out.partial"
     for reads in (1, 9):
         with pytest.raises(RankFailed, match="exit code -9"):
@@ -134,7 +134,7 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path):
     assert (out / "config.json").read_text() == "mine"
 
 
-def test_a_kill_before_the_marker_file_is_no_obstacle(tmp_path):
+def test_a_conversion_works_after_a_kill_before_the_marker_file(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / f"{owned.MARK}.partial").write_text("{")
     convert(ENCODER, tmp_path / "out", "release")
@@ -145,7 +145,7 @@ def test_a_kill_before_the_marker_file_is_no_obstacle(tmp_path):
     "files",
     [["thesis.txt"], ["../kept/thesis.txt"], ["/etc/passwd"], ["a/b", "a"], "a", [7, None], ["model/thesis.txt"]],
 )
-def test_a_list_that_another_wrote_reaches_nothing_outside_of_its_folder(tmp_path, files):
+def test_a_foreign_list_of_files_affects_nothing_outside_of_its_folder(tmp_path, files):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "thesis.txt").write_text("mine")
     convert(ENCODER, tmp_path / "out", "release")
@@ -157,7 +157,7 @@ def test_a_list_that_another_wrote_reaches_nothing_outside_of_its_folder(tmp_pat
 
 
 @pytest.mark.parametrize("to", ["hf", *ALL[2:]])
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(run, tmp_path, to):
+def test_a_full_disk_is_one_error_message_and_leaves_what_was_there(run, tmp_path, to):
     with small_disk(tmp_path / "disk", 12) as disk:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("univitar_ds.convert.conversion.check_space", lambda *_: None)
@@ -172,7 +172,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(run, tmp_path, to
         assert content(disk) == before
 
 
-def test_a_read_only_disk_is_one_sentence(run, tmp_path):
+def test_a_read_only_disk_is_one_error_message(run, tmp_path):
     with small_disk(tmp_path / "disk", 100) as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(StorageError, match="Read-only file system; name a place that can be written"):
@@ -191,7 +191,7 @@ def limited(source: Path, out: Path, to: str) -> str:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("to", ALL)
-def test_a_limit_on_the_size_of_files_is_one_sentence(tmp_path, run, to):
+def test_a_limit_on_the_size_of_files_is_one_error_message(tmp_path, run, to):
     (said,) = run_distributed(limited, 1, run, tmp_path / "out", to)
     assert os.strerror(errno.EFBIG) in said
     assert not any(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def _stage(**changes):
     return RunConfig.model_validate({**run_config().model_dump(), "stages": [{**values, **changes}]}).stages[0]
 
 
-def test_the_export_is_the_trained_encoder_behind_the_public_face(
+def test_the_public_interface_opens_the_export_as_the_trained_encoder(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path
 ):
     run, model = trained
@@ -116,7 +116,7 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("place", ["out", ".out.partial", ".out.earlier"])
 @pytest.mark.parametrize("names", [["config.json", "model.safetensors"], ["thesis.txt"], ["config.json", "a/b.jpg"]])
-def test_an_encoder_or_a_folder_of_the_user_s_is_refused_whatever_its_files_are_called(
+def test_an_encoder_or_a_folder_of_the_user_is_refused_with_any_names_of_files(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path, place: str, names: list[str]
 ):
     for name in names:
@@ -141,7 +141,7 @@ def test_nothing_is_replaced_through_a_link(trained: tuple[Path, ContrastiveMode
     assert (tmp_path / "elsewhere").read_bytes() == before["model.safetensors"]
 
 
-def test_what_an_earlier_version_exported_into_its_run_is_replaced(tmp_path: Path):
+def test_an_export_of_an_earlier_version_in_its_run_is_replaced(tmp_path: Path):
     run = tmp_path / "run"
     write_run(run, run_config())
     export_run(run, run / "export")
@@ -163,7 +163,7 @@ def test_the_exported_files_have_the_rights_of_any_new_file(trained: tuple[Path,
     assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in out.rglob("*") if path.is_file()} == {oct(0o640)}
 
 
-def test_a_failing_export_leaves_the_earlier_one_whole(
+def test_a_failing_export_does_not_change_the_earlier_one(
     trained: tuple[Path, ContrastiveModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run, _ = trained

@@ -210,7 +210,7 @@ def test_a_grid_is_divisible_by_what_the_model_needs_alone(tmp_path, capsys):
     assert "--grid: '1,0,16'" in capsys.readouterr().err
 
 
-def test_without_the_extra_one_sentence_names_it(tmp_path, monkeypatch):
+def test_without_the_extra_one_message_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InstallationError, match=r"pip install 'univitar_ds\[onnx\]'"):
         export_onnx(_stored(), tmp_path / "out", GRIDS)

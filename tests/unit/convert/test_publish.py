@@ -28,7 +28,7 @@ def command(hub: Hub, folder: Path, *arguments: str, **changes: str):
     return run_watched(words, env=environment)
 
 
-def test_a_model_is_uploaded_whole_and_what_else_is_there_stays(hub, tmp_path):
+def test_a_model_is_uploaded_completely_and_other_files_stay(hub, tmp_path):
     old = {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}", "thesis.pdf": b"mine"}
     hub.files["lab/photos"], hub.private["lab/photos"] = dict(old), False
     done = command(hub, tmp_path, "--to", "release", "--push", "lab/photos")
@@ -44,7 +44,7 @@ def test_a_model_is_uploaded_whole_and_what_else_is_there_stays(hub, tmp_path):
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_a_new_repository_is_private_and_a_refusal_is_one_sentence(hub, tmp_path):
+def test_a_new_repository_is_private_and_a_refusal_is_one_error_message(hub, tmp_path):
     hub.refusal = 403
     try:
         done = command(hub, tmp_path, "--to", "hf", "--push", "lab/new")
@@ -60,7 +60,7 @@ def test_a_new_repository_is_private_and_a_refusal_is_one_sentence(hub, tmp_path
     assert open_stored(tmp_path / "out").format == "hf"
 
 
-def test_what_cannot_be_uploaded_is_said_before_the_conversion(hub, tmp_path):
+def test_a_model_that_cannot_be_uploaded_is_an_error_before_the_conversion(hub, tmp_path):
     done = command(hub, tmp_path, "--to", "hf", "--push", "lab/new", HF_TOKEN="")
     assert done.returncode == 2
     assert "cannot be written without a token of the hub" in done.stderr
@@ -70,6 +70,6 @@ def test_what_cannot_be_uploaded_is_said_before_the_conversion(hub, tmp_path):
             publish.check_name(name)
 
 
-def test_the_token_is_in_no_reason():
+def test_no_error_contains_the_token():
     assert publish._reason(ValueError(f"url?token={TOKEN}\nmore"), TOKEN) == "url?token=***"
     assert publish._reason(KeyError(), None) == "KeyError"

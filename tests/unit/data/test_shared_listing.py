@@ -48,7 +48,7 @@ def test_shards_are_the_same_without_a_request(sources, tmp_path, monkeypatch):
     assert fingerprint(found) == fingerprint(listed)
 
 
-def test_a_rank_looks_at_one_shard_of_each_source_and_ranks_at_others(sources, monkeypatch):
+def test_a_rank_checks_one_shard_of_each_source_and_ranks_check_different_ones(sources, monkeypatch):
     shards, asked, size = find_shards(sources), [], LocalStorage.size
     monkeypatch.setattr(LocalStorage, "size", lambda self, path: asked.append(path[-7:]) or size(self, path))
     for rank in range(4):

@@ -48,14 +48,14 @@ def demo(tmp_path) -> Path:
     return folder
 
 
-def test_a_second_demo_starts_its_run_anew_and_keeps_scenes_and_shards(demo):
+def test_a_second_demo_restarts_its_run_and_keeps_scenes_and_shards(demo):
     claim(demo)
     left = {name for name in files(demo) if ".lock-" not in name}
     assert left == {MARK, *(name for name in WRITTEN if not name.startswith("runs/"))}
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "runs/demo/photo.jpg", "scenes/holiday.png", "data/a.tar"])
-def test_a_folder_of_somebody_s_is_refused_and_stays(tmp_path, name):
+def test_a_foreign_folder_is_refused_and_kept(tmp_path, name):
     fill(tmp_path, "runs/demo/checkpoints/latest", "scenes/scenes.json", name)
     before = files(tmp_path)
     with pytest.raises(ConfigError, match="which no demo has written there; name another --folder"):
@@ -63,7 +63,7 @@ def test_a_folder_of_somebody_s_is_refused_and_stays(tmp_path, name):
     assert files(tmp_path) == before
 
 
-def test_a_run_of_the_user_s_is_not_started_over(tmp_path):
+def test_a_run_of_the_user_is_not_started_over(tmp_path):
     """Called `demo`, in a folder called `runs`, without the demo around it."""
     fill(tmp_path, *(name for name in WRITTEN if name.startswith("runs/")))
     before = files(tmp_path)

@@ -61,7 +61,7 @@ def test_held_out_videos_move_in_all_four_directions():
     assert len(seen) == 16 * 4
 
 
-def test_captions_name_what_is_drawn_and_how_it_lies():
+def test_captions_name_the_shapes_and_their_arrangement():
     relations = set()
     for index in range(300):
         scene = image_scene(2, "train", index)
@@ -84,7 +84,7 @@ def test_captions_name_what_is_drawn_and_how_it_lies():
     assert relations == set(scenes.RELATIONS)
 
 
-def test_still_shapes_lie_whole_inside_and_apart_in_brightness_and_place():
+def test_still_shapes_are_inside_the_image_and_differ_in_brightness_and_place():
     for index in range(300):
         scene = image_scene(3, "train", index)
         for thing in scene.things:
@@ -130,7 +130,7 @@ def test_no_single_frame_shows_the_direction():
             assert ((counts - expected) ** 2 / expected).sum() < 33.7, "chi-square, 9 degrees, p = 1e-4"
 
 
-def test_what_else_a_frame_shows_does_not_depend_on_the_direction():
+def test_a_frame_does_not_depend_on_the_direction():
     videos = [video_scene(8, "train", index) for index in range(4000)]
     for read in (lambda c: c.width / c.height, lambda c: c.things[0].diameter_q, lambda c: c.frames, lambda c: c.rate):
         values = np.array([read(video) for video in videos], dtype=float)
@@ -164,7 +164,7 @@ def test_edges_are_smooth():
     assert len(levels) > 8, "a shape without intermediate tones has jagged edges"
 
 
-def test_files_on_disk_are_what_the_rows_say(folder: Path):
+def test_files_on_disk_match_the_rows(folder: Path):
     import av
 
     rows = _rows(folder)

@@ -25,7 +25,7 @@ def test_healthy_gpus_are_one_row_with_their_driver():
     assert "2 GPUs (NVIDIA H100 80GB HBM3), driver 550.54.15 for CUDA 12.4" in row.found
 
 
-def test_every_fault_of_an_old_gpu_has_its_row():
+def test_every_error_of_an_old_gpu_has_a_row():
     errors, replaced, slowed, used, driver = failures(V100)
     assert "V100-SXM2-32GB at 00000000:05:00.0 has 2 uncorrectable memory errors" in errors
     assert "nvidia-smi -r" in errors
@@ -50,13 +50,13 @@ def test_every_fault_of_an_old_gpu_has_its_row():
         ("<gpu_temp>34 C", "<gpu_temp>GPU is lost", "does not answer: GPU is lost"),
     ],
 )
-def test_a_fault_has_its_sentence_and_remedy(healthy, faulty, said):
+def test_every_error_of_a_gpu_has_a_message_and_a_remedy(healthy, faulty, said):
     assert H100.count(healthy.encode()) > 0
     (text,) = failures(H100.replace(healthy.encode(), faulty.encode(), 1))
     assert said in text
 
 
-def test_errors_of_the_whole_life_of_a_gpu_and_a_cap_of_its_power_are_no_fault():
+def test_lifetime_errors_of_a_gpu_and_a_power_cap_do_not_fail():
     assert b"<dram_uncorrectable>2" in H100  # the aggregate of the first GPU
     assert b"sw_power_cap>Active" in H100
     assert failures(H100) == []
@@ -119,12 +119,12 @@ def program(tmp_path, monkeypatch):
     return put
 
 
-def test_the_program_is_asked(program):
+def test_nvidia_smi_is_called(program):
     program(f'[ "$*" = "-q -x" ] && cat {FILES / "h100.xml"}')
     assert ask() == H100
 
 
-def test_a_program_that_fails_or_hangs_is_a_fault_of_the_node(program, monkeypatch):
+def test_an_nvidia_smi_that_fails_or_hangs_is_an_error(program, monkeypatch):
     program("echo 'Unable to determine the device handle for GPU 0000:1B:00.0: GPU is lost.'; exit 15")
     with pytest.raises(UserError, match=r"fails with 15: Unable to determine .* GPU is lost\.; drain this node"):
         ask()

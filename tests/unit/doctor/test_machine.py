@@ -77,7 +77,7 @@ def test_a_lock_that_a_process_has_open_is_waited_for(tmp_path):
     assert "wait for that build" in row.remedy
 
 
-def test_the_first_folder_that_can_be_written_is_looked_at_and_none_is_made(tmp_path):
+def test_the_first_folder_that_can_be_written_is_checked_and_none_is_made(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     (row,) = operations.rows_of([tmp_path / "a" / "b"])

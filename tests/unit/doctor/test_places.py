@@ -67,7 +67,7 @@ def test_a_good_run_file_has_no_failed_row(folder):
         ("data.lines=3", "run file", "data.lines", ""),
     ],
 )
-def test_each_fault_has_a_row_with_a_remedy_and_hides_no_other(folder, monkeypatch, override, check, said, remedy):
+def test_each_error_has_a_row_with_a_remedy_and_hides_no_other(folder, monkeypatch, override, check, said, remedy):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = found(folder, override, size=2)
     failed = [row for some in rows.values() for row in some if row.state == FAILED]
@@ -79,7 +79,7 @@ def test_each_fault_has_a_row_with_a_remedy_and_hides_no_other(folder, monkeypat
         assert rows["run file"][0].state == OK
 
 
-def test_without_a_run_file_nothing_of_it_is_checked():
+def test_without_a_run_file_the_row_is_skipped():
     (row,) = run_file.rows_of(Context(Ranks(dist.HashStore(), 0, 1, 1.0)))
     assert row.state == SKIPPED
     assert "--config" in row.found
@@ -107,7 +107,7 @@ def test_the_sources_are_read_and_a_missing_one_is_an_error(folder):
         os.rename(folder / "away", given.shards[0].path)
 
 
-def test_the_folder_of_checkpoints_is_written_and_nothing_stays(folder):
+def test_the_folder_of_checkpoints_is_written_and_no_file_is_left(folder):
     given = context(folder)
     read(given)
     before = sorted(folder.iterdir())

@@ -59,7 +59,7 @@ ROWS = [
 ]
 
 
-def test_the_table_has_words_remedies_and_a_sum_and_no_control_characters_of_names():
+def test_the_table_has_states_remedies_and_a_total_and_escapes_control_characters():
     text = table(Report(ROWS, ["a", "b"]), colours=False)
     lines = [line.split() for line in text.splitlines()]
     assert lines[0] == ["ok", "versions", "torch", "2.13.0"]
@@ -70,7 +70,7 @@ def test_the_table_has_words_remedies_and_a_sum_and_no_control_characters_of_nam
     assert "\x1b" not in text
 
 
-def test_colours_are_an_addition_to_the_words():
+def test_colours_are_added_to_the_states():
     text = table(Report(ROWS, ["a", "b"]), colours=True)
     assert "\x1b[31mFAILED\x1b[0m" in text
     assert "\x1b[32mok    \x1b[0m" in text

@@ -28,7 +28,7 @@ def found(**installed: str) -> list[tuple[str, str]]:
 GOOD = {"torch": "2.13.0+cu128", "deepspeed": "0.19.8"}
 
 
-def test_the_required_versions_are_no_clash_whatever_their_build():
+def test_the_required_versions_fit_with_any_build():
     assert found(**GOOD) == []
     assert found(**GOOD, boto3="1.44.5", flash_attn_4="4.0.0b40", pytest="9.0") == []
 
@@ -41,7 +41,7 @@ def test_another_version_fails_with_the_command_that_installs_the_right_one():
     assert text == "flash-attn-4 is 4.0.0b7, required is flash-attn-4>=4.0.0b36"
 
 
-def test_what_training_needs_has_to_be_there_and_other_extras_have_not():
+def test_packages_that_training_needs_must_be_installed_and_others_need_not():
     assert found(torch="2.13.0") == [("deepspeed is not installed", "pip install 'univitar_ds[train]'")]
     assert found(deepspeed="0.19.8") == [("torch is not installed", "pip install 'univitar_ds'")]
 

@@ -54,7 +54,7 @@ def test_the_shuffle_buffer_is_at_most_half_of_an_epoch_of_a_lane(count, samples
     assert loaded(draft([survey(count)], CPU)).data.pool_samples == samples
 
 
-def test_the_file_says_its_reasons_and_names_the_schema():
+def test_the_file_has_the_reasons_in_comments_and_names_the_schema():
     lines = draft([survey(300, 40)], CPU).splitlines()
     assert lines[0].startswith("# yaml-language-server: $schema=")
     with open(lines[0].partition("=")[2], encoding="utf-8") as schema:
@@ -81,7 +81,7 @@ def test_videos_come_last_in_a_curriculum_and_in_the_only_stage_of_small_data():
     assert loaded(draft([survey(0, 40)], CPU)).stages[0].video_ratio == 1
 
 
-def test_few_videos_are_left_out_and_said_to_be():
+def test_few_videos_are_left_out_with_a_comment():
     text = draft([survey(300, 3)], CPU)
     assert loaded(text).stages[0].video_ratio == 0
     assert "Videos are left out: 3" in text

@@ -48,7 +48,7 @@ def test_a_row_for_each_figure_and_a_column_for_each_model(folder: Path):
     ]
 
 
-def test_a_figure_in_two_files_is_that_of_the_last_and_it_is_said(folder: Path):
+def test_of_a_figure_in_two_files_the_last_is_used_with_a_note(folder: Path):
     again = result(folder / "again.json", "runs/b", "data/pets", top1(0.875))
     text = render(collect([folder / "b.json", again]))
     assert rows_of(text)[2][-1] == "87.5 %"
@@ -76,13 +76,13 @@ def test_results_of_a_run_are_collected_too(folder: Path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"figures": [{"task": "x"}]}', '{"model": 3, "figures": []}', ""])
-def test_a_damaged_file_is_a_sentence_with_its_name(folder: Path, content: str):
+def test_a_damaged_file_is_an_error_message_with_its_name(folder: Path, content: str):
     (folder / "b.json").write_text(content)
     with pytest.raises(UserError, match=r"b\.json .*measure it again, or remove it"):
         collect([folder])
 
 
-def test_no_result_and_a_file_of_others_are_sentences(folder: Path, tmp_path: Path):
+def test_no_result_and_a_file_of_others_are_error_messages(folder: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no result in"):
         collect([tmp_path / "empty"])

@@ -47,7 +47,7 @@ def test_a_rank_that_is_asked_to_stop_leaves_it(run):
     assert DuringTraining(config, folder, ALONE)(Untrained(model), lambda: next(asked, True)) is None
 
 
-def test_sources_without_items_are_a_sentence(run, tmp_path):
+def test_sources_without_items_are_an_error_message(run, tmp_path):
     folder, model = run
     write_demo_shards(tmp_path / "videos", images=0, videos=4, shards=1)
     config = load_config(folder / "config.yaml", [f"evaluation.sources.0.path={tmp_path / 'videos'}"])

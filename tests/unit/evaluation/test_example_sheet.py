@@ -79,7 +79,7 @@ def _pack(captions: list[int], grids: list[tuple[int, int, int]], first: int) ->
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(("grid", "frames", "merge"), [((1, 4, 6), 1, 1), ((1, 4, 6), 1, 2), ((2, 2, 4), 4, 2)])
-def test_tokens_come_in_raster_order_whatever_the_merge(grid: tuple[int, int, int], frames: int, merge: int):
+def test_tokens_are_in_raster_order_with_any_merge(grid: tuple[int, int, int], frames: int, merge: int):
     tokens = token_features(_model(merge), _item(grid, frames))
     count = grid[0] * grid[1] * grid[2]
     assert_sums_close(tokens[:, 0] * 255, torch.arange(count), 3, "places")

@@ -101,7 +101,7 @@ def test_of_a_mix_each_task_takes_the_items_that_it_can_use(run: Path, tmp_path:
     assert [figure["candidates"] for figure in result["figures"] if figure["measure"] == "R@1"] == [8, 8, 8, 8]
 
 
-def test_videos_that_nobody_expects_are_not_missed(run: Path, tmp_path: Path):
+def test_a_run_without_videos_does_not_report_missing_videos(run: Path, tmp_path: Path):
     assert not [note for note in measured(run, {"path": tar(tmp_path, captioned)})["notes"] if "video" in note]
     assert not [note for note in measured(run, {"path": tar(tmp_path / "2", moving)})["notes"] if "image" in note]
 
@@ -136,9 +136,7 @@ def texts(index: int) -> dict[str, bytes]:
         ((), r"found 0 images .*; found 0 videos"),
     ],
 )
-def test_an_evaluation_that_measures_nothing_is_an_error_that_says_what_was_found(
-    run: Path, tmp_path: Path, kinds, found
-):
+def test_an_evaluation_that_measures_nothing_is_an_error_with_what_was_found(run: Path, tmp_path: Path, kinds, found):
     with pytest.raises(DataError, match=rf"measured nothing: it is for retrieval and zero-shot .*{found}"):
         measured(run, {"path": tar(tmp_path, *kinds)})
     assert not (run.parent / "results.json").exists()
@@ -215,7 +213,7 @@ def test_how_the_data_are_read_can_be_overridden_and_results_are_the_runs_own(ca
         ("evaluation", "not of the form"),
     ],
 )
-def test_an_override_that_an_evaluation_cannot_follow_is_refused_in_a_sentence(run: Path, override, said):
+def test_an_override_that_an_evaluation_cannot_follow_is_refused_with_a_message(run: Path, override, said):
     with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
         evaluate_run(run, overrides=[override], progress=False)
 

@@ -52,7 +52,7 @@ def test_times_end_with_their_sum():
     assert text.splitlines()[-1].split("|")[2].strip() == "6 min 05 s"
 
 
-def test_a_run_is_reported_from_its_files_and_an_empty_folder_is_a_sentence(tmp_path: Path):
+def test_a_run_is_reported_from_its_files_and_an_empty_folder_is_an_error_message(tmp_path: Path):
     with pytest.raises(UserError, match="name the folder of a run"):
         render_run(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 70, "loss": 0.123456, "seconds": {"training": 5.0}}))

@@ -38,7 +38,7 @@ def test_results_are_returned_as_they_are_and_none_are_empty(tmp_path):
         ("summary", {"parameters": 10**400}, "is above 64 bits"),
     ],
 )
-def test_damage_is_a_sentence_for_the_table_and_the_page(tmp_path, capsys, run_folder, name, content, said):  # noqa: F811
+def test_damage_is_an_error_message_for_the_table_and_the_page(tmp_path, capsys, run_folder, name, content, said):  # noqa: F811
     run = run_folder("damaged", 2)
     (run / f"{name}.json").write_text(json.dumps(content))
     for arguments in ([], ["--out", str(tmp_path / "page.html")]):

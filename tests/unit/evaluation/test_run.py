@@ -163,7 +163,7 @@ def test_a_modality_that_the_run_never_met_is_not_measured(shards: Path, tmp_pat
     assert {figure["modality"] for figure in result["figures"]} == {"image"}
 
 
-def test_what_is_missing_is_said_in_a_sentence(run: Path, tmp_path: Path):
+def test_missing_data_is_an_error_message(run: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="neither a run's folder"):
         open_trained(tmp_path)
     config = run_config("nowhere", evaluation={"sources": []})

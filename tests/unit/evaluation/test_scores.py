@@ -29,7 +29,7 @@ def test_chance_is_the_share_of_random_orders_with_a_right_one_in_front(k: int, 
     assert chance_at(k, right, candidates) == pytest.approx(sum(any(o[:k]) for o in orders) / len(orders), abs=1e-12)
 
 
-def test_a_wrong_candidate_that_scores_better_or_the_same_is_reported_from_one_that_scores_worse():
+def test_candidates_that_score_better_or_equal_are_counted_and_worse_ones_are_not():
     scores = torch.tensor([[0.9, 0.5, 0.5, 0.5 + 1e-9, 0.2, 0.1]], dtype=torch.float64)
     right = torch.tensor([[False, True, False, False, True, False]])
     better, tied, equal_right = rank_counts(scores, right)

@@ -65,7 +65,7 @@ def test_the_heads_of_a_preset_are_known():
     assert infer_encoder(infos_of(PRESETS["tiny"]), None) == PRESETS["tiny"]
 
 
-def test_the_named_folder_comes_first_and_then_what_lies_beside(tmp_path):
+def test_the_named_folder_comes_first_and_then_the_files_beside_it(tmp_path):
     other = dataclasses.replace(JOINT, objective="softmax")
     for name, joint in (("beside", JOINT), ("named", other)):
         (tmp_path / name).mkdir()

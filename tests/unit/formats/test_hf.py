@@ -30,7 +30,7 @@ def names_in(folder) -> list[str]:
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize("objective", ["sigmoid", "softmax"])
-def test_two_towers_come_back_bit_by_bit(tmp_path, family, objective):
+def test_two_towers_come_back_bit_for_bit(tmp_path, family, objective):
     stored = make_model(family, objective, qkv_bias=True, relarge_ratio=1.5, image_mean=(0.5, 0.4, 0.3)).stored
     hf.write(stored, tmp_path / "new" / "folder")
     back = hf.read(tmp_path / "new" / "folder")
@@ -198,7 +198,7 @@ def test_missing_and_foreign_weights_are_named(tmp_path):
         hf.read(tmp_path)
 
 
-def test_nothing_is_written_of_a_model_that_has_no_place_in_the_format(tmp_path):
+def test_no_file_is_written_for_a_model_that_the_format_cannot_hold(tmp_path):
     stored = make_model().stored
     joint = vars(stored.joint)
 

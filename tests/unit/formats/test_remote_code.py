@@ -272,7 +272,7 @@ def odd_images():
     ],
     ids=lambda changes: "-".join(changes) or "native",
 )
-def test_preprocessing_is_that_of_the_package_bit_by_bit(tmp_path, changes):
+def test_preprocessing_is_that_of_the_package_bit_for_bit(tmp_path, changes):
     config = small_encoder_config(**changes)
     items = [*odd_images(), textured(3, 300), textured(300, 3), *IMAGES, [textured(20, 20)]]
     got = written(tmp_path, config)(items)

@@ -82,7 +82,7 @@ def changed(run: Path, copy: Path, change, name: str = "state.json") -> Path:
     return copy
 
 
-def test_the_description_in_the_checkpoint_counts_before_the_presets(trained, tmp_path):
+def test_the_description_in_the_checkpoint_overrides_the_presets(trained, tmp_path):
     def describe(state):
         encoder = {**trained[1].vision.config.to_dict(), "rope_theta": 777.0}
         state["run"]["model"] = {"encoder": encoder, "text": {"model_type": "other"}}
@@ -170,7 +170,7 @@ def test_the_best_checkpoint_is_opened_by_the_file_that_names_it(trained, tmp_pa
     ],
     ids=["gone", "elsewhere", "empty", "long"],
 )
-def test_a_file_of_the_best_checkpoint_that_names_none_is_a_sentence(trained, tmp_path, name, said):
+def test_a_file_of_the_best_checkpoint_that_names_none_is_an_error_message(trained, tmp_path, name, said):
     run = shutil.copytree(trained[0], tmp_path / "run")
     shutil.copytree(trained[0], tmp_path / "other")
     (run / "checkpoints" / "best").write_bytes(name.encode("latin-1"))
@@ -201,14 +201,14 @@ def test_files_are_closed_when_much_of_them_was_read(trained, monkeypatch):
     lambda state: state.update(run=[]),
     lambda state: state["run"].update(model={"encoder": [], "text": 7}),
 ])  # fmt: skip
-def test_another_content_of_a_checkpoint_is_a_sentence(trained, tmp_path, change):
+def test_another_content_of_a_checkpoint_is_an_error_message(trained, tmp_path, change):
     run = changed(trained[0], tmp_path / "run", change)
     with pytest.raises(UserError):
         open_stored(run)
 
 
 @pytest.mark.parametrize("entry", [7, {"shape": [1], "kinds": {}}, {"shape": [1], "kinds": {}, "parts": [["a", 0, 1]]}])
-def test_another_content_of_an_index_is_a_sentence(trained, tmp_path, entry):
+def test_another_content_of_an_index_is_an_error_message(trained, tmp_path, entry):
     run = changed(trained[0], tmp_path / "run", lambda index: index["pieces"].update(logit_scale=entry), "index.json")
     with pytest.raises(CheckpointError, match=r"content is not a checkpoint's .*"):
         open_stored(run)

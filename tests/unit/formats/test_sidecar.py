@@ -32,7 +32,7 @@ def test_both_configurations_are_read_as_they_were_written(tmp_path):
         ({"joint": {**dataclasses.asdict(JOINT), "objective": "mean"}}, "'mean', it must be sigmoid or softmax"),
     ],
 )
-def test_a_damaged_file_is_one_sentence(tmp_path, change, message):
+def test_a_damaged_file_is_one_error_message(tmp_path, change, message):
     write_sidecar(tiny_stored(), tmp_path)
     content = json.loads((tmp_path / SIDECAR).read_text())
     (tmp_path / SIDECAR).write_text(json.dumps({**content, **change}))

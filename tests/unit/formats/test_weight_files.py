@@ -26,7 +26,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("shard_bytes", [None, 70, 1])
-def test_what_is_written_is_read_to_the_bit(tmp_path, safe, shard_bytes):
+def test_written_tensors_are_read_bit_for_bit(tmp_path, safe, shard_bytes):
     state = drawn()
     write_weights(Tensors.of(state), tmp_path, shard_bytes=shard_bytes, safe=safe)
     read = open_weights(tmp_path)
@@ -47,7 +47,7 @@ def test_no_shard_is_larger_than_allowed_unless_one_tensor_is(tmp_path):
 
 
 @pytest.mark.parametrize("first", [{"shard_bytes": 1}, {"safe": False}, {"shard_bytes": 70, "safe": False}])
-def test_files_of_an_earlier_form_do_not_stay(tmp_path, first):
+def test_files_of_the_earlier_format_are_removed(tmp_path, first):
     write_weights(Tensors.of({"old": torch.zeros(3), "older": torch.zeros(3)}), tmp_path, **first)
     (tmp_path / "model-card.safetensors").write_text("another's")
     write_weights(Tensors.of(drawn()), tmp_path)
@@ -55,7 +55,7 @@ def test_files_of_an_earlier_form_do_not_stay(tmp_path, first):
     assert same(dict(open_weights(tmp_path)), drawn() | {})
 
 
-def test_what_was_saved_as_a_parameter_is_read_as_a_tensor(tmp_path):
+def test_a_saved_parameter_is_read_as_a_tensor(tmp_path):
     state = {"a": torch.nn.Parameter(torch.ones(3))}
     torch.save(state, tmp_path / "pytorch_model.bin")
     read = open_weights(tmp_path)["a"]
@@ -72,7 +72,7 @@ def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
         read["a"]
 
 
-def test_an_index_cannot_leave_its_folder_or_name_a_missing_file(tmp_path):
+def test_an_index_that_names_a_file_outside_of_its_folder_or_a_missing_one_is_refused(tmp_path):
     inner = tmp_path / "inner"
     inner.mkdir()
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
@@ -97,7 +97,7 @@ def test_conversions_keep_names_and_integers():
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a" * 5000, "a\0b", "inner", "\ud800", "/etc/passwd", "a/../b"])
-def test_a_shard_of_any_name_is_a_sentence(tmp_path, name):
+def test_an_invalid_name_of_a_shard_is_an_error_message(tmp_path, name):
     (tmp_path / "inner").mkdir()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match=r"must be in its own folder|lacks") as caught:
@@ -107,7 +107,7 @@ def test_a_shard_of_any_name_is_a_sentence(tmp_path, name):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"weight_map": 1}', b'{"weight_map": {"a": [1]}}',
                                      b'{"weight_map": {}}', b'{"a":' * 100_000])  # fmt: skip
-def test_an_index_of_any_content_is_a_sentence(tmp_path, content):
+def test_an_invalid_index_is_an_error_message(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
     if content == b'{"weight_map": {}}':
         assert len(open_weights(tmp_path)) == 0

@@ -46,7 +46,7 @@ def test_probabilities_are_those_of_zero_shot(run, folder, tmp_path, capsys):
         assert values == sorted(values, reverse=True)
 
 
-def test_bad_files_are_rows_and_the_status_is_1(run, folder, tmp_path, capsys):
+def test_bad_files_have_rows_and_the_exit_status_is_1(run, folder, tmp_path, capsys):
     pipe = str(tmp_path / "pipe.jpg")
     os.mkfifo(pipe)
     assert classify(run, folder, pipe, "--labels", " red image, video", "--top", "1") == 1

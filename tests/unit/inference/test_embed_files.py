@@ -164,7 +164,7 @@ def test_a_folder_on_s3_gives_the_same_as_on_a_disk(run, folder, written, tmp_pa
     assert left_out(tmp_path / "f.safetensors") == {f"{place}/{name}": kind for name, kind in KINDS.items()}
 
 
-def test_damage_in_a_shard_costs_the_samples_that_it_hits(run, tmp_path):
+def test_damage_in_a_shard_loses_only_the_samples_that_it_hits(run, tmp_path):
     write_tar(tmp_path / "x.tar", [(f"k{index}", {"png": image(28, 28, index, "PNG")}) for index in range(6)])
     data = bytearray((tmp_path / "x.tar").read_bytes())
     at = data.index(b"k2.png")
@@ -175,7 +175,7 @@ def test_damage_in_a_shard_costs_the_samples_that_it_hits(run, tmp_path):
     assert list(left_out(tmp_path / "f.safetensors").values()) == ["damaged"]
 
 
-def test_a_file_that_is_gone_or_no_file_is_left_out(run, tmp_path, monkeypatch):
+def test_a_missing_file_and_a_special_file_are_left_out(run, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(image(28, 28, 1, "PNG"))
     os.mkfifo(tmp_path / "b.png")
     os.symlink(tmp_path / "nothing", tmp_path / "c.png")
@@ -183,7 +183,7 @@ def test_a_file_that_is_gone_or_no_file_is_left_out(run, tmp_path, monkeypatch):
     assert left_out(tmp_path / "f.safetensors") == {str(tmp_path / f"{name}.png"): "unreadable" for name in "bc"}
 
 
-def test_a_run_says_how_frames_are_sampled(folder, tmp_path):
+def test_the_configuration_of_a_run_determines_the_sampling_of_frames(folder, tmp_path):
     stages = run_config().model_dump(mode="json")["stages"]
     stages[0] |= {"video_frames": 6, "video_sampling": {"kind": "fps", "fps": 2.0, "jitter": True}}
     write_run(tmp_path / "run", run_config(stages=stages))
@@ -274,13 +274,13 @@ def test_one_process_at_a_time_writes_a_result(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize(("out", "said"), [("f.npy", "must end in"), ("no/f.safetensors", "there is no folder")])
-def test_names_that_cannot_be_written_are_said_first(run, tmp_path, out, said):
+def test_names_that_cannot_be_written_are_an_error_before_the_work(run, tmp_path, out, said):
     with pytest.raises(ConfigError, match=said):
         embed("no model", ["nothing"], tmp_path / out)
 
 
 @pytest.mark.distributed
-def test_an_error_in_a_process_is_said(run, folder, tmp_path, monkeypatch):
+def test_an_error_in_a_process_is_reported(run, folder, tmp_path, monkeypatch):
     opened = module.open_for_files
 
     def broken(*arguments, **given):

@@ -103,7 +103,7 @@ def test_similarity_is_the_logit_of_the_objective(model, items):
     assert_sums_close(model.similarity(images, texts), images @ texts.T * scale + bias, terms=16)
 
 
-def test_zero_shot_takes_the_classes_of_the_evaluation(model, items):
+def test_zero_shot_has_the_class_vectors_of_the_evaluation(model, items):
     templates = ["a photo of a {}.", "{} in the rain"]
     found = model.zero_shot(items, NAMES, templates)
     classes = class_vectors(NAMES, templates, model.encode_text)
@@ -118,7 +118,7 @@ def test_zero_shot_takes_the_classes_of_the_evaluation(model, items):
     (("items", NAMES, ["a photo"]), "needs {}"), (("items", NAMES, []), "needs {}"),
     (("items", NAMES, "a photo of {}"), "got 'a photo of {}'; put a single one in a list"),
 ])  # fmt: skip
-def test_wrong_arguments_are_said(model, items, arguments, said):
+def test_wrong_arguments_are_errors(model, items, arguments, said):
     first, *rest = arguments
     given = {"items": items, "first": items[0]}[first] if isinstance(first, str) else first
     with pytest.raises(UserError, match=said):

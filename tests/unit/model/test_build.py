@@ -83,7 +83,7 @@ def test_an_encoder_of_another_size_is_refused_by_its_differences(encoder, tmp_p
         build_contrastive(starting(encoder=other), **VOCAB, seed=0, start=open_stored(encoder[0]))
 
 
-def test_the_whole_model_starts_where_another_ended(run):
+def test_the_whole_model_starts_with_the_weights_of_another(run):
     stored = open_stored(run)
     config = ModelConfig(init_from="somewhere", init_part="model", embed_dim=16)
     model = build_contrastive(config, **VOCAB, seed=1, teacher_width=24, start=stored)

@@ -74,12 +74,12 @@ def test_fields_of_other_libraries_are_left_out_and_nested_configs_are_found():
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
-def test_a_config_that_cannot_be_is_refused_by_name_and_value(values, complaint):
+def test_an_impossible_config_is_refused_with_name_and_value(values, complaint):
     with pytest.raises(CheckpointError, match=complaint):
         EncoderConfig.from_dict(values)
 
 
-def test_all_faults_are_reported_at_once():
+def test_all_errors_are_reported_at_once():
     with pytest.raises(CheckpointError, match=r"hidden_size.*qkv_bias"):
         EncoderConfig(hidden_size=None, qkv_bias="no")
 

@@ -46,7 +46,7 @@ def small_tiny(monkeypatch):
 
 
 @pytest.mark.numeric
-def test_both_towers_give_unit_vectors_and_the_logits_their_start():
+def test_both_towers_return_unit_vectors_and_the_logits_have_their_initial_scale_and_bias():
     vision, text, scale, bias, distilled = build_contrastive(CONFIG, **VOCAB, seed=0)(
         drawn_pixels(), FRAMES, GRIDS, CAPTIONS, LENGTHS
     )
@@ -82,7 +82,7 @@ def test_an_item_is_embedded_the_same_alone_and_in_a_pack():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 3])
-def test_every_parameter_takes_part_whatever_the_pack_holds(count, dtype):
+def test_every_parameter_has_a_gradient_for_any_pack(count, dtype):
     model = build_contrastive(CONFIG, **VOCAB, seed=0).to(dtype)
     pixels = drawn_pixels() if count else torch.empty(0, dtype=torch.uint8)
     vision, text, scale, bias, _ = model(pixels, FRAMES[:count], GRIDS[:count], CAPTIONS[:count], LENGTHS[:count])
@@ -179,7 +179,7 @@ def test_heads_for_a_teacher_leave_first_values_and_embeddings_as_they_are():
 
 
 @pytest.mark.numeric
-def test_an_image_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
+def test_an_image_of_which_a_corner_is_kept_is_embedded_as_the_cropped_corner():
     model = build_contrastive(CONFIG, **VOCAB, seed=0, teacher_width=24)
     pixels = drawn_pixels()
     first, *others = pixels.split(sizes(FRAMES, GRIDS))
@@ -193,7 +193,7 @@ def test_an_image_of_which_a_corner_stays_is_embedded_as_the_corner_cut_out():
     assert (seen.vision[0] - model.encode_vision(pixels, FRAMES, GRIDS)[0]).norm() > 1e-3
 
 
-def test_a_pack_without_items_goes_without_nothing():
+def test_a_pack_without_items_drops_nothing():
     model = build_contrastive(CONFIG, **VOCAB, seed=0)
     drops = DropConfig(0.5, 0.5, blocks=2).of_pack([], 0)
     empty = torch.empty(0, dtype=torch.uint8)
@@ -215,7 +215,7 @@ def test_what_a_teacher_is_shown_is_linear_in_the_normed_tokens_and_in_the_poole
     assert_sums_close(shown.patches, normed @ heads.patches.weight.T + heads.patches.bias, 2 * 64)
 
 
-def test_weights_saved_with_heads_for_a_teacher_are_read_without_them_and_nothing_else_is_forgiven():
+def test_weights_saved_with_heads_for_a_teacher_are_read_without_them_and_other_differences_are_errors():
     taught = build_contrastive(CONFIG, **VOCAB, seed=1, teacher_width=24)
     saved = taught.state_dict()
     plain = build_contrastive(CONFIG, **VOCAB, seed=0)

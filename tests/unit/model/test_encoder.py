@@ -129,6 +129,6 @@ def test_first_values_are_bounded_and_layer_scale_is_the_configs():
             assert 0 < parameter.std() < 0.2, name
 
 
-def test_patches_that_do_not_match_the_grids_are_a_fault_of_ours():
+def test_patches_that_do_not_match_the_grids_are_a_bug_and_raise():
     with pytest.raises(ValueError, match="3 patches, the grids take 4"):
         small_encoder()(drawn_patches([[1, 1, 3]]), [[1, 2, 2]])

@@ -65,7 +65,7 @@ def test_any_other_package_that_transformers_imports_is_named_too(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("train", "--resume"), pytest.param(("eval",), marks=pytest.mark.slow)])
-def test_so_it_is_where_a_run_is_continued_or_evaluated(tmp_path, arguments):
+def test_broken_packages_are_named_for_resumed_and_evaluated_runs_too(tmp_path, arguments):
     install(tmp_path / "site", "torchvision", "0.28.0+cu130", BROKEN["its own fault"])
     write_run(tmp_path / "run", run_config())
     (tmp_path / "run" / "deepspeed.json").write_text('{"zero_optimization": {"stage": 3}}')

@@ -43,7 +43,7 @@ def test_a_copy_in_bfloat16_keeps_exact_values_whole_numbers_and_ties():
     assert [one.requires_grad for one in half.parameters()] == [True, False, False]
 
 
-def test_the_model_stays_as_it_is():
+def test_the_model_is_not_changed():
     model = Scaled()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for dtype in (None, torch.bfloat16):

@@ -35,7 +35,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("case", CASES)
-def test_released_weights_survive_reading_and_writing_to_the_bit(case, safe, tmp_path):
+def test_released_weights_survive_reading_and_writing_bit_for_bit(case, safe, tmp_path):
     released = torch.load(golden(case).folder / "pytorch_model.bin", weights_only=True)
     model = UniViTAR.from_pretrained(golden(case).folder)
     save_encoder(tmp_path, model, safe=safe)
@@ -157,7 +157,7 @@ def test_a_folder_without_weights_is_named(stored):
         UniViTAR.from_pretrained(stored)
 
 
-def test_saving_again_in_the_other_form_leaves_one_truth(stored):
+def test_saving_again_in_the_other_format_leaves_one_copy(stored):
     newer = small_encoder(seed=5)
     save_encoder(stored, newer, safe=False)
     assert same(UniViTAR.from_pretrained(stored).state_dict(), newer.state_dict())

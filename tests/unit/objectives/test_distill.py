@@ -42,7 +42,7 @@ def test_sum_agreement_and_gradient_are_those_of_the_formula(kind):
 @pytest.mark.numeric
 @both
 @pytest.mark.parametrize("rubbish", [0.0, 1e30, float("nan"), float("inf")])
-def test_masked_rows_add_nothing_whatever_they_hold(kind, rubbish):
+def test_masked_rows_add_nothing_for_any_content(kind, rubbish):
     student, teacher = rows(7)
     valid = torch.tensor([True, False, True, True, False, False, True])
     wanted, wanted_agreement = by_formula(student[valid], teacher[valid], kind)
@@ -58,7 +58,7 @@ def test_masked_rows_add_nothing_whatever_they_hold(kind, rubbish):
 
 @pytest.mark.numeric
 @both
-def test_a_student_that_agrees_has_nothing_to_learn(kind):
+def test_a_student_equal_to_its_teacher_has_a_gradient_of_zero(kind):
     student, _ = rows(5)
     total, agreement = distill(student, student.clone(), torch.ones(5, dtype=torch.bool), kind)
     assert_sums_close(total, 0.0, 5 * 6, scale=5.0)
@@ -66,7 +66,7 @@ def test_a_student_that_agrees_has_nothing_to_learn(kind):
 
 
 @both
-def test_without_rows_the_sum_is_zero_and_still_reaches_what_made_it(kind):
+def test_without_rows_the_sum_is_zero_and_has_a_gradient_graph(kind):
     head = torch.nn.Linear(3, 6)
     total, agreement = distill(head(torch.empty(0, 3)), torch.empty(0, 6), torch.empty(0, dtype=torch.bool), kind)
     total.backward()

@@ -55,7 +55,7 @@ SCALE, BIAS = torch.tensor([7.3]), torch.tensor([-4.1])
 @both_losses
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
-def test_loss_and_gradients_are_those_of_the_dense_formula_whatever_the_chunk(loss_of, chunk, same):
+def test_loss_and_gradients_are_those_of_the_dense_formula_for_any_chunk(loss_of, chunk, same):
     vision, text, ids = embeddings(23, captions=6)
     result = loss_of(vision, text, SCALE, BIAS, ids, chunk=chunk, same_caption_positive=same)
     loss, grads = dense_gradients(loss_of, vision, text, SCALE, BIAS, ids if same else None)
@@ -130,7 +130,7 @@ def test_a_sum_over_pairs_passes_the_check():
         (lambda v, t, s, b, p: (v @ t.T).detach().sum(), "without a gradient"),
     ],
 )
-def test_what_is_no_sum_over_pairs_is_refused(loss_of_chunk, said):
+def test_a_loss_that_is_not_a_sum_over_pairs_is_refused(loss_of_chunk, said):
     with pytest.raises(PluginError, match=said):
         check_additive(pair_losses(loss_of_chunk))
 

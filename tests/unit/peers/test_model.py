@@ -233,7 +233,7 @@ def test_a_configuration_of_a_wrong_type_is_refused(images, tmp_path):
         ("siglip2", "preprocessor_config.json", {"max_num_patches": 10**9}, "max_num_patches 1e+09 (limit 65536)"),
     ],
 )
-def test_sizes_without_end_are_refused_before_anything_is_built(tmp_path, kind, name, values, said):
+def test_huge_sizes_are_refused_before_anything_is_built(tmp_path, kind, name, values, said):
     changed(save_peer(kind, tmp_path), name, **values)
     with pytest.raises(CheckpointError, match=re.escape(said)):
         open_peer("a peer", tmp_path, kind, ModelOptions())

@@ -17,7 +17,7 @@ def shards(tmp_path_factory) -> Path:
     return write_demo_shards(tmp_path_factory.mktemp("shards"), images=12, videos=6, shards=1)
 
 
-def test_independent_faults_are_reported_together_and_nothing_is_written(tmp_path):
+def test_independent_errors_are_reported_together_and_nothing_is_written(tmp_path):
     config = run_config(
         output=str(tmp_path / "runs"),
         deepspeed="zero9",
@@ -36,7 +36,7 @@ def test_independent_faults_are_reported_together_and_nothing_is_written(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_single_fault_keeps_its_type():
+def test_a_single_error_keeps_its_type():
     with pytest.raises(DataError, match="source nowhere"):
         check_run(run_config(evaluation={"sources": []}), "test", 1)
 
@@ -57,7 +57,7 @@ def test_a_zero_stage_without_checkpoints_is_refused_before_the_folder_is_made(s
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_checked_is_returned(shards):
+def test_the_checked_inputs_are_returned(shards):
     found = check_run(run_config(shards), "test", 2)
     assert found.resolved["gradient_accumulation_steps"] == 2
     assert {shard.modality for shard in found.shards} == {"image", "video"}
@@ -65,7 +65,7 @@ def test_what_is_checked_is_returned(shards):
     assert (found.start, found.teacher, found.joint) == (None, None, None)
 
 
-def test_a_name_is_measured_before_any_folder_is_made(tmp_path):
+def test_the_length_of_a_name_is_checked_before_any_folder_is_made(tmp_path):
     check_lengths(tmp_path / "a" / ("n" * 200))
     with pytest.raises(OSError, match="too long"):
         check_lengths(tmp_path / "a" / ("é" * 200) / "run")
@@ -75,7 +75,7 @@ def test_a_name_is_measured_before_any_folder_is_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_errors_are_no_faults():
+def test_other_exceptions_are_raised_at_once():
     faults = Faults()
     with pytest.raises(ZeroDivisionError):
         faults.of(lambda: 1 // 0)

@@ -43,7 +43,7 @@ def chosen(ranks: Ranks, *overrides: str, recipe: str = "univitar_1b"):
         (Ranks(8, 8, 28 * GB), "zero2"),
     ],
 )
-def test_the_1b_recipe_takes_the_fewest_messages_that_fit(ranks, name):
+def test_the_1b_recipe_gets_the_configuration_with_the_fewest_messages_that_fits(ranks, name):
     choice = chosen(ranks)
     assert (choice.name, choice.fits) == (name, True)
     assert f"{ranks.size} GPU" in choice.reason
@@ -76,7 +76,7 @@ def test_recomputation_makes_room():
     assert "checkpoint_every" in kept.reason
 
 
-def test_a_run_on_gpus_that_names_nothing_gets_no_cpu_configuration():
+def test_a_run_on_gpus_gets_no_cpu_configuration_by_default():
     assert RunConfig.model_fields["deepspeed"].default == "auto"
     for memory in (4, 16, 80):
         for size in (1, 8, 64):
@@ -87,7 +87,7 @@ def test_a_run_on_gpus_that_names_nothing_gets_no_cpu_configuration():
         chosen(Ranks(3, 3, 80 * GB))
 
 
-def test_every_recipe_takes_it():
+def test_every_recipe_has_deepspeed_auto():
     recipes = sorted(recipe_path("demo").parent.glob("*.yaml"))
     assert len(recipes) > 5
     assert {load_config(str(file)).deepspeed for file in recipes} == {"auto"}
@@ -105,7 +105,7 @@ def test_every_recipe_takes_it():
         ({"LOCAL_WORLD_SIZE": "0"}, 1),
     ],
 )
-def test_a_launcher_says_how_many_ranks_a_machine_has(environment, node):
+def test_the_launcher_determines_the_number_of_ranks_on_a_machine(environment, node):
     assert ranks_of(64, NODE, environment) == Ranks(64, node, 80 * GB)
 
 
@@ -128,7 +128,7 @@ def on(monkeypatch, found: Machine) -> None:
     monkeypatch.setattr(machine, "this_machine", lambda: found)
 
 
-def test_a_dry_run_prints_what_is_taken_and_why(capsys, monkeypatch, shards, tmp_path):
+def test_a_dry_run_prints_the_choice_and_its_reason(capsys, monkeypatch, shards, tmp_path):
     with_auto(shards, tmp_path)
     for found, said in (
         (NODE, ["4 processes, ZeRO-2, bf16 (auto: zero2)", "deepspeed: auto chooses zero2", "4 GPUs of 80 GB"]),
@@ -140,7 +140,7 @@ def test_a_dry_run_prints_what_is_taken_and_why(capsys, monkeypatch, shards, tmp
         assert [part for part in said if part not in text] == []
 
 
-def test_a_run_keeps_what_was_taken_and_a_resumed_one_may_take_another(caplog, monkeypatch, shards, tmp_path):
+def test_a_run_keeps_its_choice_and_a_resumed_one_may_choose_another(caplog, monkeypatch, shards, tmp_path):
     caplog.set_level(logging.INFO)
     config = with_auto(shards, tmp_path)
     on(monkeypatch, CPU)

@@ -70,7 +70,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_of_the_simulated_gpu_are_foreseen_within_5_percent():
+def test_rows_of_the_simulated_gpu_are_predicted_within_5_percent():
     """`tests/simulated_gpu/test_memory.py` counts some of them anew where there is the environment."""
     rows = rows_of("bench_pretence.csv")
     assert {row["zero"] for row in rows} >= {"2", "3"}
@@ -81,7 +81,7 @@ def test_rows_of_the_simulated_gpu_are_foreseen_within_5_percent():
         assert abs(found - float(row["foreseen_gib"])) < 0.006, f"the row is old: {row}"
 
 
-def test_measured_processes_are_foreseen_within_15_percent():
+def test_measured_processes_are_predicted_within_15_percent():
     rows = rows_of("bench_plan_memory.csv")
     assert len(rows) >= 6
     assert sum(row["case"].startswith("0.3B") for row in rows) >= 2
@@ -111,7 +111,7 @@ def test_frozen_towers_keep_nothing():
         assert not {"encoder activations", "text tower"} & parts.keys()
 
 
-def test_a_teacher_costs_its_weights_and_features():
+def test_a_teacher_needs_memory_for_its_weights_and_features():
     taught = moments(replace(LOAD, teacher=TeacherMemory(width=32, layers=2, weights=500.0)), STATES)
     assert all(parts["teacher"] >= 500 for parts in taught.values())
     assert taught["loss"]["teacher"] - 500 == 1024 * (32 * (2 * 2 + 4 * 4) + 1024 * 2)
@@ -200,7 +200,7 @@ class Most(Counter):
         return result
 
 
-def test_parts_of_muons_matrices_are_there_five_times_in_an_update():
+def test_an_update_of_muon_has_five_copies_of_a_part_of_its_matrices():
     muon = replace(STATES, zero={**ZERO, "stage": 3, "sub_group_size": P // 32}, matrices=P // 2)
     assert moments(LOAD, muon)["update"]["update"] == 4 * P / 32 + 5 * 2 * P / 32
     assert moments(LOAD, replace(muon, offloaded=True, matrix_width=4))["update"]["update"] == 5 * 4 * P / 32

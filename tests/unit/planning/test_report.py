@@ -72,7 +72,7 @@ def test_a_new_run_is_described_and_nothing_is_written(capsys, run_file, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
-def test_a_run_that_another_start_holds_is_refused(capsys, run_file, tmp_path):
+def test_a_run_that_another_process_has_locked_is_refused(capsys, run_file, tmp_path):
     run = tmp_path / "runs" / "tried"
     run.mkdir(parents=True)
     with RunLock(run) as lock:
@@ -85,7 +85,7 @@ def test_more_processes_than_this_machine_has_can_be_planned(capsys, run_file):
     assert "64 lanes = 64 processes x 1 pack" in printed(capsys, "--config", run_file, "--nproc", 64, "data.lanes=64")
 
 
-def test_what_is_set_in_vain_is_listed(capsys, run_file):
+def test_keys_that_are_set_and_not_used_are_listed(capsys, run_file):
     text = printed(capsys, "--config", run_file, "data.s3.region=x")
     assert "set but not used\n  data.s3.region: no source is at s3://" in text
 
@@ -111,7 +111,7 @@ def test_tars_without_a_manifest_give_a_range_of_steps(capsys, run_file, shards)
         ("output=/proc/x", "/proc"),
     ],
 )
-def test_a_fault_is_a_sentence_and_exit_status_2(capsys, run_file, tmp_path, monkeypatch, override, said):
+def test_an_error_is_one_message_with_exit_status_2(capsys, run_file, tmp_path, monkeypatch, override, said):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["train", "--dry-run", "--config", str(run_file), override]) == 2
     message = capsys.readouterr().err

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_has_the_parameters_and_bytes_that_are_foreseen(run):
+def test_a_checkpoint_has_the_predicted_parameters_and_bytes(run):
     config = run_config()
     counts = count_parameters(config, run_description(run, config), teacher_width=None, classes=None)
     assert counts.by_part["patch_embedding"] + counts.by_part["blocks"] == PRESETS["tiny"].parameter_count()

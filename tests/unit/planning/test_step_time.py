@@ -93,7 +93,7 @@ def test_flops_of_a_pack_are_what_torch_counts_forward_and_backward():
 
 
 @pytest.mark.slow
-def test_bytes_of_collectives_are_those_of_the_engine_in_a_fake_world():
+def test_bytes_of_collectives_are_those_of_the_engine_in_a_fake_process_group():
     command = [sys.executable, "-m", "tests.support.fake_world", "16", "2"]
     done = run_watched(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -129,7 +129,7 @@ def test_a_step_on_more_gpus_takes_less_time_until_each_has_one_pack():
         {"packed_text": False},
     ],
 )
-def test_each_fault_of_a_step_costs_time(fault):
+def test_each_inefficiency_of_a_step_costs_time(fault):
     pack = work(tokens_per_item=128, sizes=fault.pop("sizes", 24))
     good = predict(pack, GPUS["H100"], 256, FAST).seconds
     assert predict(pack, GPUS["H100"], 256, replace(FAST, **fault)).seconds > 1.01 * good
@@ -158,12 +158,12 @@ def test_blocks_are_recomputed_only_as_far_as_memory_demands():
     assert share(work(checkpoint_every=2), GPUS["H100"], 256, replace(FAST, recompute_by_memory=False)) == 0.5
 
 
-def test_host_ratios_between_the_measured_ones_lie_on_a_line():
+def test_host_ratios_between_measured_ones_are_interpolated_linearly():
     ratio = step_time._ratio
     assert [ratio({8: 2.0, 16: 4.0}, ranks) for ranks in (1, 8, 12, 16, 32)] == [2.0, 2.0, 3.0, 4.0, 8.0]
 
 
-def test_attention_weighs_more_than_its_flops_on_every_gpu():
+def test_attention_takes_more_time_per_flop_on_every_gpu():
     for gpu in GPUS.values():
         assert 1.2 < step_time.attention_weight(work().encoder, gpu) < 3
 
@@ -185,7 +185,7 @@ def test_gpus_are_known_by_the_name_that_the_driver_reports(reported, name):
     assert known_gpu(reported) == name
 
 
-def test_every_assumption_says_where_it_comes_from():
+def test_every_assumption_has_a_source():
     named = [*step_time.ASSUMPTIONS.items(), *(pair for gpu in GPUS.values() for pair in gpu.assumptions())]
     for name, one in named:
         assert one.value > 0, name

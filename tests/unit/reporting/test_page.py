@@ -40,7 +40,7 @@ def page_of(tmp_path, *arguments) -> Page:
     return Page((tmp_path / "page.html").read_text())
 
 
-def test_the_page_needs_nothing_else_and_shows_curves_results_events_and_examples(run_folder, tmp_path, capsys):
+def test_the_page_is_one_file_with_curves_results_events_and_examples(run_folder, tmp_path, capsys):
     page = page_of(tmp_path, run_folder("photos"))
     assert "25.0 %" in capsys.readouterr().out  # the table is still printed
     for tag, attributes in page.elements:
@@ -93,7 +93,7 @@ def test_several_runs_share_curves_and_a_table_and_show_what_differs(run_folder,
     assert len(content) < 5_000_000
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(run_folder, tmp_path):
+def test_runs_of_the_same_name_are_shown_with_their_folders(run_folder, tmp_path):
     first, other = run_folder("first"), run_folder("other")
     (other / "config.yaml").write_text((first / "config.yaml").read_text())
     assert [run.name for run in read_runs([first, other])] == ["first (first)", "first (other)"]
@@ -128,7 +128,7 @@ def test_curves_are_written_as_images_too_and_written_again(run_folder, tmp_path
     assert all(Image.open(path).width > 600 for path in drawings.iterdir())
 
 
-def test_files_of_others_stay_and_wrong_options_are_sentences(run_folder, tmp_path, capsys):
+def test_files_of_others_are_kept_and_wrong_options_are_error_messages(run_folder, tmp_path, capsys):
     run = run_folder("a")
     (tmp_path / "notes.html").write_text("<p>mine</p>")
     assert report(run, "--out", tmp_path / "notes.html") == 2

@@ -6,7 +6,7 @@ from univitar_ds.errors import UserError
 from univitar_ds.reporting.record import MOST_LINES, read_run
 
 
-def test_a_long_log_is_thinned_evenly_and_keeps_its_last_line(run_folder):
+def test_a_long_log_is_subsampled_evenly_and_keeps_its_last_line(run_folder):
     steps = 3 * MOST_LINES
     run = read_run(run_folder("long", steps))
     assert run.stride == 4

@@ -59,7 +59,7 @@ def of_test(run: Path, pets: Path, cache: Path) -> Vectors:
     return features(opened, opened.setup(texts=False), source, cache, progress=False)
 
 
-def test_a_second_task_computes_nothing_and_gives_what_the_first_would(run, pets, tmp_path, capsys, packs):
+def test_a_second_task_computes_no_features_and_has_the_same_result(run, pets, tmp_path, capsys, packs):
     given = [run, "--data", pets, "--cache", tmp_path / "cache"]
     first = measured(capsys, "knn", *given)
     assert sum(packs) == 2 * COUNT
@@ -71,7 +71,7 @@ def test_a_second_task_computes_nothing_and_gives_what_the_first_would(run, pets
     assert sum(packs) == 4 * COUNT
 
 
-def test_names_of_classes_are_read_anew(run, pets, tmp_path, capsys, packs):
+def test_names_of_classes_are_read_again(run, pets, tmp_path, capsys, packs):
     given = [run, "--data", pets, "--cache", tmp_path / "cache"]
     assert measured(capsys, "zero-shot", *given)["figures"][0]["candidates"] == 3
     datasets.write(pets, {"classnames.txt": "cat\ndog\ndog\n"})
@@ -233,7 +233,7 @@ def test_features_that_are_not_finite_are_refused(run, pets, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("damaged", ["index", "no index", "no part", "settings"])
-def test_what_an_interrupted_call_left_damaged_is_computed_again(run, pets, tmp_path, damaged):
+def test_damaged_files_of_an_interrupted_call_are_computed_again(run, pets, tmp_path, damaged):
     first = of_test(run, pets, tmp_path / "cache")
     (entry,) = (path.parent for path in (tmp_path / "cache").rglob("complete.json"))
     (entry / "complete.json").unlink()

@@ -109,7 +109,7 @@ def test_an_encoder_without_text_tower_has_probes(dinov2, pets, tmp_path, capsys
         assert figure["value"] == pytest.approx((nearest % 3 == torch.arange(len(nearest)) % 3).double().mean().item())
 
 
-def test_tasks_with_texts_say_what_an_encoder_lacks(dinov2, pets, tmp_path, capsys):
+def test_tasks_with_texts_report_a_missing_text_tower(dinov2, pets, tmp_path, capsys):
     for task in ("zero-shot", "retrieval"):
         assert main(["eval", task, str(dinov2), "--data", str(pets), "--cache", str(tmp_path)]) == 2
         said = capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_tasks_with_texts_say_what_an_encoder_lacks(dinov2, pets, tmp_path, caps
     assert not (tmp_path / "features").exists()
 
 
-def test_a_model_that_is_no_peer_is_named(tmp_path, pets, capsys):
+def test_a_model_that_is_not_supported_is_named(tmp_path, pets, capsys):
     datasets.write(tmp_path / "bert", {"config.json": json.dumps({"model_type": "bert"})})
     assert main(["eval", "knn", str(tmp_path / "bert"), "--data", str(pets)]) == 2
     said = capsys.readouterr().err

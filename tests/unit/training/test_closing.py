@@ -37,7 +37,7 @@ class Part:
             raise OSError(28, "No space left on device")
 
 
-def test_an_error_of_the_run_is_what_it_ends_with_though_closing_fails_too(caplog):
+def test_the_error_of_the_run_is_raised_if_closing_fails_too(caplog):
     part = Part(broken=True)
     with (
         caplog.at_level(logging.WARNING),
@@ -49,7 +49,7 @@ def test_an_error_of_the_run_is_what_it_ends_with_though_closing_fails_too(caplo
     assert "No space left on device" in caplog.text
 
 
-def test_an_error_of_closing_alone_is_raised():
+def test_an_error_that_occurs_only_in_closing_is_raised():
     with pytest.raises(OSError, match="No space left"), loop.closed_after(Part(broken=True).close):
         pass
 
@@ -70,7 +70,7 @@ class BrokenFile(Part):
 
 
 @pytest.mark.parametrize("broken", ["file", "board", "tracker"])
-def test_of_a_log_all_parts_are_closed_though_one_cannot_be(tmp_path, monkeypatch, broken):
+def test_all_parts_of_a_log_are_closed_if_one_cannot_be(tmp_path, monkeypatch, broken):
     parts = {name: Part(broken=name == broken) for name in ("board", "tracker")}
 
     def opened(path, mode="r", *given, real=Path.open, **named):
@@ -127,7 +127,7 @@ def closings(parts):
 
 
 @pytest.mark.parametrize("broken", ["metrics", "samples"])
-def test_the_engine_and_the_other_log_are_closed_though_a_log_cannot_be(parts, tmp_path, broken):
+def test_the_engine_and_the_other_log_are_closed_if_a_log_cannot_be(parts, tmp_path, broken):
     getattr(parts, broken).broken = True
     with pytest.raises(DataError, match="no shard is left"):
         loop.train(parts.config, tmp_path, ALONE)

@@ -79,7 +79,7 @@ def test_it_is_never_due_without_interval_or_sources(tmp_path, evaluation):
     assert Run(tmp_path, [], **evaluation).after(1, 1000) is None
 
 
-def test_the_best_is_that_of_the_highest_figure_and_a_tie_is_no_better_one(tmp_path):
+def test_the_best_has_the_highest_figure_and_a_tie_does_not_replace_it(tmp_path):
     values = (0.3, 0.2, 0.3, 0.4, float("nan"), 0.5)
     run = Run(tmp_path, [results(figure(value)) for value in values])
     assert [run.after(step, 100 * step) for step in range(1, 7)] == [True, False, False, True, False, True]
@@ -105,13 +105,13 @@ def test_the_figure_that_decides_is_the_named_one_or_the_mean_of_its_kind():
         assert (None if found is None else found[1]) == value
 
 
-def test_a_figure_that_is_not_there_is_warned_of_with_those_that_are(tmp_path, caplog):
+def test_a_warning_for_a_missing_figure_names_the_existing_ones(tmp_path, caplog):
     run = Run(tmp_path, [results(figure(0.5))], best="eval/zero-shot_top-1_video")
     assert run.after(1, 100) is False
     assert "choose one of eval/zero-shot_top-1_image" in caplog.text
 
 
-def test_another_figure_begins_anew(tmp_path):
+def test_with_another_figure_the_comparison_for_the_best_restarts(tmp_path):
     run = Run(tmp_path, [results(figure(0.5), figure(0.2, "R@1", "text to image"))] * 2)
     assert run.after(1, 100)
     run.evaluation._cfg = run.cfg.evaluation.model_copy(update={"best": "eval/text-to-image_R@1_image"})
@@ -135,7 +135,7 @@ def test_figures_of_both_weights_are_lines_and_curves_under_their_own_names(tmp_
     }
 
 
-def test_one_that_fails_is_an_event_and_comes_again_at_the_next_multiple(tmp_path):
+def test_an_evaluation_that_fails_is_an_event_and_the_next_multiple_has_another(tmp_path):
     run = Run(tmp_path, [MemoryError("no memory for 3 GB"), results(figure(0.5))])
     assert run.after(1, 100) is False
     assert run.events == [
@@ -145,20 +145,20 @@ def test_one_that_fails_is_an_event_and_comes_again_at_the_next_multiple(tmp_pat
     assert run.after(3, 200) is True
 
 
-def test_an_error_of_one_rank_alone_is_not_kept_back(tmp_path):
+def test_an_error_of_a_single_rank_is_raised(tmp_path):
     run = Run(tmp_path, [])  # StopIteration, which no other rank knows of
     with pytest.raises(StopIteration):
         run.after(1, 100)
 
 
-def test_one_that_was_interrupted_stays_due(tmp_path):
+def test_an_interrupted_evaluation_stays_due(tmp_path):
     run = Run(tmp_path, [None, results(figure(0.5))])
     assert run.after(1, 100) is False
     assert run.lines() == run.events == []
     assert run.after(1, 100) is True
 
 
-def test_one_that_is_repeated_after_a_resume_is_one_line(tmp_path):
+def test_an_evaluation_repeated_after_a_resume_is_one_line(tmp_path):
     for step in (4, 4, 5):
         run = Run(tmp_path, [results(figure(0.5))], step=4)
         run.after(step, 100)

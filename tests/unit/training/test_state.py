@@ -8,7 +8,7 @@ from univitar_ds.training.step.curriculum import Progress
 from univitar_ds.training.step.guard import History
 
 
-def test_everything_that_changes_while_training_survives_a_checkpoint():
+def test_everything_that_changes_during_training_is_in_a_checkpoint():
     state = State(
         progress=Progress(1, 20, 5, 100, 400, 9000, 2),
         window=Window({"loss": 0.1 + 0.2, "steps": 3}, "mixed"),

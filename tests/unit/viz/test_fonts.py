@@ -91,7 +91,7 @@ def test_the_first_letter_decides_the_direction():
     assert not fonts.right_to_left("123")
 
 
-def test_without_dejavu_words_are_apart_and_other_letters_are_reported(own_font):
+def test_without_dejavu_words_have_spaces_and_other_letters_are_reported(own_font):
     assert missing(["grün"]) == ["ü"]
     assert text_width("to the", 14) - text_width("to", 14) - text_width("the", 14) > 0.3 * 14
     assert ink_of("ab", bold=True).sum() > ink_of("ab").sum()

@@ -34,7 +34,7 @@ def test_places_of_dropped_tokens_stay_blank(drawn):
     assert any("patch dropout removed (3 of 8)" in text for text in drawn)
 
 
-def test_without_dropped_tokens_the_legend_has_no_word_of_them(drawn):
+def test_without_dropped_tokens_the_legend_does_not_mention_them(drawn):
     pack = grey_pack((1, 2, 4))
     whole(pack, torch.randn(8, 6))
     assert "dropout" not in " ".join(drawn)

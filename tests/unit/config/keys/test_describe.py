@@ -78,7 +78,7 @@ def test_a_default_that_differs_from_that_of_its_section_is_shown():
     assert 'stages.N.contrastive: a section; default {"start": 1.0}' in describe("stages.contrastive")
 
 
-def test_what_a_resumed_run_may_change_is_noted():
+def test_keys_that_a_resumed_run_may_change_are_marked():
     assert "a resumed run may change it" in describe("checkpoint.keep", RESULT_FREE).replace("\n  ", " ")
     assert "a resumed run may change it" not in describe("stages.lr", RESULT_FREE)
     assert "a resumed run may change it" not in describe("checkpoint.folder", RESULT_FREE, FIXED)

@@ -17,7 +17,7 @@ BROUGHT = [
 
 
 @pytest.mark.parametrize("name", BROUGHT)
-def test_a_key_of_another_trainer_is_answered(name):
+def test_the_error_for_a_key_of_another_trainer_names_ours(name):
     for place in ((name,), ("data", name), ("stages", 0, name)):
         if name != "seed" or len(place) > 1:
             assert answer(name) in unknown_key(place)

@@ -49,7 +49,7 @@ def test_a_shipped_recipe_names_the_schema_and_conforms_to_it(recipe):
     assert faults(yaml.safe_load(recipe.read_text(encoding="utf-8")), SCHEMA) == []
 
 
-def test_what_does_not_conform_is_found():
+def test_a_nonconforming_file_is_found():
     content = {"name": "x", "data": {"sources": [{"pth": 1}]}, "stages": [{"name": "s", "samples": 1, "lr": 1}], "q": 1}
     assert faults(content, SCHEMA) == ["q", "data.sources.0.path", "data.sources.0.pth"]
 

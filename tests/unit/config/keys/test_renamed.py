@@ -20,7 +20,7 @@ def earlier(content):
     return json.loads(text)
 
 
-def test_a_run_file_of_earlier_names_is_the_same_run_and_one_line_says_so(caplog):
+def test_a_run_file_with_earlier_names_is_the_same_run_and_causes_one_log_line(caplog):
     whole = run_config(logging={"images_every_steps": 7}).model_dump(mode="json")
     old = earlier(whole)
     assert old != whole

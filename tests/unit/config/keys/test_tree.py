@@ -34,7 +34,7 @@ def test_a_type_is_in_words_with_its_limits(name, type_in_words, default):
     assert (KEYS[name].type, KEYS[name].default) == (type_in_words, default)
 
 
-def test_what_must_be_given_is_known():
+def test_required_keys_are_known():
     required = {name for name, key in KEYS.items() if key.required and "." not in name}
     assert required == {"name", "data", "stages"}
 

@@ -133,26 +133,26 @@ def reported(run_file, overrides):
 
 
 @pytest.mark.parametrize(("overrides", "key", "why"), UNUSED)
-def test_what_is_set_in_vain_is_reported(run_file, overrides, key, why):
+def test_keys_without_effect_are_reported(run_file, overrides, key, why):
     (said,) = reported(run_file, overrides)
     assert said.startswith(f"{key} is set but not used: ")
     assert why in said
 
 
 @pytest.mark.parametrize("overrides", USED)
-def test_what_is_used_or_was_never_set_is_not_reported(run_file, overrides):
+def test_keys_with_effect_or_unset_keys_are_not_reported(run_file, overrides):
     assert reported(run_file, overrides) == []
 
 
 @pytest.mark.parametrize("name", ["demo", "photos", "univitar_0p3b", "univitar_0p6b", "univitar_1b"])
-def test_the_shipped_recipes_set_nothing_in_vain(name, tmp_path):
+def test_the_shipped_recipes_set_no_key_without_effect(name, tmp_path):
     config = load_config(name)
     assert unused_parts(config) == []
     dump_config(config, tmp_path / "config.yaml")  # every key is set there
     assert unused_parts(load_config(tmp_path / "config.yaml")) == []
 
 
-def test_each_start_of_a_run_reports_it_in_a_line_and_goes_on(monkeypatch, tmp_path, caplog):
+def test_each_start_of_a_run_logs_it_and_continues(monkeypatch, tmp_path, caplog):
     content = run_config().model_dump(mode="json", exclude_unset=True)
     content["objective"] = {"teacher": {"path": "dino"}}
     content["output"] = str(tmp_path)

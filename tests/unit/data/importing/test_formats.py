@@ -417,7 +417,7 @@ def coco_document(source) -> dict:
     return json.loads(source.read_text())
 
 
-def test_faults_of_coco_are_left_out(tmp_path):
+def test_errors_of_coco_are_left_out(tmp_path):
     source = datasets.coco(tmp_path)
     document = coco_document(source)
     document["annotations"] += [{"image_id": 99, "caption": "x"}, {"image_id": 10, "caption": " "}, 3]

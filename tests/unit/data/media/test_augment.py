@@ -161,7 +161,7 @@ def test_an_operation_is_its_formula(name, factor, frames):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.35, 0.999, 1.0, 1.21, 1.9])
-def test_brightness_contrast_and_saturation_are_pillows_to_the_bit(factor):
+def test_brightness_contrast_and_saturation_are_pillows_bit_for_bit(factor):
     """torchvision and timm call these for Pillow images."""
     enhancers = {"brightness": Brightness, "contrast": Contrast, "saturation": Color}
     for name, enhancer in enhancers.items():

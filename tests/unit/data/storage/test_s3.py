@@ -86,7 +86,7 @@ FAULTS = ["throttle", "refuse", "error", "hang", "drop", "cut", "stall", "short"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_object_is_complete_after_faults_and_no_byte_is_requested_twice(server, tmp_path, fault):
+def test_an_object_is_complete_after_errors_and_no_byte_is_requested_twice(server, tmp_path, fault):
     url = server.put("a.tar", BLOB)
     with faulty(server, first_of(fault, 2, gets)) as proxy:
         silent = {"idle_timeout_s": SILENCE_S} if fault in ("hang", "stall") else {}

@@ -105,7 +105,7 @@ def rows(folder, found):
     return {os.path.relpath(row["path"], folder): row for row in found["shards"]}
 
 
-def test_a_source_without_faults_is_sound(tmp_path):
+def test_a_source_without_errors_is_sound(tmp_path):
     found = report(folder_of(tmp_path))
     assert found["sound"]
     assert found["bad"] == {}

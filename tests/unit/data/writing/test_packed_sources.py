@@ -80,7 +80,7 @@ def test_a_packing_that_was_interrupted_is_continued(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["shard", "cut shard", "manifest"])
-def test_a_packed_folder_that_lost_a_part_is_mended_from_its_source(tmp_path, harm):
+def test_a_packed_folder_that_lost_a_part_is_repaired_from_its_source(tmp_path, harm):
     config = run_of(datasets.class_folders(tmp_path / "source"), tmp_path)
     folder = Path(source_of(with_packed_sources(config)).path)
     before = contents(folder)
@@ -141,7 +141,7 @@ def test_a_packing_that_has_just_begun_is_not_taken_for_other_content(tmp_path):
     assert source_of(with_packed_sources(config)).path == str(folder)
 
 
-def test_a_packed_folder_that_is_gone_names_the_remedy(tmp_path):
+def test_the_error_for_a_missing_packed_folder_has_a_remedy(tmp_path):
     packed = with_packed_sources(run_of(datasets.class_folders(tmp_path / "source"), tmp_path))
     shutil.rmtree(source_of(packed).path)
     with pytest.raises(DataError, match=r"no such file or folder; .*data\.sources\.N\.path=ORIGINAL"):

@@ -104,7 +104,7 @@ def test_every_object_is_fetched_once_and_a_finished_packing_fetches_none(server
     assert len(list((tmp_path / "out").glob("*.tar"))) == 2
 
 
-def test_a_copy_continues_after_an_interruption_and_through_faults_of_the_store(server, tmp_path, prefix, monkeypatch):
+def test_a_copy_continues_after_an_interruption_and_through_errors_of_the_store(server, tmp_path, prefix, monkeypatch):
     url = upload(server, write(tmp_path / "source", {f"{'ab'[i % 2]}/{i}.jpg": image(i) for i in range(12)}), prefix)
     monkeypatch.setattr(remote_source, "_BATCH", 4)
     with faulty(server, some_of(["drop", "throttle", "reset", "short"], 0.4)) as proxy:
@@ -201,7 +201,7 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(server, whe
         assert not (tmp_path / "out").exists()
 
 
-def test_faults_of_a_source_name_its_address(server, where, tmp_path, prefix, monkeypatch):
+def test_errors_of_a_source_name_its_address(server, where, tmp_path, prefix, monkeypatch):
     server.put(f"{prefix}/t.csv", b"a,b\n1,2\n")
     server.put(f"{prefix}/coco.json", json.dumps({"images": [], "annotations": []}).encode())
     url = f"s3://{BUCKET}/{prefix}"

@@ -286,7 +286,7 @@ def test_a_row_with_a_fault_ends_packing_before_anything_is_written(tmp_path, ro
     assert not (tmp_path / "out").exists()
 
 
-def test_the_first_five_faults_are_reported_with_their_number(tmp_path):
+def test_the_first_five_errors_are_reported_with_their_number(tmp_path):
     rows = [image_row(i) for i in range(12)]
     with pytest.raises(DataError, match=r"12 faults.*jsonl:1:.*jsonl:5:.*and 7 more") as caught:
         pack(media.write_folder(tmp_path / "folder", {"x.jpg": b""}, rows), tmp_path / "out")
@@ -439,6 +439,6 @@ def test_an_invalid_manifest_is_rejected(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), 0.0, -1.0])
-def test_a_size_of_shards_that_is_no_size_is_refused(tmp_path, size):
+def test_an_invalid_size_of_shards_is_refused(tmp_path, size):
     with pytest.raises(DataError, match=f"--shard-mb {size}: .* finite size above 0"):
         pack(tmp_path, tmp_path / "out", shard_mb=size)

@@ -56,7 +56,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     assert counted.alive == 0
 
 
-def test_what_fails_while_a_tensor_is_read_keeps_its_type(tmp_path):
+def test_an_error_while_a_tensor_is_read_keeps_its_type(tmp_path):
     def broken(name):
         raise CheckpointError(f"{name} is gone")
 
@@ -225,7 +225,7 @@ def test_a_tensor_file_that_names_a_function_is_refused_and_nothing_is_run(own, 
 
 
 @pytest.mark.parametrize("damage", range(5))
-def test_damaged_metadata_is_one_sentence(own, damage):
+def test_damaged_metadata_is_one_error_message(own, damage):
     (own / ".metadata").write_bytes(list(damages((own / ".metadata").read_bytes()))[damage])
     with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
         format_dcp.read(own)
@@ -251,7 +251,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_metadata_that_does_not_fit_is_one_sentence(own, change):
+def test_metadata_that_does_not_fit_is_one_error_message(own, change):
     make, message = CHANGES[change]
     edit(own, make)
     with pytest.raises(CheckpointError, match=message):

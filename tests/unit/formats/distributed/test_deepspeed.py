@@ -162,7 +162,7 @@ def test_a_file_that_names_a_function_is_refused_and_nothing_is_run(own, tmp_pat
 
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
 @pytest.mark.parametrize("damage", range(5))
-def test_a_damaged_file_is_one_sentence(own, file, damage):
+def test_a_damaged_file_is_one_error_message(own, file, damage):
     root, step = own
     content = list(damages((step / file).read_bytes()))[damage]
     (step / file).write_bytes(content)
@@ -200,7 +200,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_content_that_does_not_fit_is_one_sentence(own, change):
+def test_content_that_does_not_fit_is_one_error_message(own, change):
     root, step = own
     where, edit = CHANGES[change]
     rank = "0" if where == "first" else "1"

@@ -320,7 +320,7 @@ def test_megatron_reads_it_on_4_processes(folder):
     run_distributed(_with_megatron, 4, folder, None)
 
 
-def test_without_the_extra_one_sentence_names_it(monkeypatch):
+def test_without_the_extra_one_message_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.core.dist_checkpointing", None)
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     with pytest.raises(InstallationError, match=r"pip install 'univitar_ds\[megatron\]'"):
@@ -346,7 +346,7 @@ def test_an_inner_width_that_does_not_divide_is_refused(tmp_path):
         load_slices(tmp_path, 0, 4)
 
 
-def test_a_checkpoint_is_recognised_by_its_marks(folder, tmp_path):
+def test_a_checkpoint_is_recognized_by_its_files(folder, tmp_path):
     assert recognises(folder)
     assert not recognises(tmp_path)
     assert not recognises(tmp_path / "missing")
@@ -454,7 +454,7 @@ def test_other_bytes_than_the_tensor_are_refused(folder):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_damage_gives_a_sentence_or_the_model(seed, folder):
+def test_random_damage_gives_an_error_or_the_model(seed, folder):
     draw = random.Random(seed)
     whole = (folder / ".metadata").read_bytes()
     for _ in range(40):
@@ -494,7 +494,7 @@ def test_an_object_of_another_program_is_left_alone(source, folder):
     _assert_same(read(folder), source)
 
 
-def test_what_travels_as_configuration_is_json(source, folder):
+def test_configuration_objects_are_stored_as_json(source, folder):
     content = json.loads((folder / "univitar.json").read_text())
     assert content == {
         "format": 1, "encoder": source.encoder.to_dict(), "joint": dataclasses.asdict(source.joint)

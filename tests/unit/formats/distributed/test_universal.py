@@ -189,14 +189,14 @@ def test_a_file_that_names_a_function_is_refused_and_nothing_is_run(own, tmp_pat
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", range(5))
-def test_a_damaged_file_is_one_sentence(own, file, damage):
+def test_a_damaged_file_is_one_error_message(own, file, damage):
     root, step = own
     (step / file).write_bytes(list(damages((step / file).read_bytes()))[damage])
     with pytest.raises(CheckpointError, match=file.split("/")[-1]):
         universal.read(root)
 
 
-def test_content_that_does_not_fit_is_one_sentence(own):
+def test_content_that_does_not_fit_is_one_error_message(own):
     root, step = own
     file = step / "zero" / NAME / "exp_avg.pt"
     torch.save({"param": torch.zeros(3)}, file)

@@ -144,7 +144,7 @@ def install(monkeypatch):
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("width", [64, 80, 120])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_packed_back_end_is_reported_the_pack(name, width, causal, install, monkeypatch):
+def test_a_packed_back_end_gets_the_bounds_of_the_items(name, width, causal, install, monkeypatch):
     if name == "varlen":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_own)
     else:
@@ -178,7 +178,7 @@ def test_torchs_own_has_the_parameters_it_is_given():
         (("flash4",), BLACKWELL, "flash4"),
     ],
 )
-def test_auto_takes_the_flash_attn_made_for_the_gpu_then_torchs_own(installed, gpu, chosen, width, install):
+def test_auto_chooses_the_flash_attn_made_for_the_gpu_then_torchs_own(installed, gpu, chosen, width, install):
     install(*installed)
     assert select("auto", "cuda", gpu, BF16, width)[0] == chosen
     if installed:
@@ -192,7 +192,7 @@ def test_auto_is_item_by_item_where_no_packed_kernel_can_run(install):
     assert select("auto", "cuda", VOLTA, torch.float16, 64)[0] == "sdpa"
 
 
-def test_heads_that_a_back_end_does_not_take_go_to_the_next(install):
+def test_heads_that_a_back_end_does_not_support_are_computed_by_the_next(install):
     install("flash2", "flash4")
     assert select("auto", "cuda", BLACKWELL, BF16, 136)[0] == "flash2"
     assert select("auto", "cuda", HOPPER, BF16, 136)[0] == "flash4"
@@ -209,14 +209,14 @@ def test_heads_that_a_back_end_does_not_take_go_to_the_next(install):
         ("flash", "pip install flash-attn --no-build-isolation"),
     ],
 )
-def test_a_missing_back_end_says_how_to_install_it(backend, help, install):
+def test_the_error_for_a_missing_back_end_has_its_installation(backend, help, install):
     with pytest.raises(ConfigError, match=f"attention {backend} cannot run on cuda .* is not installed") as raised:
         select(backend, "cuda", HOPPER, BF16, 64)
     assert help in str(raised.value)
     assert "Usable here: varlen, sdpa" in str(raised.value)
 
 
-def test_the_folder_that_versions_2_and_4_share_does_not_pass_for_version_2(install):
+def test_the_folder_that_versions_2_and_4_share_is_not_taken_for_version_2(install):
     install("flash4")
     assert select("auto", "cuda", BLACKWELL, BF16, 64)[0] == "flash4"
     with pytest.raises(ConfigError, match="flash2 is not installed"):

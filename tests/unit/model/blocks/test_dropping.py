@@ -31,7 +31,7 @@ def keeping(kept: list[list[int]], grids=GRIDS) -> DropPlan:
     [(0.0, 1, 7, 7), (0.5, 1, 24, 12), (0.29, 1, 100, 71), (0.9, 1, 4, 1), (0.99, 1, 1, 1), (0.5, 2, 24, 12),
      (0.4, 2, 20, 12), (0.9, 2, 8, 4)],
 )  # fmt: skip
-def test_how_many_tokens_stay_is_a_number_of_whole_blocks_and_never_none(rate, merge, tokens, kept):
+def test_the_number_of_kept_tokens_is_whole_blocks_and_at_least_one(rate, merge, tokens, kept):
     assert DropConfig(patches=rate, merge=merge).kept(tokens) == kept
 
 
@@ -48,7 +48,7 @@ def test_a_stage_and_its_encoder_make_the_rule_of_a_step():
 
 
 @pytest.mark.parametrize("merge", [1, 2])
-def test_tokens_stay_in_their_order_and_item_and_leave_in_whole_blocks(merge):
+def test_kept_tokens_stay_in_their_order_and_item_and_whole_blocks_are_dropped(merge):
     drops = DropConfig(patches=0.4, merge=merge, seed=1).of_pack(GRIDS, 2)
     bounds, cell = cumulative([token_count(grid) for grid in GRIDS]), merge**2
     assert drops.kept.tolist() == sorted(set(drops.kept.tolist()))
@@ -80,7 +80,7 @@ def test_every_token_stays_as_often_as_any_other():
     assert (share - 0.6).abs().max() < 5 * (0.6 * 0.4 / 2000) ** 0.5
 
 
-def test_branches_fall_away_more_often_from_block_to_block_and_are_scaled_where_they_stay():
+def test_branches_are_dropped_more_often_from_block_to_block_and_scaled_where_they_are_kept():
     n, rates = 4000, [0.0, 0.1, 0.2, 0.3]
     factors = DropConfig(depth=0.3, blocks=4).of_pack([[1, 1, 1]] * n, 0).factors
     assert factors.shape == (4, 2, n)
@@ -114,7 +114,7 @@ def test_scaling_in_bfloat16_has_no_bias():
 
 
 @pytest.mark.numeric
-def test_an_encoder_that_sees_the_corner_of_an_image_gives_the_tokens_of_the_corner_cut_out():
+def test_an_encoder_that_keeps_the_corner_of_an_image_has_the_tokens_of_the_cropped_corner():
     model, patches = small_encoder().double(), drawn_patches(GRIDS).double()
     corner = [row * 6 + column for row in range(3) for column in range(2)]
     first_step = [0, 1, 4, 5]  # rows and columns 0 and 1 of the first time step of the video
@@ -126,7 +126,7 @@ def test_an_encoder_that_sees_the_corner_of_an_image_gives_the_tokens_of_the_cor
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("merge", [1, 2])
-def test_the_tokens_that_stay_keep_their_positions_and_see_nothing_of_the_others(merge):
+def test_kept_tokens_keep_their_positions_and_do_not_attend_to_dropped_ones(merge):
     model = small_encoder(spatial_merge_size=merge).double()
     patches = drawn_patches(GRIDS).double()
     drops = DropConfig(patches=0.5, merge=merge).of_pack(GRIDS, 0)
@@ -142,7 +142,7 @@ def test_the_tokens_that_stay_keep_their_positions_and_see_nothing_of_the_others
 
 
 @pytest.mark.numeric
-def test_an_item_whose_branches_fall_away_passes_through_a_block_and_the_others_do_not_notice():
+def test_an_item_with_dropped_branches_passes_a_block_unchanged_and_others_are_not_affected():
     model, patches = small_encoder().double(), drawn_patches(GRIDS).double()
     factors = torch.ones(2, 2, len(GRIDS))
     factors[1, :, 1] = 0
@@ -160,7 +160,7 @@ def test_an_item_whose_branches_fall_away_passes_through_a_block_and_the_others_
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_recomputed_blocks_go_without_the_same(every):
+def test_recomputed_blocks_drop_the_same_branches(every):
     grads = []
     for checkpoint_every in (0, every):
         model = small_encoder(num_hidden_layers=3)
@@ -172,7 +172,7 @@ def test_recomputed_blocks_go_without_the_same(every):
 
 
 @pytest.mark.parametrize("grids", [[], [[1, 1, 1]]], ids=["an empty pack", "an item that every branch misses"])
-def test_every_parameter_takes_part_whatever_falls_away(grids):
+def test_every_parameter_has_a_gradient_with_any_drops(grids):
     model = small_encoder()
     drops = DropConfig(patches=0.9, depth=0.9, blocks=2).of_pack(grids, 0)
     drops = DropPlan(drops.lengths, drops.kept, torch.zeros_like(drops.factors))

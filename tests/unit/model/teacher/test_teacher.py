@@ -175,7 +175,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_still_costs_no_operation_of_its_own_and_has_the_bits_of_the_models_output(kind, tmp_path):
+def test_an_image_needs_no_additional_operation_and_has_the_bits_of_the_models_output(kind, tmp_path):
     teacher = teacher_of(image_model(kind), tmp_path, dtype="bf16")
     outputs, counts = [], []
     run = teacher.tower.run
@@ -191,7 +191,7 @@ def test_a_still_costs_no_operation_of_its_own_and_has_the_bits_of_the_models_ou
         assert counts[0] == counts[1]
 
 
-def test_pixels_that_lie_on_the_device_are_taken_there(tmp_path):
+def test_pixels_on_the_device_are_used_there(tmp_path):
     pack = drawn_pack([(2, 4, 2), (1, 2, 2)], videos=True)
     teacher = teacher_of(image_model("dinov2"), tmp_path / "a")
     wanted = teacher(*pack)
@@ -207,7 +207,7 @@ def test_pixels_that_lie_on_the_device_are_taken_there(tmp_path):
 @pytest.mark.numeric
 @pytest.mark.parametrize("own_merge", [1, 2])
 @pytest.mark.parametrize("merge", [1, 2])
-def test_an_exported_encoder_teaches_with_its_own_tokens(own_merge, merge, tmp_path):
+def test_an_exported_encoder_is_a_teacher_with_its_own_tokens(own_merge, merge, tmp_path):
     encoder = own_encoder(spatial_merge_size=own_merge, image_mean=(0.1, 0.2, 0.3))
     pack = drawn_pack([(2, 4, 6), (1, 2, 4)], videos=True)
     pixels, frames, grids = pack
@@ -225,7 +225,7 @@ def test_an_exported_encoder_teaches_with_its_own_tokens(own_merge, merge, tmp_p
 
 
 @pytest.mark.numeric
-def test_items_whose_grid_the_teacher_cannot_take_are_masked_and_the_others_stay_as_they_are(tmp_path):
+def test_items_whose_grid_the_teacher_does_not_support_are_masked_and_others_are_not_changed(tmp_path):
     teacher = teacher_of(own_encoder(spatial_merge_size=2), tmp_path)
     grids = [(1, 2, 3), (1, 4, 2), (1, 3, 4), (1, 2, 2)]
     pack = drawn_pack(grids)
@@ -249,7 +249,7 @@ def test_a_pack_without_items_has_no_features(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["siglip2_vision_model", "own"])
-def test_a_rank_with_fewer_sizes_runs_as_often_as_it_is_reported_for_the_same_features(kind, tmp_path):
+def test_a_rank_with_fewer_sizes_runs_as_often_as_requested_with_the_same_features(kind, tmp_path):
     teacher = teacher_of(own_encoder(spatial_merge_size=2) if kind == "own" else image_model(kind), tmp_path)
     runs, pack = counted(teacher), drawn_pack([(1, 2, 2)])
     plain, more = teacher(*pack), teacher(*pack, min_forwards=4)
@@ -281,7 +281,7 @@ def test_the_frequencies_of_rotary_positions_are_not_rounded_to_bf16(tmp_path):
 
 
 @pytest.mark.numeric
-def test_the_vision_half_of_a_two_tower_folder_teaches(tmp_path):
+def test_the_vision_tower_of_a_two_tower_folder_is_a_teacher(tmp_path):
     from transformers import SiglipConfig, SiglipModel
 
     alone = image_model("siglip_vision_model")
@@ -300,7 +300,7 @@ def test_the_vision_half_of_a_two_tower_folder_teaches(tmp_path):
         ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ],
 )
-def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(preprocessor, mean, std, tmp_path):
+def test_normalization_is_that_of_the_preprocessor_file_or_else_of_the_family(preprocessor, mean, std, tmp_path):
     image_model("dinov2").save_pretrained(tmp_path)
     if preprocessor is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
@@ -319,13 +319,13 @@ def test_normalisation_is_what_the_preprocessor_file_says_or_else_the_familys(pr
         ({"model_type": "dinov2", "num_channels": 1}, "takes 1 channels; images have 3"),
     ],
 )
-def test_a_model_that_cannot_teach_is_refused_before_its_weights_are_read(content, said, tmp_path):
+def test_an_unsupported_teacher_is_refused_before_its_weights_are_read(content, said, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises((ConfigError, CheckpointError), match=said):
         read_teacher(TeacherConfig(path=str(tmp_path)))
 
 
-def test_a_folder_that_is_not_there_or_holds_nothing_is_refused_in_one_sentence(tmp_path):
+def test_a_missing_or_empty_folder_is_one_error_message(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=r"neither a folder with a model's config\.json nor the name of a"):
             read_teacher(TeacherConfig(path=str(path)))
@@ -362,7 +362,7 @@ def test_the_cache_gives_the_same_bits_without_running_the_model(dtype, tmp_path
 
 
 @pytest.mark.numeric
-def test_the_cache_knows_other_pixels_and_other_weights(tmp_path):
+def test_the_cache_distinguishes_other_pixels_and_other_weights(tmp_path):
     pack, other = drawn_pack([(1, 2, 2)]), drawn_pack([(1, 2, 2)], seed=1)
     model, cache = image_model("dinov2"), str(tmp_path / "cache")
     teacher = teacher_of(model, tmp_path / "a", cache=cache)
@@ -386,7 +386,7 @@ def test_a_damaged_file_of_the_cache_is_made_again(tmp_path):
     assert file.read_bytes() == whole
 
 
-def test_a_cache_that_cannot_be_written_is_reported_once_and_does_without(tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_is_reported_once_and_not_used(tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where a folder should be")
     teacher = teacher_of(image_model("dinov2"), tmp_path / "a", cache=str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):

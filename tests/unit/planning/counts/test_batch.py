@@ -13,7 +13,7 @@ def lines_of(config, world_size, means=None):
     return batch_lines(config, world_size, encoder_config(config.model), means)
 
 
-def test_the_published_recipe_has_the_pairs_that_it_names():
+def test_the_published_recipe_has_the_published_numbers_of_pairs():
     """univitar_0p6b.yaml: 128 images of 256 tokens a pack, 32,768 pairs a step of 256 lanes."""
     head, fixed, *_ = lines_of(load_config("univitar_0p6b"), 64)
     assert head == "a step: 256 lanes = 64 processes x 4 packs (accumulated by GradCache, one loss over all pairs)"
@@ -37,7 +37,7 @@ def test_processes_that_do_not_divide_the_lanes_are_refused():
         lines_of(run_config(), 3)
 
 
-def test_items_of_several_sizes_give_a_range_and_what_is_expected():
+def test_items_of_several_sizes_have_a_range_and_an_expected_value():
     config = run_config()  # 200 tokens; images of 4 to 36, videos of 8 to 64
     _, images, videos = lines_of(config, 1, {("both", "image"): 20.0})
     assert "200 tokens a pack / 4-36 (about 20) an item = 5-50 (about 10) pairs a pack" in images

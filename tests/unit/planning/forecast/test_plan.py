@@ -181,7 +181,7 @@ def test_recomputation_and_kept_packs_are_the_least_and_the_most_that_fit():
     assert planned(4, "h200", "model.checkpoint_every=1").stages[0].kind == 1
 
 
-def test_what_does_not_fit_is_said_with_value_limit_and_remedy():
+def test_a_run_that_does_not_fit_is_an_error_with_value_limit_and_remedy():
     few = planned(4, "h100", "model.checkpoint_every=0", "stages.0.token_budget=131072").misfit()
     assert "token_budget 131,072" in few
     assert "72 GB may be filled" in few
@@ -278,7 +278,7 @@ def test_sources_in_a_store_are_not_read_for_their_classes(monkeypatch):
     assert any("1,000 classes are assumed" in note for note in plan.notes)
 
 
-def test_a_classifier_without_data_and_a_cluster_that_nobody_has():
+def test_a_classifier_without_data_and_an_unknown_cluster():
     plan = plan_run(load_config("labels", ["data.lanes=8"]), cluster_of(1, 8, "A100"))
     assert any("classes are assumed" in note for note in plan.notes)
     assert all("text tower" not in stage.peak.parts for stage in plan.stages)

@@ -71,7 +71,7 @@ def test_a_linear_head_finds_the_halves(run, scenes, tmp_path, capsys, windows):
     assert figure["task"].endswith("(windows of 28 px)" if windows else "(native size)")
 
 
-def test_label_maps_that_nothing_explains_are_at_chance(run, tmp_path, capsys):
+def test_random_label_maps_are_at_chance(run, tmp_path, capsys):
     draws = np.random.default_rng(0)
     for split, count in (("training", 10), ("validation", 8)):
         for index in range(count):
@@ -134,7 +134,7 @@ def test_values_are_read_as_they_are_and_ignored_ones_have_no_label(tmp_path, dt
      (["--window", "30"], "multiples of 14 pixels; give 28"), (["--masks", "/nowhere"], "is not a folder"),
      (["--ignore", "0,1,7"], "see --ignore")],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_an_error_with_a_remedy(run, scenes, tmp_path, capsys, arguments, said):
+def test_data_that_cannot_be_measured_is_an_error_with_a_remedy(run, scenes, tmp_path, capsys, arguments, said):
     assert main(["eval", "dense", str(run), "--data", str(scenes), "--cache", str(tmp_path), *arguments]) == 2
     assert said in capsys.readouterr().err
 

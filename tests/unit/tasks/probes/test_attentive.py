@@ -56,7 +56,7 @@ def test_the_pooling_is_cross_attention_of_each_item():
         assert_sums_close(logits, wanted, 128 * 4 + max(lengths))
 
 
-def test_it_learns_what_one_token_of_an_item_says(workspace):
+def test_it_learns_classes_that_one_token_of_an_item_determines(workspace):
     figures, notes = attentive(packs(240, 0), packs(160, 1), "image", workspace, epochs=120, progress=False)
     assert figures[0].value > 0.8
     assert (figures[0].n, figures[0].candidates, figures[0].chance) == (160, 4, 0.25)

@@ -67,7 +67,7 @@ def test_a_head_is_that_of_a_plain_loop():
     assert (head.weight - plain.weight).abs().max() < 1e-6
 
 
-def test_the_probe_learns_what_the_classes_differ_by_on_any_scale():
+def test_the_probe_learns_classes_on_any_scale_of_the_features():
     data = random_data(signal=2.0)
     scale, shift = torch.logspace(-4, 4, 16), torch.linspace(-100, 100, 16)
     moved = Labelled(

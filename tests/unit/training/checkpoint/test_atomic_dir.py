@@ -37,7 +37,7 @@ def save(root: Path, step: int, keep: int = 2, target: type[LocalFolder] = Local
     return place.folder
 
 
-def test_the_best_one_stays_and_is_named_whatever_comes_after_it(tmp_path):
+def test_the_best_checkpoint_is_kept_and_named_after_any_later_ones(tmp_path):
     for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
         save_now(saving(LocalFolder(tmp_path, step, Retention(1, best=best)), two(str(step)), ALONE), ALONE)
         names = {folder.name for folder in checkpoint_dir.complete(tmp_path)}
@@ -47,7 +47,7 @@ def test_the_best_one_stays_and_is_named_whatever_comes_after_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", "step-00000005", "step-00000006"]
 
 
-def test_a_best_one_that_is_not_there_any_more_is_not_named(tmp_path):
+def test_a_best_checkpoint_that_no_longer_exists_is_not_named(tmp_path):
     save_now(saving(LocalFolder(tmp_path, 3, Retention(1, best=2)), two("3"), ALONE), ALONE)
     assert not (tmp_path / "best").exists()
 
@@ -73,7 +73,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [folder.name for folder in checkpoint_dir.complete(tmp_path)] == ["step-00000003", "step-00000010"]
 
 
-def test_those_of_every_nth_step_stay_for_good():
+def test_checkpoints_of_every_nth_step_are_never_removed():
     steps = [10, 20, 30, 40, 50, 60, 130]
     assert Retention(2).outdated(steps) == [10, 20, 30, 40, 50]
     assert Retention(2, 30).outdated(steps) == [10, 20, 40, 50]
@@ -122,7 +122,7 @@ def killed_at_line(root: Path, step: int, line: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def test_a_kill_at_any_line_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path):
+def test_a_kill_at_any_line_leaves_a_complete_checkpoint_and_the_next_save_works(tmp_path):
     outcomes = set()
     line = 0
     killed = True
@@ -143,7 +143,7 @@ def test_a_kill_at_any_line_leaves_a_whole_checkpoint_and_the_next_save_works(tm
     assert line > 50, "the trace saw hardly anything"
 
 
-def test_a_kill_during_the_first_save_leaves_nothing_or_the_whole(tmp_path):
+def test_a_kill_during_the_first_save_leaves_no_checkpoint_or_a_complete_one(tmp_path):
     line, killed = 0, True
     while killed:
         line += 1
@@ -153,7 +153,7 @@ def test_a_kill_during_the_first_save_leaves_nothing_or_the_whole(tmp_path):
             assert_whole(found, 1)
 
 
-def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
+def test_a_truncated_changed_or_missing_file_is_named_with_a_remedy(tmp_path):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
     (folder / "rank00000.json").write_text("2")
@@ -172,7 +172,7 @@ def test_a_cut_altered_or_missing_file_is_named_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": 3}}', '{"files": [1]}'])
-def test_a_manifest_that_is_none_is_an_error_of_one_sentence(tmp_path, content):
+def test_an_invalid_manifest_is_one_error_message(tmp_path, content):
     folder = save(tmp_path, 1)
     (folder / checkpoint_dir.MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
@@ -252,7 +252,7 @@ def _content(folder: Path) -> dict[str, str]:
     [".tmp-notes.txt", ".tmp-thesis/chapter.txt", "step-by-step/manifest.json", "step-00000001/notes.txt",
      ".tmp-gone-step-00000001/notes.txt", "notes.txt"],
 )  # fmt: skip
-def test_files_of_the_user_s_among_checkpoints_survive_every_save(tmp_path, name):
+def test_files_of_the_user_among_checkpoints_survive_every_save(tmp_path, name):
     save(tmp_path, 1)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
@@ -264,7 +264,7 @@ def test_files_of_the_user_s_among_checkpoints_survive_every_save(tmp_path, name
     assert not (tmp_path / "step-00000001" / "rank00000.json").exists()
 
 
-def test_a_file_of_the_user_s_where_a_checkpoint_is_written_is_named(tmp_path):
+def test_a_file_of_the_user_where_a_checkpoint_is_written_is_named(tmp_path):
     left = tmp_path / ".tmp-step-00000002"
     left.mkdir()
     (left / "rank00000.json").write_text("left by a crash")

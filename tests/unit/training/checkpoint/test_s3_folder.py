@@ -82,7 +82,7 @@ def assert_whole(store: CheckpointStore, step: int) -> None:
     ]  # fmt: skip
 
 
-def test_the_manifest_comes_last_where_there_is_none_and_latest_instead_of_the_version_before(server, run):
+def test_a_manifest_is_written_last_and_only_if_absent_and_latest_replaces_only_the_version_before(server, run):
     with faulty(server, lambda request: None) as proxy:
         store = store_at(proxy.url)
         for step in (1, 2):
@@ -96,7 +96,7 @@ def test_the_manifest_comes_last_where_there_is_none_and_latest_instead_of_the_v
     assert conditions == [("*", False), ("*", False), ("*", False), (None, True)]
 
 
-def test_only_those_of_the_retention_stay_and_a_manifest_goes_first(server, run):
+def test_only_checkpoints_of_the_retention_are_kept_and_a_manifest_is_removed_first(server, run):
     with faulty(server, lambda request: None) as proxy:
         store = store_at(proxy.url)
         server.put(key(store, "step-00000002/notes.txt"), b"mine")
@@ -113,7 +113,7 @@ def test_only_those_of_the_retention_stay_and_a_manifest_goes_first(server, run)
     assert not [name for name in kept if "step-00000001/" in name]
 
 
-def test_the_best_one_stays_and_is_found_by_its_name_in_the_folder_of_the_run(server, run):
+def test_the_best_checkpoint_is_kept_and_found_by_its_name_in_the_folder_of_the_run(server, run):
     place = f"s3://{BUCKET}/best{next(numbers)}"
     data = {"sources": [{"path": "nowhere"}], "s3": {"endpoint_url": server.url}}
     config = run_config(data=data, checkpoint={"folder": place})
@@ -128,7 +128,7 @@ def test_the_best_one_stays_and_is_found_by_its_name_in_the_folder_of_the_run(se
     verify(checkpoint, read_manifest(checkpoint))
 
 
-def test_faults_of_the_store_change_nothing(server, run):
+def test_errors_of_the_store_change_nothing(server, run):
     faults = ["throttle", "refuse", "error", "reset", "lost", "drop", "cut", "flip"]
     with faulty(server, some_of(faults, 0.3, seed=5)) as proxy:
         store = store_at(proxy.url)
@@ -149,7 +149,7 @@ def test_a_lost_answer_to_a_conditional_write_is_no_conflict(server, run, name):
 
 
 @pytest.mark.parametrize("left", range(5))
-def test_a_store_that_refuses_uploads_ends_the_save_with_a_sentence_and_the_last_one_is_whole(server, run, left):
+def test_a_store_that_refuses_uploads_ends_the_save_with_an_error_and_the_last_one_is_complete(server, run, left):
     """`left`: uploads before the store refuses them."""
     store = store_at(server.url)
     save(run, store, 1)
@@ -207,7 +207,7 @@ def test_a_folder_without_a_manifest_does_not_exist(server, run):
     assert_whole(store, 1)
 
 
-def test_an_altered_object_is_named_with_the_way_out(server, run, tmp_path):
+def test_a_changed_object_is_named_with_a_remedy(server, run, tmp_path):
     store = store_at(server.url)
     save(run, store, 1)
     server.put(key(store, "step-00000001/state.json"), b"[]")

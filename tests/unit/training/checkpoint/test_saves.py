@@ -89,7 +89,7 @@ def step(saves):
     return False
 
 
-def test_the_training_goes_on_while_a_thread_writes_and_completes_it_at_later_steps(saves, completed):
+def test_training_continues_while_a_thread_writes_and_a_later_step_completes_the_save(saves, completed):
     target = Slow()
     saves.begin(target, 4, content)
     assert not step(saves)
@@ -113,7 +113,7 @@ def test_not_asynchronous_it_is_complete_when_it_returns(completed):
     assert target.threads == {threading.current_thread()}
 
 
-def test_a_second_save_copies_the_state_when_the_first_is_complete_and_says_that_it_waits(saves, completed, caplog):
+def test_a_second_save_copies_the_state_when_the_first_is_complete_and_reports_the_wait(saves, completed, caplog):
     first, second = Slow(), Slow()
     second.may_write.set()
     saves.begin(first, 4, content)
@@ -138,7 +138,7 @@ def run(saves, target, error=None):
 
 
 @pytest.mark.parametrize("piece", ["begin", "put tensors", "check tensors", "put index", "publish tensors,index"])
-def test_a_failure_ends_the_run_with_its_sentence_and_clears_what_was_written(saves, completed, piece):
+def test_a_failure_ends_the_run_with_its_message_and_removes_the_written_files(saves, completed, piece):
     target = Slow(fails=piece)
     target.may_write.set()
     with pytest.raises(StorageError, match=f"the disk fails in {piece}"):
@@ -216,7 +216,7 @@ def test_a_failure_that_does_not_pass_ends_the_run_and_says_that_it_was_tried_tw
     assert (completed, len(events), target.calls[-1]) == ([], 1, "clear")
 
 
-def test_the_training_goes_on_between_the_attempts_and_a_run_that_ends_there_does_not_wait(saves, completed, events):
+def test_the_training_continues_between_the_attempts_and_a_run_that_ends_there_does_not_wait(saves, completed, events):
     saves_module.AGAIN_S = 3600.0
     target = Slow(fails="put tensors", passes_after=1)
     target.may_write.set()

@@ -182,7 +182,7 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(saved, tmp_path, name):
 
 
 @pytest.mark.parametrize("slices", [[0, 2], [1, 0], [7, 1000], [1], "ab", None])
-def test_an_index_whose_slices_do_not_make_up_the_parameter_is_refused(saved, tmp_path, slices):
+def test_an_index_whose_slices_do_not_cover_the_parameter_is_refused(saved, tmp_path, slices):
     index = json.loads((saved.folder / "index.json").read_text())
     next(iter(index["pieces"].values()))["slices"] = slices
     atomic_dir.write_json(tmp_path / "index.json", index)

@@ -72,7 +72,7 @@ def test_a_part_of_the_five_is_refused_with_the_list_and_how_to_unset_them(names
      (STEP, "WORLD_SIZE is 2 and SLURM_STEP_NUM_TASKS 8"),
      ({"OMPI_COMM_WORLD_SIZE": "4"}, "WORLD_SIZE is 2 and OMPI_COMM_WORLD_SIZE 4")],
 )  # fmt: skip
-def test_values_that_cannot_be_are_refused_in_a_sentence(changed, said):
+def test_impossible_values_are_refused_with_a_message(changed, said):
     with pytest.raises(ConfigError) as refused:
         is_rank({**FIVE, **changed})
     assert said in str(refused.value)
@@ -91,7 +91,7 @@ def test_a_step_whose_task_has_no_number_is_refused():
         is_rank({"SLURM_STEP_NUM_TASKS": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
 
 
-def test_whatever_a_launcher_may_have_set_is_forgotten_and_nothing_else():
+def test_only_variables_of_launchers_are_removed():
     stray = {**FIVE, **OMPI, **STEP, "PMI_RANK": "0", "PMIX_NAMESPACE": "x", "LOCAL_WORLD_SIZE": "2", "CROSS_SIZE": "1",
              "TORCHELASTIC_RESTART_COUNT": "0", "GROUP_RANK": "0", "MPI_LOCALRANKID": "0"}  # fmt: skip
     kept = {**ELSE, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": "1", "AZUREML_RUN_ID": "r"}
@@ -132,12 +132,12 @@ def ranks(numbers, size, seconds, port):
 
 
 @pytest.mark.distributed
-def test_ranks_that_are_all_there_meet():
+def test_ranks_that_have_all_started_connect():
     assert ranks([0, 1], 2, 200, free_ports()[0]) == ["met", "met"]
 
 
 @pytest.mark.distributed
-def test_a_rank_that_nobody_answers_says_which_variables_made_it_one_and_how_to_unset_them():
+def test_a_rank_without_an_answer_names_the_variables_that_make_it_a_rank_and_how_to_unset_them():
     port = free_ports()[0]
     for number, said in ((0, "rank 1 did not answer within 1 s; "), (1, f"127.0.0.1:{port}, within 1 s; ")):
         (text,) = ranks([number], 2, 1, port)
@@ -149,7 +149,7 @@ def test_a_rank_that_nobody_answers_says_which_variables_made_it_one_and_how_to_
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_every_rank_that_is_there_names_the_one_that_is_not():
+def test_every_started_rank_names_the_missing_one():
     said = ranks([0, 2], 3, 30, free_ports()[0])
     assert all(text.startswith("rank 1 did not answer within 30 s; ") for text in said), said
 

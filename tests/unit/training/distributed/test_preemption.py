@@ -48,7 +48,7 @@ def test_a_signal_is_only_noted_while_the_run_trains(name):
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
 
 
-def test_a_signal_before_and_after_training_ends_the_process_as_it_would_without_us():
+def test_a_signal_before_or_after_training_ends_the_process_as_by_default():
     before = listened("sent('SIGUSR1'); time.sleep(600)")
     after = listened("with stop.deferred(): pass\nsent('SIGTERM'); time.sleep(600)")
     assert before.returncode == 128 + signal.SIGUSR1
@@ -75,7 +75,7 @@ def test_a_second_signal_ends_the_process_at_once_also_while_it_hangs_outside_py
     assert ended.stderr == "SIGTERM: exiting immediately, the last checkpoint stays\n"
 
 
-def test_a_second_ctrl_c_leaves_at_once_also_within_the_time_that_other_signals_are_echoes():
+def test_a_second_ctrl_c_ends_the_process_at_once_although_other_repeated_signals_are_ignored():
     code = "preemption.KEY_ECHO_S = 0.0\nwith stop.deferred():\n sent('SIGINT'); until(lambda: stop.requested)\n "
     ended = listened(code + "sent('SIGINT'); time.sleep(20)", echo_s=60.0)
     assert (ended.returncode, ended.stderr) == (130, "SIGINT: exiting immediately, the last checkpoint stays\n")
@@ -87,7 +87,7 @@ def test_a_terminal_that_closes_after_ctrl_c_does_not_keep_the_run_from_saving()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_what_the_parent_made_this_process_ignore_stays_ignored(name):
+def test_signals_that_the_parent_set_to_be_ignored_stay_ignored(name):
     code = f"signal.signal(signal.{name}, signal.SIG_IGN); preemption.listen(); sent('{name}'); time.sleep(0.2)"
     assert listened(code).returncode == 0
 
@@ -108,7 +108,7 @@ print(child.wait())
     assert ended.stderr == "SIGINT: exiting immediately, the last checkpoint stays\n"
 
 
-def test_one_rank_speaks_for_all(monkeypatch):
+def test_only_rank_0_prints_a_message(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     ended = listened("sent('SIGTERM'); time.sleep(20)")
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
@@ -120,7 +120,7 @@ def test_one_request_made_twice_is_one_request():
     assert listened(code.format(600), echo_s=0.0).returncode == 128 + signal.SIGTERM
 
 
-def test_who_is_on_his_way_out_keeps_his_exit_code():
+def test_a_process_that_is_ending_keeps_its_exit_code():
     code = "preemption.ignore(); sent('SIGTERM'); sent('SIGUSR1'); time.sleep(0.1); sys.exit(preemption.SAVED)"
     ended = listened(code)
     assert ended.returncode == SAVED
@@ -145,7 +145,7 @@ def vote_of_rank_1() -> list[bool]:
 
 
 @pytest.mark.distributed
-def test_what_one_rank_is_reported_all_ranks_know():
+def test_a_stop_request_to_one_rank_reaches_all_ranks():
     assert run_distributed(vote_of_rank_1, 2) == [[False, True], [False, True]]
 
 
@@ -170,13 +170,13 @@ def test_a_task_of_srun_is_a_rank(shown, local):
     ],
     ids=["a batch script", "a shell by srun --pty", "another launcher inside srun"],
 )
-def test_what_is_no_task_among_others_keeps_its_environment(environment):
+def test_a_single_task_keeps_its_environment(environment):
     before = dict(environment)
     adopt_ranks(environment)
     assert environment == before
 
 
-def test_tasks_that_do_not_know_where_rank_0_is_are_reported_how_to_say_it():
+def test_the_error_of_tasks_without_an_address_of_rank_0_has_a_remedy():
     with pytest.raises(ConfigError, match=r"8 tasks and MASTER_PORT is not set; export .* as slurm/train.sbatch does"):
         adopt_ranks({**TASK, "MASTER_ADDR": "node1"})
 

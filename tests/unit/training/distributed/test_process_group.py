@@ -39,7 +39,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused_with_those_
         world(0, 4).lanes(6)
 
 
-def test_a_run_uses_gpus_where_there_are_some_unless_deepspeed_is_reported_to_take_the_cpu(machine):
+def test_a_run_uses_gpus_if_there_are_any_unless_deepspeed_is_set_to_the_cpu(machine):
     machine(2)
     assert uses_cuda()
     machine(2, DS_ACCELERATOR="cuda")
@@ -74,7 +74,7 @@ def test_a_rank_without_a_gpu_is_refused_before_it_waits_for_the_others(machine)
         ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS is 0"),
     ],
 )
-def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu_in_silence(machine, environment, reported):
+def test_unusable_gpus_are_an_error_and_not_silently_replaced_by_the_cpu(machine, environment, reported):
     machine(0, **environment)
     with pytest.raises(ConfigError, match=rf"{reported}, but torch .* or set DS_ACCELERATOR=cpu to train on the CPU"):
         start_world()
@@ -112,7 +112,7 @@ def test_the_remedy_for_a_gpu_that_cannot_be_used_depends_on_how_torch_was_built
 
 
 @pytest.mark.parametrize("ranks", [{}, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}])
-def test_nccl_is_reported_which_gpu_is_this_ranks(machine, monkeypatch, ranks):
+def test_nccl_gets_the_gpu_of_this_rank(machine, monkeypatch, ranks):
     machine(2, **ranks)
     chosen, given = [], {}
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

@@ -46,7 +46,7 @@ def gone() -> dict:
     return signature
 
 
-def test_a_lock_that_nobody_holds_in_a_still_folder_is_removed(tmp_path, monkeypatch):
+def test_an_abandoned_lock_in_an_unchanged_folder_is_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = locked(tmp_path, age_s=1000)
     assert prepare_extensions() == tmp_path
@@ -94,7 +94,9 @@ def test_a_lock_whose_owner_is_dead_is_removed_at_once_and_reported(tmp_path, mo
      ("own", f"process {os.getpid()} is compiling")],
     ids=["unsigned", "of another machine", "alive"],
 )  # fmt: skip
-def test_a_wait_is_reported_after_five_seconds_with_who_is_waited_for(tmp_path, monkeypatch, caplog, signature, said):
+def test_a_wait_is_reported_after_five_seconds_with_the_owner_of_the_lock(
+    tmp_path, monkeypatch, caplog, signature, said
+):
     lock = locked(tmp_path, 0, compiled_ops.signature(os.getpid()) if signature == "own" else signature)
     now, seen = [100.0], []
 
@@ -154,7 +156,7 @@ def read_only(tmp_path, monkeypatch):
 
 
 @needs_python_headers
-def test_what_is_compiled_on_a_read_only_mount_is_used_without_a_lock(read_only, tmp_path, monkeypatch):
+def test_operations_compiled_on_a_read_only_mount_are_used_without_a_lock(read_only, tmp_path, monkeypatch):
     from torch.utils import cpp_extension
 
     build_module(read_only / "tried_op", "tried_op", 41)
@@ -169,7 +171,7 @@ def test_what_is_compiled_on_a_read_only_mount_is_used_without_a_lock(read_only,
 
 @needs_python_headers
 @pytest.mark.parametrize("state", ["absent", "locked", "no library"])
-def test_what_is_not_whole_there_is_compiled_in_the_users_cache(read_only, monkeypatch, state):
+def test_incomplete_operations_there_are_compiled_in_the_users_cache(read_only, monkeypatch, state):
     from torch.utils import cpp_extension
 
     monkeypatch.setattr(cpp_extension, "load", lambda name, *_, **__: f"built {name}")
@@ -182,7 +184,7 @@ def test_what_is_not_whole_there_is_compiled_in_the_users_cache(read_only, monke
     assert cpp_extension.load("tried_op", ["op.cpp"]) == "built tried_op"
 
 
-def test_a_build_signs_its_lock(tmp_path, monkeypatch):
+def test_a_build_writes_its_owner_into_the_lock(tmp_path, monkeypatch):
     from torch.utils import cpp_extension
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

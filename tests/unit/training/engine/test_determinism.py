@@ -17,7 +17,7 @@ def as_before(monkeypatch):
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_attention_and_matrix_products_are_asked_to_repeat_their_bits():
+def test_attention_and_matrix_products_are_set_to_be_deterministic():
     set_deterministic(True)
     assert torch.are_deterministic_algorithms_enabled()  # what the attention back ends look at
     # With it torch's attention ignores the setting: varlen_attn, and the text tower's scaled dot products.
@@ -32,13 +32,13 @@ def test_a_setting_of_the_user_for_cublas_stays(monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_by_default_nothing_is_asked_of_them():
+def test_by_default_determinism_is_not_set():
     set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
-def test_a_setting_for_cublas_that_does_not_repeat_its_bits_is_refused(monkeypatch):
+def test_a_nondeterministic_setting_for_cublas_is_refused(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8.*set it to :4096:8 or :16:8"):
         set_deterministic(True)

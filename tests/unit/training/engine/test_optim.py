@@ -45,7 +45,7 @@ def test_the_optimizer_follows_its_section_of_the_run_file():
 
 
 @pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu"), (None, "cpu")])
-def test_the_count_of_updates_lies_where_adam_reads_it(fused, device):
+def test_the_count_of_updates_is_on_the_device_where_adam_reads_it(fused, device):
     """Fused kernels read it on the device of the weights, whatever that is."""
     done = counted_updates(3.0, torch.empty(2, device="meta"), {"fused": fused})
     assert (done.device.type, done.dtype, done.shape) == (device, torch.float32, ())

@@ -66,7 +66,7 @@ def line(window: Window, *, peak=1e-9, ranks=1, norms=None) -> dict:
     return window.line(progress, (0, "a"), result(1.0), lr=0.1, peak=Peak(peak), ranks=ranks, further=norms)
 
 
-def test_what_a_teacher_said_is_averaged_over_the_steps_it_took_part_in():
+def test_the_distillation_loss_is_averaged_over_the_steps_that_have_it():
     window = Window()
     parts = {"contrastive": 2.0, "distill_patch": 0.5, "distill_pooled": 0.25}
     window.add(result(2.0), numbers(), "image", WEIGHTS)
@@ -174,14 +174,14 @@ def test_flops_are_those_of_the_tokens_that_stay_and_fill_is_of_all():
     assert got["tokens"] == 12 + 16 + 8
 
 
-def test_the_exchange_of_ranks_has_one_size_whatever_went_wrong_on_each():
+def test_the_metrics_of_a_rank_have_the_same_names_with_any_bad_samples():
     packs = [batch((1, 2, 3)), batch((1, 2, 3), bad={"cut": 3, "crash": 1})]
     tables = [local_metrics([pack], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0) for pack in packs]
     assert [list(table) == list(OVER_RANKS) for table in tables] == [True, True]
 
 
 @pytest.mark.skipif(not __debug__, reason="python -O leaves asserts out")
-def test_a_kind_that_the_lines_do_not_know_is_a_fault_of_the_program():
+def test_an_unknown_kind_of_bad_sample_is_an_assertion_error():
     with pytest.raises(AssertionError, match="odd"):
         local_metrics([batch(bad={"odd": 1})], cost=(1.0, 0.0), token_budget=1, step_s=1.0, data_wait_s=0.0)
 
@@ -238,7 +238,7 @@ def test_a_step_without_items_makes_a_line_without_infinities():
     json.dumps(line(window), allow_nan=False)
 
 
-def test_a_window_goes_on_after_json():
+def test_a_window_continues_after_json():
     one, two = Window(), Window()
     for value in (0.1, 0.2, 0.3):
         two = Window(**json.loads(json.dumps(vars(two))))
@@ -336,7 +336,7 @@ def test_sample_logs_of_all_ranks_are_cut_to_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("end", ["", '{"step": 4, "keys"', "\n", "\0" * 40, '{"step": 9}\n{"ste'])
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 8, 100])
-def test_a_log_is_cut_after_the_last_line_of_a_step_whatever_its_length_and_its_end(tmp_path, monkeypatch, end, step):
+def test_a_log_of_any_length_and_end_is_cut_after_the_last_line_of_a_step(tmp_path, monkeypatch, end, step):
     monkeypatch.setattr(writers, "BLOCK", 7)
     lines = [json.dumps({"step": s, "keys": ["k" * (11 * s), "\u00e9"]}) + "\n" for s in (1, 2, 4, 4, 5, 8)]
     path = tmp_path / "samples-rank0.jsonl"
@@ -352,7 +352,7 @@ def whole(end: str, step: int) -> str:
     return '{"step": 9}\n' if end.startswith('{"step": 9') and step >= 9 else ""
 
 
-def test_going_on_reads_the_end_of_a_log_and_not_the_run(tmp_path, monkeypatch):
+def test_resuming_reads_only_the_end_of_a_log(tmp_path, monkeypatch):
     path = tmp_path / "samples-rank0.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 50_001)))
     parsed = []
@@ -367,7 +367,7 @@ def test_a_single_rank_gathers_itself():
 
 
 @pytest.mark.parametrize(("steady", "mark"), [(True, {}), (False, {"mfu_note": "peak measured under load"})])
-def test_a_line_says_when_its_mfu_cannot_be_relied_on(steady, mark):
+def test_a_line_marks_an_unreliable_mfu(steady, mark):
     window = Window()
     window.add(result(1.0), numbers(flops=5e2), "image", WEIGHTS)
     progress = Progress(step=3, samples=30, tokens=40)

@@ -117,7 +117,7 @@ def test_a_resumed_run_keeps_its_identifier_and_another_run_has_another(tmp_path
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"wandb": 3}', '{"wandb": ""}', "\udcff{"])
-def test_a_broken_file_of_identifiers_is_written_afresh(tmp_path, packages, content):
+def test_a_damaged_file_of_identifiers_is_written_again(tmp_path, packages, content):
     (tmp_path / "trackers.json").write_bytes(content.encode(errors="surrogateescape"))
     sent(config_of(tmp_path, wandb={}), tmp_path)
     ((given,),) = packages.wandb.of("init")
@@ -131,7 +131,7 @@ def test_without_a_tracker_no_file_is_written(tmp_path, packages):
 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
-def test_a_tracker_that_fails_warns_once_without_secrets_and_the_other_goes_its_way(tmp_path, packages, caplog, call):
+def test_a_tracker_that_fails_warns_once_without_secrets_and_the_other_continues(tmp_path, packages, caplog, call):
     packages.wandb.fails = (call,)
     with caplog.at_level(logging.WARNING):
         sent(config_of(tmp_path, wandb={}, trackio={}), tmp_path, ({"a": 1.0}, 1), ({"a": 2.0}, 2))

@@ -41,7 +41,7 @@ def test_momentum_is_elementwise():
         ("infinite", "two updates of 60 random weights with gradients near 1 are not finite"),
     ],
 )
-def test_a_fault_is_named_with_its_remedy(fault, said):
+def test_an_error_is_reported_with_its_remedy(fault, said):
     with pytest.raises(PluginError, match=said):
         check_elementwise(Momentum(fault))
 

@@ -14,7 +14,7 @@ def stage(name="a", samples=1000, **settings) -> StageConfig:
 
 
 @given(st.integers(0, 100), st.integers(0, 500), st.integers(1, 300))
-def test_any_window_of_steps_has_its_share_of_videos_give_or_take_one(percent, first, length):
+def test_any_window_of_steps_has_its_share_of_videos_up_to_one(percent, first, length):
     videos = sum(modality_at(percent / 100, step) == "video" for step in range(first, first + length))
     assert abs(videos - length * percent / 100) < 1
 
@@ -108,7 +108,7 @@ def test_a_teacher_is_needed_until_the_last_stage_that_distills():
     assert needed == [True, True, True, True, False, False]
 
 
-def test_a_stage_hands_over_with_the_step_that_reaches_its_samples():
+def test_a_stage_ends_with_the_step_that_reaches_its_samples():
     stages = [stage("a", 10), stage("b", 5)]
     progress = Progress()
     seen = []

@@ -21,7 +21,7 @@ class Encoder(nn.Module):
         return (numbers if drops is None else numbers[drops.kept])[:, None].float().requires_grad_()
 
 
-def test_the_first_pack_is_seen_as_it_left_the_encoder_and_nobody_looks_afterwards():
+def test_the_first_pack_is_copied_as_it_left_the_encoder_and_the_hook_is_removed():
     encoder = Encoder()
     with capture_features(encoder, grey_pack((1, 2, 3), (1, 1, 2))) as snapshots:
         tokens = encoder(8)
@@ -44,7 +44,7 @@ def test_the_pack_is_known_by_how_many_are_encoded_before_it(before):
     assert snapshot.tokens.flatten().tolist() == [10 * before, 10 * before + 1]
 
 
-def test_nobody_looks_after_a_step_that_failed():
+def test_the_hook_is_removed_after_a_step_that_failed():
     encoder = Encoder()
     with pytest.raises(ValueError, match="the step"), capture_features(encoder, grey_pack((1, 1, 2))) as snapshots:
         raise ValueError("the step")
@@ -53,14 +53,14 @@ def test_nobody_looks_after_a_step_that_failed():
 
 
 @pytest.mark.parametrize("nothing", [None, grey_pack()])
-def test_without_a_pack_or_items_there_is_nothing_to_see(nothing):
+def test_without_a_pack_or_items_nothing_is_copied(nothing):
     encoder = Encoder()
     with capture_features(encoder, nothing) as snapshots:
         encoder(0)
     assert snapshots == []
 
 
-def test_only_so_many_items_are_kept_as_cost_little(monkeypatch):
+def test_only_a_few_items_are_kept(monkeypatch):
     monkeypatch.setattr(feature_snapshot, "MAX_ITEMS", 3)
     monkeypatch.setattr(feature_snapshot, "MAX_TOKENS", 10)
     for grids, items in (([(1, 1, 2)] * 5, 3), ([(1, 2, 3), (1, 2, 2), (1, 1, 1)], 2), ([(1, 3, 4), (1, 1, 1)], 1)):

@@ -24,7 +24,7 @@ def history(steps=32, stage=0, modality="image", seed=0):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_an_ordinary_step_is_none(seed):
+def test_an_ordinary_step_is_not_a_spike(seed):
     draw = random.Random(100 + seed)
     loss, norm = 1.7 + draw.gauss(0, 0.05), 0.5 * 1.3 ** draw.gauss(0, 1)
     assert spike_reason(history(seed=seed), 0, "image", loss, norm, CFG) is None
@@ -42,7 +42,7 @@ def test_a_step_far_below_its_median_is_no_spike():
     assert spike_reason(history(), 0, "image", 0.01, 1e-4, CFG) is None
 
 
-def test_another_stage_another_modality_or_too_few_steps_know_no_spikes():
+def test_another_stage_another_modality_or_too_few_steps_have_no_spikes():
     assert spike_reason(history(), 1, "image", 1e6, 1e6, CFG) is None
     assert spike_reason(history(), 0, "video", 1e6, 1e6, CFG) is None
     assert spike_reason(history(steps=7), 0, "image", 1e6, 1e6, CFG) is None

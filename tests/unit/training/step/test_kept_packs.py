@@ -56,12 +56,12 @@ def chosen(device: Device, packs: int, wanted="auto") -> list[int]:
         (60, [40], 8, 1),  # does not fit at all: a pack that runs twice needs as much
     ],
 )
-def test_as_many_packs_as_fit_beside_the_states_run_once_after_the_measured_steps(states, activations, packs, count):
+def test_as_many_packs_as_fit_with_the_states_run_once_after_the_measured_steps(states, activations, packs, count):
     device = Device(states * GB, [size * GB for size in activations])
     assert chosen(device, packs) == [1] * MEASURED_STEPS + [count] * 3
 
 
-def test_all_ranks_take_what_fits_on_the_fullest(monkeypatch):
+def test_all_ranks_keep_as_many_packs_as_fit_on_the_rank_with_the_least_memory(monkeypatch):
     monkeypatch.setattr(kept_packs, "gather_numbers", lambda numbers, _: torch.tensor([numbers, [2.0]]))
     assert chosen(Device(12 * GB, [10 * GB]), 8)[-1] == 2
 

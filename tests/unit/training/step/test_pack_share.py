@@ -62,7 +62,7 @@ def test_every_item_has_one_owner_with_all_that_belongs_to_it(ranks):
         assert (part.lane, part.index, part.modality) == (3, 7, "image")
 
 
-def test_what_the_loader_counted_is_counted_once():
+def test_counts_of_the_loader_are_counted_once():
     total = Counter()
     for part in shares(pack(), 4):
         total.update(part.bad | part.ignored | part.filtered | {"downscaled": part.downscaled})

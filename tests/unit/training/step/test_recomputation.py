@@ -43,7 +43,7 @@ def test_recipes_recompute_as_little_as_fits(size, gb, kind):
     assert chosen(size, gb) == kind
 
 
-def test_what_is_there_already_and_what_is_still_to_come_is_not_free():
+def test_memory_in_use_and_memory_of_later_allocations_is_not_free():
     need = bytes_of_pack(PRESETS["0.3b"], 0, 32_768, width=2) / GB
     assert chosen("0.3b", need + 0.001) == 0
     assert chosen("0.3b", need - 0.001) == "selective"
@@ -67,7 +67,7 @@ def test_dropped_tokens_need_no_memory():
     assert chosen("0.3b", 25, "stages.1.patch_dropout=0.5") == 0
 
 
-def test_the_fullest_rank_decides(monkeypatch):
+def test_the_rank_with_the_least_free_memory_decides(monkeypatch):
     monkeypatch.setattr(recomputation, "gather_numbers", lambda mine, _: torch.tensor([mine, [25e9]]))
     assert chosen("0.3b", 60) == "selective"
 

@@ -67,7 +67,7 @@ def cuda(monkeypatch):
     return cuda
 
 
-def test_a_copy_has_its_own_stream_and_its_slot_is_kept_until_the_event_has_happened(cuda):
+def test_a_copy_has_its_own_stream_and_its_slot_is_kept_until_the_event_is_complete(cuda):
     upload, slots, freed = Upload(CPU, cuda), SharedSlots.create(2, 64), []
     for slot in range(2):
         room = slots.view(slot)
@@ -115,7 +115,7 @@ def test_the_slots_are_registered_from_the_first_to_the_last_byte_and_unregister
     assert runtime.calls[1:] == [("unregister", address)]
 
 
-def test_memory_that_cannot_be_registered_is_used_as_it_is(caplog):
+def test_memory_that_cannot_be_registered_is_used_unregistered(caplog):
     runtime, slots = Runtime(error=2), SharedSlots.create(1, 8)
     with caplog.at_level(logging.WARNING):
         slots.lock(CudaPageLock(runtime))

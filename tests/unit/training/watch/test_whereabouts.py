@@ -46,7 +46,7 @@ def test_a_rank_whose_device_waits_is_not_missing():
     assert "with nccl:all_reduce 7 of default_pg not completed" in described(found, HOSTS)
 
 
-def test_where_all_wait_in_the_same_call_no_rank_is_blamed():
+def test_if_all_ranks_wait_in_the_same_call_no_rank_is_named():
     found = [waiting(0, section=CHECKPOINT), waiting(1, section=CHECKPOINT)]
     assert missing(found) == []
     assert described(found, HOSTS) == (
