@@ -1,4 +1,4 @@
-"""`python -O` leaves asserts out: none may do anything but look."""
+"""`python -O` removes asserts, so none may have an effect."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""A file or folder appears whole or not at all; what promises to survive a power cut is synced in the right order."""
+"""A file or folder is written completely or not at all, and is synced in the order that survives a power failure."""
 
 import errno
 import os

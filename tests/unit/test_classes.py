@@ -1,4 +1,4 @@
-"""The classes of a run: one range for each data set."""
+"""The classes of a run: one range of indices for each data set."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The bound of all comparisons: it lets rounding pass, refuses an error of 1 %, and says so where it cannot see one."""
+"""The bound of all comparisons: it accepts rounding errors, rejects an error of 1 %, or fails if it cannot."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the demo prints at its end, without a training."""
+"""The table that the demo prints at its end, without a training."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""README and the pages in docs: commands that the real parser accepts, files and headings that exist, whole tables."""
+"""README and the pages in docs: valid commands, links to existing files and headings, complete tables."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Text files are UTF-8 whatever the locale says: nothing that reads or writes text leaves the encoding to it."""
+"""Text files are UTF-8 in every locale: all code that reads or writes text sets the encoding."""
 
 import ast
 

@@ -1,4 +1,4 @@
-"""The programs of examples/ run, and do what their texts say."""
+"""The programs of examples/ run, and do what their texts state."""
 
 import dataclasses
 import importlib.util

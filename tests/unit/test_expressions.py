@@ -1,4 +1,4 @@
-"""Conditions on samples: what they give, what they refuse, and where."""
+"""Conditions on samples: their results, and errors with positions."""
 
 import pickle
 

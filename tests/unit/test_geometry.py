@@ -1,4 +1,4 @@
-"""The resize rule against the release's own results, and what must hold for every size."""
+"""The resize rule, compared with the release's own results, and properties of all sizes."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Files of a user's folder that are called like modules are never imported in their place."""
+"""Files in the current folder with the names of modules are never imported instead of these."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the launcher of local processes is started with."""
+"""The arguments and environment of the launcher of local processes."""
 
 import base64
 import errno

@@ -1,4 +1,4 @@
-"""Modules import only from their own layer or a lower one, and another package's modules only through its doors."""
+"""Modules import only from their own layer or a lower one, and from other packages only their public modules."""
 
 import ast
 import sys

@@ -1,6 +1,6 @@
-"""Every name that a file imports from the project, or uses of a module of it, is defined there.
+"""Every name that a file imports from the project, or uses of one of its modules, is defined there.
 
-Benchmarks, examples and tests of GPUs or Slurm run rarely, and a renamed function would otherwise be noticed late.
+Benchmarks, examples and tests of GPUs or Slurm run rarely, so that a renamed function would be noticed late.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What the program may remove: files of its own names, nothing else, and nothing behind a link."""
+"""Files that the program may remove: only those with its own names, and nothing behind a link."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The public face."""
+"""The public names of the package."""
 
 import pytest
 

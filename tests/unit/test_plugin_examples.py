@@ -1,4 +1,4 @@
-"""The plugins in examples/plugins/ do what their texts say."""
+"""The plugins in examples/plugins/ do what their texts state."""
 
 import dataclasses
 import json

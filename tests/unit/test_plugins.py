@@ -1,4 +1,4 @@
-"""Plugins are imported from files and modules, register what they have, and fail with one sentence."""
+"""Plugins are imported from files and modules, register their objects, and fail with one message."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Images in every mode and orientation, videos, and what is refused."""
+"""Images in every mode and orientation, videos, and rejected input."""
 
 import dataclasses
 

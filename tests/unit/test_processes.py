@@ -1,4 +1,4 @@
-"""Real processes: which of them still is the one that was meant."""
+"""Recognition of real processes, also if a process id is reused."""
 
 import os
 import signal

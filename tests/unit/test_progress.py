@@ -1,4 +1,4 @@
-"""The waits of the tests themselves: what makes no progress is ended, what is slow is not."""
+"""The waits of the tests themselves: a wait without progress is ended, a slow one is not."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""Draws that a run's order rests on: they must never change."""
+"""Random draws that determine the order of a run. They must never change."""
 
 from univitar_ds.randomness import draw, draws, permutation
 

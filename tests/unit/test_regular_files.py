@@ -1,4 +1,4 @@
-"""A named pipe in the place of a file is an error at once: a read would wait for a writer."""
+"""A named pipe in place of a file is an error at once, since a read would wait for a writer."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a clone holds beside the code, and that its pages need nothing more."""
+"""Files of a clone besides the code, and that the pages need nothing else."""
 
 import hashlib
 import re

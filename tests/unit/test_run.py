@@ -1,4 +1,4 @@
-"""A run's folder: what a start may replace, what it refuses, and what its paths mean later."""
+"""A run's folder: what a start may replace, what it refuses, and relative paths after the start."""
 
 import os
 import re

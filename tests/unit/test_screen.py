@@ -1,4 +1,4 @@
-"""stdout as it may be: ASCII, closed, a pipe without a reader, a full disk. Real processes of the command."""
+"""stdout that is ASCII, closed, a pipe without a reader, or on a full disk. Real processes of the command."""
 
 import contextlib
 import io

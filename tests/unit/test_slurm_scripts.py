@@ -1,4 +1,4 @@
-"""What `slurm/*.sbatch` do, with programs in the place of Slurm's; test_slurm.py has a real Slurm.
+"""`slurm/*.sbatch` with programs in place of Slurm's; test_slurm.py uses a real Slurm.
 
 `scontrol requeue` succeeds and then `sleep 300` ends the script, as Slurm does.
 """

@@ -1,4 +1,4 @@
-"""What a start reports of its phases."""
+"""Reports of the phases of a start."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""Docstrings, comments, messages, help texts and README use plain words: some that stopped readers are banned."""
+"""Docstrings, comments, messages, help texts and README use plain words: some unclear words are banned."""
 
 import io
 import re

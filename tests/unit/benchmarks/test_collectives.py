@@ -1,4 +1,4 @@
-"""Messages of a step, counted in a fake world: within a machine they do not depend on how many machines there are."""
+"""Messages of a step, counted in a fake process group: within a machine independent of the number of machines."""
 
 import pytest
 

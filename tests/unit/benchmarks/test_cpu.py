@@ -1,4 +1,4 @@
-"""What the contenders of the CPU benchmark need stays out of the project's environment."""
+"""Packages of the contenders of the CPU benchmark are not in the environment of the project."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""What can be known of the GPU's benchmarks without one: packs, counts, rows, and that every line runs."""
+"""Parts of the GPU benchmarks that need no GPU: packs, counts and rows, and a dry run of every line."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""The benchmark of host time: its configuration splits the narrow model as the shipped one splits the whole model."""
+"""The benchmark of host time: its configuration splits the narrow model as the shipped one splits the full model."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The contenders of the loader's benchmark that need nothing but this project still run."""
+"""The contenders of the loader benchmark that need only this project still run."""
 
 from itertools import islice
 

@@ -1,4 +1,4 @@
-"""The benchmark of packing, on a small mix: its figures are those of the packs."""
+"""The benchmark of packing on a small mix: its figures are those of the packs."""
 
 from benchmarks.bench_packing import RELEASE, Mix, log_normal, measure, write_headers
 

@@ -1,4 +1,4 @@
-"""The benchmark of the recipe: its arms differ in what they compare, and its table computes what it says."""
+"""The benchmark of the recipe: its arms differ in what they compare, and its table has the stated statistics."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The printed model of a step: a row for each recipe, GPU, number of GPUs and method, and a source for each number."""
+"""The printed prediction of a step: a row for each recipe, GPU, number of GPUs and method, and sources of numbers."""
 
 import pytest
 

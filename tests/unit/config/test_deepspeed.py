@@ -1,4 +1,4 @@
-"""Who owns which key: the run file or the DeepSpeed JSON."""
+"""Ownership of keys by the run file or the DeepSpeed JSON."""
 
 import json
 

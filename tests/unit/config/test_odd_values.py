@@ -1,4 +1,4 @@
-"""Run files and overrides with values that no key has: each is a sentence, never a traceback."""
+"""Run files and overrides with invalid values: each is an error message, never a traceback."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""`~` and `$VARIABLES` mean the same in every path."""
+"""`~` and `$VARIABLES` are expanded in the same way in every path."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model card: metadata that the hub reads, and only what the source says."""
+"""The model card: metadata for the hub, and only information that the source has."""
 
 import json
 from pathlib import Path

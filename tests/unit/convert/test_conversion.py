@@ -1,4 +1,4 @@
-"""Conversions: the same tensors in another format, and nothing of the user's lost."""
+"""Conversions: the same tensors in another format, and no file of the user is lost."""
 
 import os
 from pathlib import Path

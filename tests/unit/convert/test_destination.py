@@ -1,4 +1,4 @@
-"""The folder of a conversion: whole or not there, after a kill at any point too, and nothing of the user's lost."""
+"""The folder of a conversion: complete or absent, also after a kill at any point, and no file of the user is lost."""
 
 import errno
 import json

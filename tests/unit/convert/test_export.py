@@ -1,4 +1,4 @@
-"""The exported encoder: the release's layout, the trained numbers, and nobody else's files lost."""
+"""The exported encoder: the release's layout, the trained weights, and no file of others is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported programs: other sizes than the recorded one, equal to the model, and what they refuse."""
+"""Exported programs: equal to the model, also for other sizes than the recorded one; errors for invalid input."""
 
 import copy
 import dataclasses

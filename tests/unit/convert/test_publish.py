@@ -1,4 +1,4 @@
-"""Uploads to a stand-in of the hub: one commit of verified files, and errors without the token."""
+"""Uploads to a fake hub: one commit of verified files, and errors without the token."""
 
 import os
 import sys

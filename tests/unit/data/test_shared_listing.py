@@ -1,4 +1,4 @@
-"""What rank 0 lists arrives on other ranks as the same shards, and a rank that cannot reach them says so."""
+"""Shards that rank 0 lists are the same on other ranks, and a rank that cannot read them raises an error."""
 
 import json
 

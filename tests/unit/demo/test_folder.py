@@ -1,4 +1,4 @@
-"""The demo's folder: any folder may be named, and only what the demo writes is ever replaced or removed."""
+"""The demo's folder: any folder may be named, and only files that the demo wrote are replaced or removed."""
 
 import os
 import shutil

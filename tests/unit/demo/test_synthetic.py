@@ -1,4 +1,4 @@
-"""The scene set: what it holds out, what a single frame gives away, and that its files are real and repeatable."""
+"""The data set of scenes: held-out compositions, directions that no single frame shows, and reproducible files."""
 
 from __future__ import annotations
 

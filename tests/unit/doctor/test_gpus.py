@@ -1,4 +1,4 @@
-"""What nvidia-smi reports, in its documented formats; not run on a GPU."""
+"""The output of nvidia-smi in its documented formats. Not run on a GPU."""
 
 import subprocess
 from pathlib import Path

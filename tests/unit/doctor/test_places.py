@@ -1,4 +1,4 @@
-"""The run file and what it names, the disks: on one rank, with real files."""
+"""Checks of the run file, its sources and the disks, on one rank with real files."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""How checks are run: limits, errors, the report; on one rank."""
+"""Running checks on one rank: limits, errors and the report."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""A drafted run file: it loads strictly, and its numbers fit the data and the machine."""
+"""A drafted run file: it is valid, and its numbers fit the data and the machine."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Accuracy of a head: against a plain count, set by set, with what was left out."""
+"""Accuracy of a head, compared with a plain count for each set, and the number of items that were left out."""
 
 from types import SimpleNamespace
 

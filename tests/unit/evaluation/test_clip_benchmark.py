@@ -1,8 +1,9 @@
-"""Zero-shot and retrieval give the figures of CLIP_benchmark on the same embeddings.
+"""Zero-shot and retrieval have the figures of CLIP_benchmark on the same embeddings.
 
-Its published formulas (v1.6.2, `metrics/zeroshot_classification.py` and `metrics/zeroshot_retrieval.py`) are restated
-here in torch; where the package is installed (pip install --no-deps clip_benchmark), its own functions are called too.
-CLIP_benchmark counts equal captions of several items apart, we once: the captions here differ.
+Its published formulas (v1.6.2, `metrics/zeroshot_classification.py` and `metrics/zeroshot_retrieval.py`) are repeated
+here in torch. If the package is installed (pip install --no-deps clip_benchmark), its own functions are called too.
+CLIP_benchmark counts equal captions of several items separately, this project counts them once: the captions here
+differ.
 """
 
 import importlib.util

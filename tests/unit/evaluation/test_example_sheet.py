@@ -1,4 +1,4 @@
-"""The sheet of examples: which items, in which order their tokens, in which colours."""
+"""The sheet of examples: its items, the order of their tokens, and their colours."""
 
 from __future__ import annotations
 

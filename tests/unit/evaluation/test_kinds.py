@@ -1,4 +1,4 @@
-"""Every kind of evaluation data: labels only, captions only, both, neither; what cannot be measured is an error."""
+"""Evaluation data with labels only, captions only, both, or neither. Data that cannot be measured is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables that people read."""
+"""Tables of results."""
 
 from __future__ import annotations
 

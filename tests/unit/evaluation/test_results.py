@@ -1,4 +1,4 @@
-"""Reading the results in the folder of a run that are damaged, or that another program has written."""
+"""Reading results in the folder of a run that are damaged, or that another program wrote."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Recall both ways on vectors whose answer is known."""
+"""Recall in both directions on vectors whose answer is known."""
 
 from __future__ import annotations
 

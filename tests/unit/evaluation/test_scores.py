@@ -1,4 +1,4 @@
-"""Ranks with draws, against counting every order by hand."""
+"""Ranks with ties, compared with counting every order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification through sentences, with a text tower that is a table."""
+"""Zero-shot classification, with a text tower that is a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the configuration of a checkpoint comes from, and what shapes show of an encoder."""
+"""Sources of the configuration of a checkpoint, and what is inferred about an encoder from shapes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Folders for transformers are written and read back as they were, and what is wrong with one is said."""
+"""Folders for transformers are written and read without changes, and errors in one are named."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""transformers runs the code of a folder: same preprocessing bit by bit, same features, same probabilities."""
+"""transformers runs the code of a folder: same preprocessing bit for bit, same features, same probabilities."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""Runs as stored models: the trained weights, wherever the run's folder is now."""
+"""Runs as stored models: the trained weights, also if the folder of the run was moved."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`univitar.json`: what is written is read, and every damage is one sentence."""
+"""`univitar.json`: it is read as it was written, and every damage is one error message."""
 
 import dataclasses
 import json

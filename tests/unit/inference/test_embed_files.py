@@ -1,4 +1,4 @@
-"""The features of files and shards are the model's own, whatever the processes, and a killed call continues."""
+"""The features of files and shards are the model's own for any number of processes, and a killed call continues."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The public model: the trained model's own embeddings, for items in any packs, and probabilities of classes."""
+"""The public model: the trained model's embeddings, for items in any packs, and probabilities of classes."""
 
 from pathlib import Path
 

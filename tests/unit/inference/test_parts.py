@@ -1,4 +1,4 @@
-"""Parts hold the rows that were added, in files that other libraries read."""
+"""Parts have the rows that were added, in files that other libraries read."""
 
 import numpy as np
 import pytest

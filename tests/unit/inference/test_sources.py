@@ -1,4 +1,4 @@
-"""Units cover every item once in the same order, wherever they begin and however many a part or a unit has."""
+"""Units cover every item once in the same order, from any start and with any sizes of parts and units."""
 
 import os
 from itertools import takewhile

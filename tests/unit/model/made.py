@@ -1,4 +1,4 @@
-"""Small encoders and packs for the tests of this room."""
+"""Small encoders and packs for the tests of this package."""
 
 from __future__ import annotations
 

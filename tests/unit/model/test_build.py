@@ -1,4 +1,4 @@
-"""Starting from another model: its encoder or all of it, with its shape or the configured one."""
+"""Starting from another model: from its encoder or all of it, with its shape or the configured one."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The classifier: a linear head on the pooled features, the bits of its first values, heads for a teacher."""
+"""The classifier: a linear head on the pooled features, the bits of its initial weights, heads for a teacher."""
 
 import dataclasses
 

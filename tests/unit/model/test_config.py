@@ -1,4 +1,4 @@
-"""The sizes of the family, and configs that cannot be."""
+"""The sizes of the family, and invalid configurations."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The whole model: unit vectors per item, the bits of its first values, weights to start from."""
+"""The whole model: unit vectors for items, the bits of its initial weights, weights to start from."""
 
 import dataclasses
 import math

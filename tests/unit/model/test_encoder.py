@@ -1,4 +1,4 @@
-"""What the golden numbers do not pin: packing, head widths, empty packs, precision, first values."""
+"""Properties of the encoder besides the golden numbers: packing, heads, empty packs, dtypes, initial weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The stated cost against what torch counts while the encoder runs."""
+"""The stated FLOPs, compared with what torch counts while the encoder runs."""
 
 import pytest
 import torch

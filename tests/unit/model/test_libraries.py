@@ -1,4 +1,4 @@
-"""An installed package that is broken is named in a sentence, before a run's folder is made."""
+"""A broken package is named in an error message, before a run's folder is made."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Where models of transformers run packed."""
+"""Which models of transformers run packed."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The encoder gives the released encoder's numbers: values, every hidden state, every gradient."""
+"""The encoder has the released encoder's numbers: outputs, every hidden state, every gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The precision of features outside of training, and the copy of a model that computes them."""
+"""The dtype of features outside of training, and the copy of a model that computes them."""
 
 import pytest
 import torch

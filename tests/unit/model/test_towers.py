@@ -1,4 +1,4 @@
-"""Text towers: from scratch and from local folders, padding without effect, empty batches."""
+"""Text towers: new ones and those of local folders, padding without effect, empty batches."""
 
 import pytest
 import torch

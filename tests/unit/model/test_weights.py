@@ -1,4 +1,4 @@
-"""Reading and writing encoders: round trips to the bit, and damage reported by name."""
+"""Reading and writing encoders: round trips bit for bit, and damage reported by name."""
 
 import json
 import pickle

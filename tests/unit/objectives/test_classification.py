@@ -1,4 +1,4 @@
-"""The classification loss against torch's cross entropy, set by set."""
+"""The classification loss, compared with torch's cross-entropy on each set."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Mixing of items of equal size: who is mixed, with what share, and which pixels come out."""
+"""Mixing of items of equal size: which are mixed, with what share, and the resulting pixels."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Faults of a run are found before anything is written, and independent ones together."""
+"""Errors of a run are found before anything is written, and independent ones are reported together."""
 
 import json
 from pathlib import Path

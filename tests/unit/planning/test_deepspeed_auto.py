@@ -1,4 +1,4 @@
-"""`deepspeed: auto`: what it takes by model, GPUs, packs and recomputation, and what a run reports of it."""
+"""`deepspeed: auto`: its choice by model, GPUs, packs and recomputation, and what a run reports of it."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Memory of a step by part: what is kept against what torch keeps, and rows of the real step on a simulated GPU."""
+"""Memory of a step by part, compared with tensors that torch keeps, and with steps on a simulated GPU."""
 
 import csv
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`train --dry-run`: everything is checked and described, and nothing is written."""
+"""`train --dry-run`: everything is checked and reported, and nothing is written."""
 
 import json
 import shutil

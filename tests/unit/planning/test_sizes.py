@@ -1,4 +1,4 @@
-"""Parameters, memory and checkpoints are foreseen as they will be."""
+"""Parameters, memory and checkpoints have the predicted sizes."""
 
 import math
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The model of a step against what is counted on a CPU: launches, bytes, FLOPs and collectives."""
+"""The predicted step, compared with counts on a CPU: launches, bytes, FLOPs and collectives."""
 
 import json
 import sys

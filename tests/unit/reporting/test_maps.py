@@ -1,4 +1,4 @@
-"""Maps of a run's features over images and videos, and of their similarity to a caption."""
+"""Maps of a model's features on images and videos, and of their similarity to a caption."""
 
 import numpy as np
 import pytest

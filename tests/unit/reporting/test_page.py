@@ -1,4 +1,4 @@
-"""The page of runs: what it shows, that it holds everything, and what it refuses."""
+"""The page of runs: its content, that it is one file, and errors."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A run that the tasks measure."""
+"""The run that the tasks evaluate."""
 
 from pathlib import Path
 

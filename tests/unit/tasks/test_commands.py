@@ -1,4 +1,4 @@
-"""`univitar-ds eval TASK` on small data in the forms that people have it."""
+"""`univitar-ds eval TASK` on small data sets in common formats."""
 
 import json
 import shutil

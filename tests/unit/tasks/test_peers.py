@@ -1,4 +1,4 @@
-"""`univitar-ds eval TASK` on models of transformers: the figures that their own forward pass gives."""
+"""`univitar-ds eval TASK` on models of transformers has the figures of their own forward pass."""
 
 import json
 from pathlib import Path

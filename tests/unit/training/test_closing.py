@@ -1,4 +1,4 @@
-"""The end of a run that something has ended: all is closed, and that something is what the user reads."""
+"""The end of a run after an error: everything is closed, and the user sees that error."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""When a run evaluates while it trains, which result is the best, and what is logged. Whole runs: tests/distributed."""
+"""Evaluation during training: when it is due, the best result, and what is logged. Whole runs: tests/distributed."""
 
 from __future__ import annotations
 

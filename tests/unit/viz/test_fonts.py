@@ -1,4 +1,4 @@
-"""Texts on pages: every script that a font of the machine has, lines that fit, and no tricks of hostile captions."""
+"""Texts on pages: every script that a font of the machine has, lines that fit, and hostile captions."""
 
 from __future__ import annotations
 

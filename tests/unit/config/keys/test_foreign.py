@@ -1,4 +1,4 @@
-"""Keys of other trainers are answered with ours."""
+"""Errors for keys of other trainers name the keys of this project."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is set and changes nothing is reported with its key and the reason, and nothing else is."""
+"""Keys that are set without effect are reported with the reason, and no other keys are."""
 
 import json
 import logging

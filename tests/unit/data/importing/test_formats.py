@@ -1,4 +1,4 @@
-"""Each form of data sets: it is recognised, packed with all texts, and its faults are named."""
+"""Each format of data sets: it is detected, packed with all texts, and its errors are named."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Readers that plugins register: rows as a table's, names that are recognised, and faults."""
+"""Readers that plugins register: their rows, detection by name, and errors."""
 
 from pathlib import Path
 

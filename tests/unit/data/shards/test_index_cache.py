@@ -1,4 +1,4 @@
-"""Lanes that read parts of a shard share its scan, and each gets the same entries as from a scan of its own."""
+"""Lanes that read parts of a shard share one scan, and each gets the same entries as from a scan of its own."""
 
 import io
 from dataclasses import replace

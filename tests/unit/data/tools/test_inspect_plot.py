@@ -1,4 +1,4 @@
-"""The image of `data inspect`: every item once, at the same scale, on the page; and a PNG for every input."""
+"""The plot of `data inspect`: every item once, at the same scale, on the page; and a PNG for every input."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The look at a source: its form, splits, kinds, sizes and texts."""
+"""The survey of a source: its format, splits, kinds, sizes and texts."""
 
 import time
 

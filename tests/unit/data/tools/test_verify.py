@@ -1,4 +1,4 @@
-"""The report of `verify` has every fault once, with shard, key and byte, and no fault ends it."""
+"""The report of `verify` has every error once, with shard, key and byte, and no error stops it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Sources of a run that are no shards: they are packed once, and read from there."""
+"""Sources of a run that are not shards are packed once, and read from there."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints: bitwise what its engine holds, for all stages and one or two ranks; hostile files."""
+"""DeepSpeed's checkpoints have its engine's tensors bit for bit, on all stages and one or two ranks; hostile files."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""What a pack goes without: which tokens and branches, how often, and what the encoder makes of the rest."""
+"""Dropped tokens and branches of a pack: which and how often, and the output of the encoder for the rest."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: bits, and what is kept and computed again."""
+"""Selective activation checkpointing changes no bit, and what it keeps and recomputes."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The teacher says what its model says when called by hand, in the student's order, and nothing where it cannot."""
+"""The teacher's features are those of its model, in the student's order, masked for items that it does not support."""
 
 import json
 import logging

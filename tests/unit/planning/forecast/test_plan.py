@@ -1,4 +1,4 @@
-"""Plans of the recipes: what they take, what fits, how they scale, and what they say where nothing fits."""
+"""Plans of the recipes: memory, time, scaling, and the error if a run does not fit."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`univitar-ds eval dense` on images of two colours, and on label maps that nothing explains."""
+"""`univitar-ds eval dense` on images of two colours, and on random label maps."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How images are cut, encoded and put together again, and counts of pixels, against torch and scikit-learn."""
+"""Windows of images, their encoding and joining, and counts of pixels, compared with torch and scikit-learn."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The attentive probe: its pooling against torch's attention, what only attention can learn, and chance."""
+"""The attentive probe: its pooling compared with torch's attention, classes that need attention, and chance."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints on S3: whole or not there, through all faults, and of one run alone."""
+"""Checkpoints on S3: complete or absent despite all faults, and of one run only."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Saves while the training goes on, of one rank, with a target whose writing waits for the test."""
+"""Saves during training on one rank, with a target whose writing waits for the test."""
 
 import logging
 import threading

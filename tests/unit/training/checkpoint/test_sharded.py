@@ -1,4 +1,4 @@
-"""The files of a checkpoint: one of tensors per node and one index, with few bytes between the ranks."""
+"""The files of a checkpoint: one with tensors for each node and one index, with few bytes between ranks."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Launchers' variables: complete ones make a rank, left behind ones are refused or ignored."""
+"""Launchers' variables: complete ones make a rank, leftover ones are refused or ignored."""
 
 import os
 import socket

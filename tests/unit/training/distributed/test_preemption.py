@@ -1,4 +1,4 @@
-"""The process that listens is a child: signals, threads and exits are real."""
+"""Signals before, during and after training, in a child process with real signals, threads and exits."""
 
 import platform
 import signal

@@ -1,4 +1,4 @@
-"""Folders of compiled operations: read-only ones, locks of builds that live, are dead, or run elsewhere."""
+"""Folders of compiled operations: read-only ones, and locks of builds that are running, dead, or on another machine."""
 
 import errno
 import importlib.metadata

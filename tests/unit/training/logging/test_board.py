@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run, read as TensorBoard does."""
+"""The TensorBoard files of a run, read as TensorBoard reads them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which packs of a run are drawn, and how their images are named."""
+"""Which packs of a run are drawn, and the names of their images."""
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

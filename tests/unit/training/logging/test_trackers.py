@@ -1,4 +1,4 @@
-"""Experiment trackers: stand-ins of their packages record what they are given."""
+"""Experiment trackers: fake packages record their arguments."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What is no elementwise update is refused before a run begins."""
+"""An optimizer whose update is not elementwise is refused before a run starts."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Matrices in parts on several ranks: each is whole on one rank, in two messages."""
+"""Matrices sharded over ranks: each is whole on one rank, by two messages."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What counts as a spike: far above the recent median of the same stage and modality, and nothing else."""
+"""Spikes are values far above the recent median of the same stage and modality, and nothing else."""
 
 import json
 import math

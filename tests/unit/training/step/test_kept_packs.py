@@ -1,4 +1,4 @@
-"""How many packs of a rank run once, from what the first steps of a stage need."""
+"""How many packs of a rank run once, from the memory of the first steps of a stage."""
 
 import logging
 

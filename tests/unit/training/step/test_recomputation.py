@@ -1,4 +1,4 @@
-"""What a stage recomputes with `checkpoint_every: auto`, from the memory of the device."""
+"""The recomputation of a stage with `checkpoint_every: auto`, from the memory of the device."""
 
 import logging
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The order of a step, on an engine that only writes down what it is asked."""
+"""The order of a step, on an engine that only records its calls."""
 
 import gc
 import weakref

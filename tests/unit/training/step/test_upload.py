@@ -1,4 +1,4 @@
-"""Copies of pixels to a GPU, against stand-ins that record the order of what CUDA is asked for."""
+"""Copies of pixels to a GPU, on fakes that record the order of CUDA calls."""
 
 import gc
 import logging

@@ -1,4 +1,4 @@
-"""A snapshot of the memory when an allocation fails, with a stand-in for torch's allocator."""
+"""A snapshot of the memory when an allocation fails, with a fake of torch's allocator."""
 
 import logging
 

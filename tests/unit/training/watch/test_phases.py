@@ -1,4 +1,4 @@
-"""Phases add up to the step, whatever clock they are measured with, and say where a rank is."""
+"""Phases add up to the step, with any clock, and show where a rank is."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Traces of steps, as a person would open them."""
+"""Traces of steps."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Which rank stands out, and when it is reported."""
+"""Which rank is slow, and when it is reported."""
 
 import pytest
 import torch

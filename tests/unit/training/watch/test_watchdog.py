@@ -1,4 +1,4 @@
-"""Limits of the sections of a run, and how often it is started again."""
+"""Limits of the sections of a run, and how often it is restarted."""
 
 import json
 

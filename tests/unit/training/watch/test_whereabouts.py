@@ -1,4 +1,4 @@
-"""Which ranks the others wait for, in one sentence."""
+"""Which ranks the other ranks wait for, in one sentence."""
 
 import pytest
 

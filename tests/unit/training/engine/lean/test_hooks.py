@@ -1,4 +1,4 @@
-"""The linear layer that ZeRO-3 uses computes the bits that DeepSpeed's computes, forward and backward."""
+"""The linear layer of ZeRO-3 has the same bits as DeepSpeed's, forward and backward."""
 
 import pytest
 import torch
