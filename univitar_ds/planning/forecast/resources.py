@@ -105,9 +105,7 @@ def checkpoints(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
     writers = min(cluster.nodes, max(1, place.sharing // cluster.per_node))
     every = config.checkpoint.every_steps
     ends = list(accumulate(own.steps for own in stages))
-    count = ends[-1] // every + sum(
-        end % every > 0 for end in ends
-    )  # a checkpoint is also written at the end of a stage
+    count = ends[-1] // every + sum(end % every > 0 for end in ends)  # the end of a stage has a checkpoint too
     kept = kept_after(config, ends[-1])
     seconds = size / writers / value("write_rate")
     pause = size / place.sharing / value("copy_rate") if config.checkpoint.asynchronous else seconds
