@@ -32,7 +32,7 @@ FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
 """Implementation of the token-wise operations: Triton on a GPU, compiled loops or plain torch on a CPU."""
 EVALUATION = "evaluation"
-"""The moment between two steps at which the run evaluates."""
+"""Name of the moment, between two steps, at which the run evaluates."""
 GATHERED_AT_ONCE = 1 << 25
 """Number of elements of whole weights that are gathered at a time, see `training.checkpoint.whole_weights`."""
 REDUCED_AT_ONCE = 500_000_000
@@ -42,8 +42,9 @@ _BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
     "compiled": {2: Kept(6, 7, 3), 4: Kept(6, 7, 3)},
     "plain": {2: Kept(12, 17, 11), 4: Kept(8, 12, 6)},
 }
-"""What a block keeps for its backward pass, by the bytes of a value, counted. On a CPU attention runs item by item, so
-that two copies of its result exist. Plain torch keeps what the other two recompute, in bf16 as float32 copies."""
+"""Values that a block keeps for its backward pass, by the bytes of a value; counted. On a CPU attention runs item by
+item, so that two copies of its result exist. Plain torch keeps what the other two recompute, in bf16 as float32
+copies."""
 _SPLIT_BLOCK: Mapping[Kernels, Mapping[int, Kept]] = {
     "fused": SPLIT,
     "compiled": {2: Kept(6, 15, 11), 4: Kept(6, 11, 6)},
@@ -54,10 +55,11 @@ _SPLIT_GRADIENTS = {2: 6, 4: 4}
 """Gradients of a feed-forward layer whose width is split over ranks, as multiples of a rank's part of the width, by the
 bytes of a value. Those of its norm are in float32."""
 _TEXT = (8, 2)
-"""Values per token that a text block keeps, as multiples of (D, F). D: its input, two norms, queries, keys, values, the
-result of attention, and the sum of that with the input. F: input and output of the activation function."""
+"""Values per token that a text block keeps, as multiples of (D, F), its width and feed-forward width. D: its input, two
+norms, queries, keys, values, the result of attention, and the sum of that with the input. F: input and output of the
+activation function."""
 _POOLING = 4
-"""Values per token that the attention pooling keeps, as a multiple of D: its input, the norm of it, keys, values."""
+"""Values per token that the attention pooling keeps, as a multiple of the width: its input, its norm, keys, values."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class TeacherMemory:
 
 @dataclass(frozen=True)
 class EvaluationLoad:
-    """What an evaluation while a run trains holds: `weights`, numbers of all its copies; `tokens` and bytes of `pixels`
-    of a pack."""
+    """What an evaluation during training holds on a rank. `weights`: number of weights in all copies; `tokens`: of a
+    pack; `pixels`: bytes of the pixels of a pack."""
 
     weights: int
     tokens: int
@@ -161,14 +163,14 @@ class States:
 
 @dataclass(frozen=True)
 class Peak:
-    """The memory of a rank at one moment, in bytes by part."""
+    """The memory of a rank at the moment that needs most. `parts`: bytes by part."""
 
     moment: str
     parts: Mapping[str, float]
     by_moment: Mapping[str, float] = field(default_factory=dict)
     """Total bytes at each moment."""
     evaluation: Mapping[str, float] = field(default_factory=dict)
-    """The parts during an evaluation; empty if none is counted."""
+    """Bytes by part during an evaluation; {} if it is not counted."""
 
     @property
     def bytes(self) -> float:

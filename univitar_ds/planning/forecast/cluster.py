@@ -35,7 +35,7 @@ ASSUMPTIONS = {
         50_000, "items", "chosen", "of evaluation.sources, where no manifest on this machine has their number"
     ),
     "evaluation_start": Assumption(
-        10, "s", "chosen", "of an evaluation while a run trains, for listing sources, starting decoders, and figures"
+        10, "s", "chosen", "of an evaluation during training: listing of sources, start of decoders, and figures"
     ),
     "write_rate": Assumption(1e9, "bytes/s of a machine", "chosen", "to the folder of checkpoints"),
     "copy_rate": Assumption(

@@ -1,4 +1,4 @@
-"""Predicts the evaluations of a run while it trains: how many, of how many items, and how long training waits."""
+"""Predicts the evaluations during training: their number, their items, and how long training waits for them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ from univitar_ds.planning.step_time import FP32, link_rate
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Evaluations while a run trains. `count`: of them; `items`: of one, by modality; `source`: of these numbers;
-    `parts`: seconds of one, by part; `kinds`: of weights, averaged and trained ones."""
+    """The evaluations during training.
+
+    `count`: number of evaluations; `items`: items of one evaluation by modality; `source`: of these numbers,
+    "manifests" or "assumed"; `parts`: seconds of one evaluation by part; `kinds`: number of kinds of weights that are
+    evaluated, 2 with an average.
+    """
 
     count: int
     items: Mapping[Modality, int]
@@ -43,8 +47,8 @@ class Evaluations:
 
 
 def evaluated_items(config: RunConfig) -> dict[Modality, int]:
-    """Returns the samples of `evaluation.sources` by modality, from manifests on this machine; none if a source is
-    elsewhere or has no manifest."""
+    """Returns the number of samples in `evaluation.sources` by modality; {} if a source is not on this machine or has
+    no manifest."""
     sources, counts = config.evaluation.sources, Counter[Modality]()
     if any("://" in source.path for source in sources):
         return {}
@@ -57,10 +61,10 @@ def evaluated_items(config: RunConfig) -> dict[Modality, int]:
 
 
 def evaluations(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster) -> Evaluations | None:
-    """Returns the evaluations of a run while it trains; None without any.
+    """Returns the evaluations of a run during training; None if it has none.
 
-    All GPUs embed a share of the items, each kind of weights in turn, while other items are decoded. Captions, prompts
-    and figures are not counted.
+    Each GPU embeds its share of the items with one kind of weights after the other, while further items are decoded.
+    The embedding of captions and prompts is not counted.
     """
     config = model.config
     every = config.evaluation.every_samples
@@ -90,13 +94,13 @@ def evaluations(model: PlannedModel, stages: Sequence[StagePlan], cluster: Clust
 
 
 def _stage_of(config: RunConfig, stages: Sequence[StagePlan], modality: Modality) -> StagePlan | None:
-    """Returns the last stage that trains on a modality, whose sizes an evaluation has."""
+    """Returns the last stage that trains on a modality; an evaluation uses its sizes. None if no stage does."""
     pairs = zip(reversed(stages), reversed(config.stages), strict=True)
     return next((own for own, stage in pairs if modality in stage_modalities(stage)), None)
 
 
 def _forward_flops(model: PlannedModel, stage: StagePlan, modality: Modality) -> float:
-    """Returns the FLOPs of the encoder for an item of a stage."""
+    """Returns the FLOPs of the encoder's forward pass for an item of a stage."""
     linear, square = cost_coefficients(encoder_of(model.description))
     one = next(one for one in stage.items if one.modality == modality)
     return one.tokens * (linear + square * one.attended) / (1 + BACKWARD)

@@ -41,7 +41,7 @@ class PlannedModel:
 
     @property
     def evaluated_kinds(self) -> int:
-        """Number of kinds of weights, averaged and trained ones, that the run evaluates while it trains."""
+        """Number of kinds of weights, averaged and trained, that the run evaluates during training."""
         settings = self.config.evaluation
         if not settings.every_samples or not settings.sources:
             return 0
@@ -151,7 +151,7 @@ def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kep
 
 
 def evaluation_of(model: PlannedModel) -> EvaluationLoad | None:
-    """Returns what an evaluation while the run trains holds on a rank; None without one."""
+    """Returns what an evaluation during training holds on a rank; None if the run has none."""
     if not model.evaluated_kinds:
         return None
     video = any(stage.video_ratio > 0 for stage in model.config.stages)

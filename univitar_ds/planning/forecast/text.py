@@ -206,7 +206,7 @@ def _evaluations(plan: Plan) -> Iterator[str]:
     parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in own.parts.items())
     kinds = "averaged and trained weights" if own.kinds > 1 else "trained weights"
     yield (
-        f"{own.count:,} evaluations while it trains, of {items} ({own.source}), {kinds}: {own.seconds:.3g} s each "
+        f"{own.count:,} evaluations during training, of {items} ({own.source}), {kinds}: {own.seconds:.3g} s each "
         f"({parts}), {duration(own.hours)} together; captions are not counted, nor is the evaluation after training"
     )
 

@@ -130,7 +130,7 @@ def test_evaluations_while_a_run_trains_are_counted_in_memory_and_time(tmp_path)
     for stage in evaluated.stages:
         assert stage.peak.evaluation["weights of the evaluation"] == 2 * 2 * count + (1 << 25) * 4
     text = plan_text(evaluated, [evaluated])
-    assert "evaluations while it trains, of 50,000 images (assumed), averaged and trained weights" in text
+    assert "evaluations during training, of 50,000 images (assumed), averaged and trained weights" in text
     assert "during an evaluation: " in text
     assert "evaluation_items: 5e+04 items (chosen" in text
     assert plan_object(evaluated, [])["evaluations"]["hours"] == own.hours
