@@ -287,7 +287,7 @@ def kept_of_a_split_block():
 
 
 @pytest.mark.slow
-def test_the_foreseen_activations_of_a_split_block_are_those_of_its_tensors():
+def test_the_predicted_activations_of_a_split_block_are_those_of_its_tensors():
     """Roots of norms, a few float32 of a token, are not foreseen; nor are they of a whole block."""
     roots = 40
     for size in (2, 4):

@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_what_the_compiler_says_is_what_the_table_says(folder):
+def test_the_registers_of_the_compiler_are_those_of_the_table(folder):
     compiled = rows_of(folder / "rows.csv")
     committed = [row for row in rows_of(COMMITTED) if row["size"] == SIZE]
     assert {row["arch"] for row in compiled} == {"sm_80", "sm_90"}

@@ -216,7 +216,7 @@ def test_two_processes_that_compile_at_once_get_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "/bin/false"])
-def test_without_a_working_compiler_plain_torch_runs_and_one_message_says_so(compiler, tmp_path):
+def test_without_a_working_compiler_plain_torch_runs_and_one_message_reports_it(compiler, tmp_path):
     plain = end(start(tmp_path, CXX=compiler))
     assert plain.failed
     assert plain.err.count("WARNING torch.compile failed, the token-wise operations run as plain torch") == 1

@@ -45,14 +45,14 @@ def test_the_choice_is_logged_once_with_its_reason(caplog):
     ]
 
 
-def test_without_triton_the_reference_runs_on_cuda_and_says_why(monkeypatch):
+def test_without_triton_the_reference_runs_on_cuda_and_logs_the_reason(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert dispatch.choose("cuda", torch.bfloat16) == ("reference", "triton is not installed; pip install triton")
     with pytest.raises(ConfigError, match="not installed; pip install triton"):
         dispatch.choose("cuda", torch.bfloat16, "triton")
 
 
-def test_without_what_triton_compiles_with_the_reference_runs_on_cuda_and_says_why(equipped, monkeypatch):
+def test_without_a_compiler_for_triton_the_reference_runs_on_cuda_and_logs_the_reason(equipped, monkeypatch):
     monkeypatch.setenv("CC", "icc")
     assert dispatch.choose("cuda", torch.bfloat16) == (
         "reference", "triton needs a C compiler and there is no icc; install gcc, or name one in CC"

@@ -100,7 +100,7 @@ def test_every_launch_is_made_on_the_gpu_of_its_tensors(operations, device, monk
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["rms_norm", "patch_embed"])
 @pytest.mark.parametrize("device", ["cuda:1"])
-def test_tensors_may_lie_on_a_gpu_that_is_not_the_current_one(operations, name):
+def test_tensors_may_be_on_a_gpu_that_is_not_the_current_one(operations, name):
     with torch.cuda.device(0):
         result = operations[name]()
         result.sum().backward()

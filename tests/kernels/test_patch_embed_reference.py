@@ -85,7 +85,7 @@ def test_the_largest_tensor_it_makes_is_a_batch_of_bytes(monkeypatch):
     assert made == [(9 * 1176,)]
 
 
-def test_pixels_that_do_not_fill_the_grids_are_a_fault_of_ours():
+def test_pixels_that_do_not_fill_the_grids_are_a_bug_and_raise():
     weight, _ = parameters(2, torch.float32)
     with pytest.raises(ValueError, match="pixel bytes"):
         reference.patch_embed(torch.zeros(2 * 588, dtype=torch.uint8), [1], [(1, 1, 1)], weight, None, **RULE)

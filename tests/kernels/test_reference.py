@@ -157,7 +157,7 @@ def test_an_empty_pack_has_no_patches():
     assert reference.normalise(patches, (0.5,) * 3, (0.5,) * 3).shape == (0, 1176)
 
 
-def test_pixels_that_do_not_fill_the_grid_are_a_fault_of_ours():
+def test_pixels_that_do_not_fill_the_grid_are_a_bug_and_raise():
     with pytest.raises(ValueError, match="frames do not match t"):
         reference.patchify(torch.zeros(3 * 588, dtype=torch.uint8), [3], [(1, 1, 1)], 1)
     with pytest.raises(ValueError, match="pixel bytes"):

@@ -36,7 +36,7 @@ def runs(trained):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_waits_for_the_device_only_where_the_list_says_so(runs, name):
+def test_a_step_waits_for_the_device_only_at_the_listed_places(runs, name):
     step = runs[name]["step"]
     counts = {"step": 1, "pack": CASES[name]["packs"], "collective": sum(step["collectives"].values())}
     for place, times in step["waits"].items():

@@ -5,7 +5,7 @@ import json
 from univitar_ds.demo import end_to_end
 
 
-def test_the_demo_says_that_its_results_differ_between_processors(monkeypatch, tmp_path, capsys):
+def test_the_demo_prints_that_its_results_differ_between_processors(monkeypatch, tmp_path, capsys):
     def trained(recipe, nproc, overrides):
         run = tmp_path / "runs" / "demo"
         run.mkdir(parents=True)

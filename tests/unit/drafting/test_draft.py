@@ -166,7 +166,7 @@ def test_a_held_out_split_is_evaluated(splits, train, evaluated):
     assert [source.split for source in config.evaluation.sources] == [evaluated]
 
 
-def test_without_a_split_there_is_no_evaluation_and_a_comment_says_how():
+def test_without_a_split_there_is_no_evaluation_and_a_comment_explains_how_to_get_one():
     text = draft([survey(300)], CPU)
     assert loaded(text).evaluation.sources == []
     assert "# evaluation: {sources: [{path: HELD_OUT" in text

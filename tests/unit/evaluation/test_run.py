@@ -112,9 +112,7 @@ def test_two_evaluations_of_a_checkpoint_agree(run: Path):
     assert by_path["figures"] == one["figures"]
 
 
-def test_the_evaluation_of_a_run_goes_to_the_gpu_in_bfloat16_and_back_to_the_host_if_that_is_full(
-    run: Path, monkeypatch, caplog
-):
+def test_a_run_is_evaluated_on_the_gpu_in_bfloat16_or_on_the_host_if_the_gpu_is_full(run: Path, monkeypatch, caplog):
     def copied(model: ContrastiveModel, device: torch.device, dtype: torch.dtype) -> ContrastiveModel:
         copies.append(copy.deepcopy(model))
         places.append((device.type, dtype))
@@ -187,7 +185,7 @@ def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path):
         open_trained(tmp_path / "run")
 
 
-def test_all_lines_of_a_txt_are_texts_of_the_retrieval_where_the_source_says_so(tmp_path: Path):
+def test_all_lines_of_a_txt_are_texts_of_the_retrieval_if_the_source_sets_captions_lines(tmp_path: Path):
     text = "a {} image\na image that is {}\n{}"
     samples = [
         (word, {"png": image(28 + 14 * n, 42, n, "PNG"), "txt": text.replace("{}", word).encode()})

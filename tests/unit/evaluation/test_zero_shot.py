@@ -74,7 +74,7 @@ def test_items_without_label_are_not_scored():
     assert figures[0].value == 1.0
 
 
-def test_one_label_alone_is_reported_in_a_sentence_and_not_measured():
+def test_a_single_label_is_reported_and_not_measured():
     figures, notes = zero_shot(_made(on_axes(["cat", "cat"]), ["cat", "cat"]), ["a {}"], texts)
     assert figures == []
     assert len(notes) == 1

@@ -77,7 +77,7 @@ def test_the_packs_do_not_matter(model, items):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("tokens_at_once", [1, 16384])
-def test_blocks_and_their_attention_come_by_item_whatever_the_packs(model, items, tokens_at_once):
+def test_blocks_and_their_attention_are_returned_by_item_with_any_packs(model, items, tokens_at_once):
     pixels, frames, grids = Preprocessor(model.encoder.config).pixels(items)
     with torch.no_grad():
         _, wanted = model.encoder.forward_intermediates(pixels, grids, [-1, 0], frames=frames)

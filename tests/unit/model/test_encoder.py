@@ -103,7 +103,7 @@ def test_positions_follow_the_merge_blocks_and_repeat_over_time():
     assert grid_positions([], 1).dtype == grid_positions([[1, 2, 2]], 1).dtype == torch.int64
 
 
-def test_positions_of_a_pack_are_its_own_although_those_of_a_size_are_made_once():
+def test_positions_of_a_pack_are_correct_although_those_of_a_size_are_computed_once():
     _step_positions.cache_clear()
     with torch.device("meta"):
         first = grid_positions([[1, 3, 5]], 1)

@@ -178,7 +178,7 @@ def test_the_copies_of_an_evaluation_are_those_that_it_makes():
     assert whole_weights.AT_ONCE == GATHERED_AT_ONCE
 
 
-def test_plain_torch_has_no_more_values_in_a_forward_pass_than_an_evaluation_is_foreseen_to_have():
+def test_plain_torch_has_no_more_values_in_a_forward_pass_than_predicted_for_an_evaluation():
     for hidden, inner in ((128, 1152), (128, 2304)):
         encoder = EncoderConfig(hidden, 2, 4, inner)
         model, patches = UniViTAR(encoder), torch.zeros(TOKENS, 1176)

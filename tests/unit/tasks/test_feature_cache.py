@@ -122,7 +122,7 @@ def test_a_killed_call_continues_with_the_first_unfinished_part(run, pets, tmp_p
 
 
 @pytest.mark.parametrize("name", ["features-00000.safetensors", "features.safetensors.index.json", "complete.json"])
-def test_a_damaged_entry_is_computed_again_and_said(run, pets, tmp_path, packs, caplog, name):
+def test_a_damaged_entry_is_computed_again_and_reported(run, pets, tmp_path, packs, caplog, name):
     cache = tmp_path / "cache"
     wanted = of_test(run, pets, cache)
     (file,) = cache.glob(f"*/{name}")

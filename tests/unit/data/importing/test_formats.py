@@ -362,7 +362,7 @@ def test_media_in_another_table_than_parquet_are_refused_with_a_remedy(tmp_path)
         listed(tmp_path / "t.jsonl")
 
 
-def test_a_table_with_another_name_is_read_as_its_format_says(tmp_path):
+def test_a_table_with_another_name_is_read_in_the_given_format(tmp_path):
     write(tmp_path, images() | {"captions.txt": "image,caption\n0.jpg,a\n"})
     assert texts_of(listed(tmp_path / "captions.txt", format="csv")) == {"0.jpg": ("a",)}
 

@@ -54,7 +54,7 @@ def test_rows_of_a_plugin_are_those_of_a_source_with_its_suffix(photos):
     assert format_of(str(photos / "all.lst")) is None
 
 
-def test_a_row_with_a_fault_is_left_out(photos):
+def test_a_row_with_an_error_is_left_out(photos):
     loaded(
         photos,
         "  yield {'file': 'a.png', 'caption': ['a cat', 'a pet']}\n  yield 3\n  yield {'file': 'b.png'}\n"

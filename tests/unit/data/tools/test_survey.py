@@ -71,7 +71,7 @@ def test_the_split_to_train_on(splits, expected):
     assert training_split({split: {"image": 1} for split in splits}) == expected
 
 
-def test_a_folder_without_texts_says_what_it_needs(tmp_path):
+def test_the_error_for_a_folder_without_texts_names_what_it_needs(tmp_path):
     (tmp_path / "a.jpg").write_bytes(image())
     with pytest.raises(DataError, match=r"nothing to pack .*a\.jpg: no_caption.* needs a metadata\.jsonl"):
         survey(str(tmp_path))

@@ -278,7 +278,7 @@ def test_only_the_file_of_an_invalid_or_empty_text_is_left_out(tmp_path):
         (image_row(1), r"'images/1\.jpg' is in line 1 too"),
     ],
 )
-def test_a_row_with_a_fault_ends_packing_before_anything_is_written(tmp_path, row, message):
+def test_a_row_with_an_error_ends_packing_before_anything_is_written(tmp_path, row, message):
     files = {f"images/{i}.jpg": media.encoded(media.noise(20, 20)) for i in range(2)}
     folder = media.write_folder(tmp_path / "folder", files, [image_row(1), row])
     with pytest.raises(DataError, match=r"1 faults.*metadata\.jsonl:2: .*" + message):

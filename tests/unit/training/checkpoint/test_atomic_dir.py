@@ -219,7 +219,7 @@ def test_a_file_that_changes_after_it_was_written_is_noticed_before_it_counts(tm
     assert checkpoint_dir.latest(tmp_path) is None
 
 
-def test_a_disk_that_fails_is_told_from_one_that_is_full(tmp_path, monkeypatch):
+def test_a_failing_disk_and_a_full_disk_have_different_errors(tmp_path, monkeypatch):
     for fault, passes in [(5, True), (116, True), (28, False), (13, False)]:
 
         class Failing(LocalFolder):

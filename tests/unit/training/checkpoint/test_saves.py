@@ -207,7 +207,7 @@ def test_a_failure_that_passes_writes_the_same_checkpoint_again_as_a_whole(compl
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_failure_that_does_not_pass_ends_the_run_and_says_that_it_was_tried_twice(completed, events, asynchronous):
+def test_a_lasting_failure_ends_the_run_with_an_error_after_the_second_try(completed, events, asynchronous):
     target = Slow(fails="put tensors", passes_after=2)
     target.may_write.set()
     saves = Saves(ALONE, completed.append, asynchronous=asynchronous, failed=events.append)

@@ -84,7 +84,7 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(1))
 
 
-def test_layers_learn_slower_the_deeper_they_lie_and_only_those_of_the_encoder():
+def test_only_layers_of_the_encoder_have_learning_rates_that_decrease_with_depth():
     model = Towers()
     groups = parameter_groups(model, OptimizerConfig(layer_decay=0.5))
     set_learning_rate(groups, 8.0)

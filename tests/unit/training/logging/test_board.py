@@ -76,7 +76,7 @@ def test_a_curve_that_rests_at_0_or_1_begins_when_it_moves_and_the_others_are_a_
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 2'])
-def test_a_curve_that_has_moved_before_a_resume_continues_though_it_rests_since(tmp_path, end):
+def test_a_curve_that_changed_before_a_resume_continues_although_it_is_constant_since(tmp_path, end):
     written(tmp_path, [line(1, rollbacks=0, bad_samples=0), line(2, rollbacks=1, bad_samples=0)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(end)
@@ -87,7 +87,7 @@ def test_a_curve_that_has_moved_before_a_resume_continues_though_it_rests_since(
     assert "data/bad_samples" not in board.Tags()["scalars"]
 
 
-def test_a_line_of_an_evaluation_is_none_of_a_step(tmp_path):
+def test_a_line_of_an_evaluation_is_not_a_line_of_a_step(tmp_path):
     evaluated = {"step": 2, "samples_seen": 9, "eval/zero-shot_top-1_image": 0.5}
     written(tmp_path, [line(1, rollbacks=0), line(2, rollbacks=1)])
     with (tmp_path / "metrics.jsonl").open("a") as file:

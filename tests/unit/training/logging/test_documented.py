@@ -71,7 +71,7 @@ def test_readme_has_the_groups_of_tensorboard():
     assert {group for group, _ in GROUPS} == set(documented().values()) - {"no curve"}
 
 
-def test_the_losses_and_parts_that_this_test_knows_are_those_of_the_steps():
+def test_the_losses_and_parts_in_this_test_are_those_of_the_steps():
     sources = "".join(path.read_text() for path in sorted((ROOT / "univitar_ds/training/step").glob("*.py")))
     found = set(re.findall(r'losses=\{"(\w+)":', sources)) | {f"distill_{name}" for name in ("patch", "pooled")}
     assert found == set(PARTS)

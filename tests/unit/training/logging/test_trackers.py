@@ -141,7 +141,7 @@ def test_a_tracker_that_fails_warns_once_without_secrets_and_the_other_continues
     assert len(packages.trackio.of("log")) == 2
 
 
-def test_without_a_key_wandb_is_not_asked_for_one_and_the_warning_says_how_to_give_it(tmp_path, packages, caplog):
+def test_without_a_key_wandb_does_not_prompt_and_the_warning_has_a_remedy(tmp_path, packages, caplog):
     packages.wandb.logged_in = False
     sent(config_of(tmp_path, wandb={}), tmp_path, ({"a": 1.0}, 1))
     assert packages.wandb.calls == []

@@ -93,7 +93,7 @@ def test_kept_packs_run_once_and_the_gradient_keeps_its_bits(keep):
     assert all(grad is None or torch.equal(mine[name], grad) for name, grad in gradients.items())
 
 
-def test_the_first_pack_is_embedded_as_late_as_its_place_says():
+def test_the_first_pack_is_embedded_at_its_stated_place():
     """The images in the logs show it."""
     packs = [pack(0, lane) for lane in range(3)]
     for keep in (0, 1, 3):

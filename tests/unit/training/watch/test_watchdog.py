@@ -102,7 +102,7 @@ def test_a_run_that_does_not_hang_leaves_nothing_in_its_folder(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_the_recorder_writes_into_the_run_unless_the_environment_says_otherwise(tmp_path):
+def test_the_recorder_writes_into_the_run_unless_the_environment_names_another_place(tmp_path):
     environment = {"TORCH_FR_BUFFER_SIZE": "7"}
     flight_recorder.record_collectives(tmp_path, environment)
     assert environment == {
