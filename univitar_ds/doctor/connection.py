@@ -27,9 +27,8 @@ def _check_gpu(context: Context) -> Found:
 
 
 def _join(context: Context) -> Found:
-    if not all(
-        context.ranks.all_of("usable", context.usable).values()
-    ):  # the process group would wait for the rank without a device
+    usable = context.ranks.all_of("usable", context.usable)
+    if not all(usable.values()):  # the process group would wait for the rank without a device
         return Found([Row(NAME, SKIPPED, "not connected: a rank has no device that it can use")])
     context.world = start_world(_LONGER, context.ranks.root)
     device = context.world.device
