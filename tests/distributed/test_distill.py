@@ -207,9 +207,7 @@ def assert_follows(answers, wanted, name):
     assert_sums_close(answers[0][0][name][0].grad_norm, norm, TERMS, "gradient norm")
     for parameter, gradient in gradients.items():
         mine = found[parameter].view_as(gradient)
-        if parameter.endswith(
-            "k_proj.bias"
-        ):  # softmax cancels it, so it is 0 up to rounding of the sums of the weight's gradient
+        if parameter.endswith("k_proj.bias"):  # softmax cancels it: 0 up to rounding of sums as the weight's
             scale = gradients[parameter.replace("bias", "weight")].abs().max().item()
             assert_sums_close(mine, torch.zeros_like(mine), TERMS, parameter, scale=scale)
         else:

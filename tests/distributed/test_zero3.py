@@ -68,9 +68,7 @@ def with_deepspeeds_functions(monkeypatch) -> None:
         monkeypatch.setattr(kind, "can_replace", staticmethod(lambda *_: False))
     monkeypatch.setattr(zero3, "Freeing", lambda parameter, original, accelerator: original)
     monkeypatch.setattr(zero3, "replace_functions", lambda module, offload: None)
-    monkeypatch.setattr(
-        zero3, "Linear", linear.LinearFunctionForZeroStage3
-    )  # the original, since the project sets its own last
+    monkeypatch.setattr(zero3, "Linear", linear.LinearFunctionForZeroStage3)  # the original; ours is set last
 
 
 def trained(folder):

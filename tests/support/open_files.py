@@ -12,9 +12,7 @@ def open_below(place: str | Path) -> list[str]:
     """Paths of open files that are `place` or below it, including deleted files."""
     targets = []
     for descriptor in os.listdir("/proc/self/fd"):
-        with suppress(
-            OSError
-        ):  # closed in the meantime: the descriptor of the listing itself, or one of another thread
+        with suppress(OSError):  # closed since the listing, as its own descriptor is
             targets.append(os.readlink(f"/proc/self/fd/{descriptor}"))
     whole = str(place)
     return [target for target in targets if target.split(" (deleted)")[0] == whole or target.startswith(f"{whole}/")]
