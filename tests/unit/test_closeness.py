@@ -16,6 +16,7 @@ LEFT_OUT = {
     "distributed/test_train_teacher.py",
     "distributed/test_classification.py",
     "integration/test_convert_matrix.py",
+    "integration/test_slurm.py",
     "unit/formats/distributed/test_universal.py",
 }
 """Whole runs of the trainer: minutes for the sums that the engine's tests have."""

@@ -43,8 +43,7 @@ class Member(NamedTuple):
     """A file in a tar: extension in lower case ("" if none), offset and length of the content in bytes.
 
     `link`: whether the member is a hard or symbolic link, which has no content. `content`: the content of a file of at
-    most `SMALL` bytes; None if it is larger, cut off or a link.
-    """
+    most `SMALL` bytes; None if it is larger, cut off or a link."""
 
     extension: str
     offset: int
@@ -71,8 +70,7 @@ class Group:
 class Damage:
     """Bytes [offset, end) of a shard that contain no readable sample. `message` names the shard and the byte.
 
-    `kind` is "cut" if the shard ends too early, else "damaged".
-    """
+    `kind` is "cut" if the shard ends too early, else "damaged"."""
 
     kind: str
     offset: int
@@ -108,16 +106,14 @@ def scan(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Gro
 
     Args: stream: seekable, `read` returns all requested bytes; name: name of the shard in messages; size: its size in
         bytes; start: the byte to start at: 0, a `Group.end` or a `Damage.end`.
-    Raises: only errors of the stream.
-    """
+    Raises: only errors of the stream."""
     return _grouped(_events(stream, name, size, start, whole=True))
 
 
 def groups(stream: BinaryIO, name: str, size: int, start: int = 0) -> Iterator[Group]:
     """Yields the samples of a shard that must be intact; see `scan`.
 
-    Raises: DataError with shard and byte if the shard is truncated or a header is damaged.
-    """
+    Raises: DataError with shard and byte if the shard is truncated or a header is damaged."""
     for found in scan(stream, name, size, start):
         if isinstance(found, Damage):
             raise DataError(found.message)
@@ -216,8 +212,7 @@ def _events(stream: BinaryIO, name: str, size: int, start: int, *, whole: bool) 
 def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | None:
     """Returns the member that begins at `begin`, after its extended headers; None at a valid end marker.
 
-    Raises: _Lost.
-    """
+    Raises: _Lost."""
     position = begin
     search: int | None = None
     long_name: str | None = None
