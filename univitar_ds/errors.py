@@ -105,6 +105,8 @@ def storage_error(error: OSError, path: object = None, done: str = "used") -> St
         remedy = "its folder is gone, or none can be made there; name another place"
     if remedy is None:
         return None
+    if done == "read" and error.errno in (errno.EACCES, errno.EPERM):
+        remedy = "ask for the permission to read it, or name another place"
     name = path if error.filename is None else os.fsdecode(error.filename)
     if error.errno == errno.ENAMETOOLONG and name is not None:
         name = "/".join(part if len(part) <= 60 else f"{part[:57]}..." for part in str(name).split("/"))

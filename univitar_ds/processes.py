@@ -1,13 +1,20 @@
-"""Identifies processes of this machine by id and start time, and blocks signals for processes that are started."""
+"""Identifies processes of this machine by id and start time, sees whether they work, and blocks signals for processes
+that are started."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+POLLS = 0.01
+"""Share of a core that a process may use without progress: one that only polls uses less."""
+DISK_BYTES = 1 << 20
+"""Bytes of a disk that count as progress."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals by which a terminal, Slurm, a launcher or a user ends a program, often sent to all its processes."""
 
@@ -52,6 +59,57 @@ def children(pid: int) -> list[int]:
     """Returns the process ids of the children of `pid`, zombies included."""
     others = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
     return [other for other in others if parent(other) == pid]
+
+
+def done_by(pid: int) -> tuple[float, int]:
+    """Returns what a process and its descendants have done: CPU seconds, those of ended children included, and bytes
+    that they have read from and written to disks."""
+    statuses = {int(folder.name): _status(int(folder.name)) for folder in Path("/proc").glob("[0-9]*")}
+    own, left = set(), {pid}
+    while left:
+        own |= left
+        left = {other for other, status in statuses.items() if status and int(status[1]) in left} - own
+    ticks = sum(int(value) for one in own if statuses.get(one) for value in statuses[one][11:15])
+    return ticks / os.sysconf("SC_CLK_TCK"), sum(map(_disk_bytes, own))
+
+
+def _disk_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
+    except OSError:  # it has ended, or is of another user
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("read_bytes", "write_bytes")))
+
+
+class Idle:
+    """How long this process and its descendants have done nothing, to be asked in one thread that itself only waits.
+
+    Args: limit_s: time in which CPU time of a hundredth of it, or a megabyte from or to a disk, is progress.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._since, self._done = time.monotonic(), _own()
+
+    def moved(self) -> bool:
+        """Whether there was progress since it was last seen."""
+        done = _own()
+        used, moved = (new - old for new, old in zip(done, self._done, strict=True))
+        if 0 <= used < POLLS * self._limit_s and 0 <= moved < DISK_BYTES:  # less than before: a child has ended
+            return False
+        self._since, self._done = time.monotonic(), done
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since progress was last seen."""
+        return time.monotonic() - self._since
+
+
+def _own() -> tuple[float, int]:
+    """Returns `done_by` of this process, without the CPU seconds of this thread."""
+    seconds, size = done_by(os.getpid())
+    return seconds - time.thread_time(), size
 
 
 def command(pid: int) -> bytes:

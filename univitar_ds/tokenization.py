@@ -95,7 +95,10 @@ def _usable(parse: Callable[[str], Tokenizer], source: str, name: str) -> Tokeni
     try:
         tokenizer = parse(source)
     except Exception as error:  # the library raises a plain Exception for what it cannot parse
-        raise ConfigError(f"{name} is not a tokenizer.json that the tokenizers library can read: {error}") from error
+        raise ConfigError(
+            f"{name} is not a tokenizer.json that the tokenizers library can read: {error}; fetch it again, or name "
+            "another"
+        ) from error
     special_ids(tokenizer, name)
     return _plain(tokenizer)
 

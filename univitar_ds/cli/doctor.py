@@ -39,7 +39,7 @@ def add_doctor(commands) -> None:
         "--timeout",
         type=positive,
         metavar="SECONDS",
-        help="limit of the time of each check, and of the wait for other ranks (default 120)",
+        help="limit of the time of each check without progress, and of the wait for other ranks (default 120)",
     )
     add_overrides(parser)
 

@@ -50,8 +50,10 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     path = deepspeed_path(name)
     try:
         content = json.loads(read_utf8(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"deepspeed: cannot read {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"deepspeed: cannot read {path}: {error}; correct it, or start from one of univitar_ds/ds_configs"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed: {path} does not contain a JSON object; start from one of univitar_ds/ds_configs")
     return content

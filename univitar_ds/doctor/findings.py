@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median_low
 from typing import Any
 
-from univitar_ds.errors import UserError
+from univitar_ds.errors import UserError, first_line, storage_error
 from univitar_ds.planning.checks import SeveralFaults
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
@@ -80,6 +81,20 @@ def from_error(check: str, error: UserError) -> list[Row]:
         return [row for each in error.errors for row in from_error(check, each)]
     found, _, remedy = str(error).rpartition("; ")
     return [Row(check, FAILED, found or remedy, remedy if found else "correct what this message names")]
+
+
+def from_any(check: str, error: Exception, remedy: str) -> list[Row]:
+    """Returns a failed row for any error. An error of the storage has its sentence; a bug has its traceback in the log.
+
+    Args: remedy: of a bug."""
+    if isinstance(error, OSError):
+        error = storage_error(error, done="read") or error
+    if isinstance(error, UserError):
+        return from_error(check, error)
+    traceback.print_exception(error)
+    return [
+        Row(check, FAILED, f"{type(error).__name__}: {first_line(error)}", f"see the traceback in the log; {remedy}")
+    ]
 
 
 def merged(rows: Mapping[int, Sequence[Row]], nodes: Sequence[str]) -> list[Row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,8 @@ from univitar_ds.errors import UserError
 
 SLACK_S = 5.0
 """Seconds that rank 0 waits beyond the limit of a check: a rank whose check hangs answers only at this limit."""
+BEAT_S = 1.0
+"""Seconds between two checks of the progress of the rank that is waited for."""
 _ROUNDS = 4
 """Number of limits for which other ranks wait for rank 0, since rank 0 may have to wait for some of them first."""
 
@@ -34,6 +37,7 @@ class Ranks:
         self.rank, self.size, self.limit_s = rank, size, limit_s
         self.root, self.store = store, dist.PrefixStore("doctor", store)
         self.nodes: list[str | None] = [None] * size
+        self._beats = [0] * size
         self.silent: dict[int, str] = {}
         """On rank 0: for each rank that did not answer, the name of the first exchange that it missed."""
 
@@ -76,13 +80,45 @@ class Ranks:
             key = f"{name}/{rank}"
             if rank in self.silent:
                 continue
+            deadline = self._await(key, rank, deadline, self.limit_s + SLACK_S)
             try:
                 if not self.store.check([key]):
-                    self.store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+                    raise dist.DistStoreError(key)
                 found[rank] = json.loads(self.store.get(key))
             except dist.DistError:
                 self.silent[rank] = name.removeprefix("arrive ")
         return found
+
+    def beat(self) -> None:
+        """Notes that this rank makes progress, so that others wait for it."""
+        with suppress(dist.DistError):  # they have ended
+            self.store.add(f"beat/{self.rank}", 1)
+
+    def _await(self, key: str, rank: int, deadline: float, longest_s: float) -> float:
+        """Waits for a key of `rank` until the deadline, which is postponed whenever that rank notes progress.
+
+        Returns: the deadline. Raises nothing; the caller looks whether the key is there."""
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=max(min(left, BEAT_S), 0.01)))
+                return deadline
+            except dist.DistNetworkError:
+                return deadline
+            except dist.DistError:
+                if self._has_moved(rank):
+                    deadline = max(deadline, time.monotonic() + longest_s)
+                    self.beat()  # others wait for this rank meanwhile
+                elif left <= 0:
+                    return deadline
+
+    def _has_moved(self, rank: int) -> bool:
+        try:
+            beats = self.store.add(f"beat/{rank}", 0)
+        except dist.DistError:
+            return False
+        moved, self._beats[rank] = beats != self._beats[rank], beats
+        return moved
 
     def all_of(self, name: str, value: Any) -> dict[int, Any]:
         """Returns, on every rank, the values of all ranks that answer. Raises: UserError if rank 0 has ended."""
@@ -105,20 +141,20 @@ class Ranks:
         if self.is_main:
             self.store.set("end", "")
             return
-        try:
-            self.store.wait(["end"], self._wait_for_main())
-        except dist.DistError:
-            return
+        self._await_main("end")
 
     def _from_main(self, key: str) -> bytes:
+        self._await_main(key)
         try:
-            self.store.wait([key], self._wait_for_main())
-            return self.store.get(key)
+            if self.store.check([key]):
+                return self.store.get(key)
         except dist.DistError as error:
             raise self._main_gone() from error
+        raise self._main_gone()
 
-    def _wait_for_main(self) -> timedelta:
-        return timedelta(seconds=_ROUNDS * (self.limit_s + SLACK_S))
+    def _await_main(self, key: str) -> None:
+        longest_s = _ROUNDS * (self.limit_s + SLACK_S)
+        self._await(key, 0, time.monotonic() + longest_s, longest_s)
 
     def _main_gone(self) -> UserError:
         who = ranks_named([0], self.nodes)

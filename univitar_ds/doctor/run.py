@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import traceback
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -33,12 +33,12 @@ from univitar_ds.doctor.findings import (
     Found,
     Report,
     Row,
-    from_error,
+    from_any,
     merged,
     ranks_named,
 )
 from univitar_ds.doctor.ranks import Ranks, who_is_silent
-from univitar_ds.errors import UserError, first_line
+from univitar_ds.processes import Idle
 from univitar_ds.training.distributed import orphans, preemption
 from univitar_ds.training.distributed.launchers import is_rank
 from univitar_ds.training.distributed.preemption import Stop
@@ -64,15 +64,19 @@ CHECKS = (
 """The checks in their order. An invalid run file is in the first row; no rank allocates GPU memory before all ranks
 have read how much is in use; checks that may hang a rank come last."""
 LIMIT_S = 120.0
-"""Default limit of a check in seconds. Importing all packages from a busy disk takes a minute."""
+"""Default limit in seconds of a check without progress."""
+LOOK_S = 1.0
+"""Seconds between two readings of the progress of a check."""
+MOST = 10
+"""Number of limits after which a check ends even if it makes progress."""
 
 
 def examine(recipe: str | None, overrides: Sequence[str] = (), limit_s: float = LIMIT_S) -> Report:
     """Runs all checks. Under a launcher, including `srun`, this process is one rank. Leaves no file on a disk.
 
     Args: recipe: a run file, the name of a recipe or the folder of a run; None: only the machines are checked;
-        overrides: KEY=VALUE for keys of the run file; limit_s: seconds that a check may take, and that a rank waits for
-        other ranks.
+        overrides: KEY=VALUE for keys of the run file; limit_s: seconds that a check may take without progress, or with
+        communication between ranks, and that a rank waits for other ranks.
     Returns: the report, which has rows on rank 0 only.
     Raises: UserError if the launcher's variables are invalid, a rank does not join, or rank 0 ends before the others.
         The message names the missing ranks.
@@ -140,23 +144,34 @@ def _run(check: Check, key: str, context: Context) -> list[Row]:
 
 
 def run_within_limit(check: Check, context: Context) -> Found:
-    """Returns the result of `check.run` on this rank; a failed row if it raises or exceeds the limit."""
+    """Returns the result of `check.run` on this rank; a failed row if it raises, or makes no progress within the limit.
+
+    For a check in which ranks communicate the limit holds for the whole check, since a process that waits for others on
+    a GPU uses CPU time.
+    """
     answers: queue.SimpleQueue[Found] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             answers.put(check.run(context))
-        except UserError as error:
-            answers.put(Found(from_error(check.name, error)))
         except Exception as error:  # one broken check must not hide the others
-            traceback.print_exception(error)
-            text = f"{type(error).__name__}: {first_line(error)}"
-            answers.put(Found([Row(check.name, FAILED, text, f"see the traceback in the log; {check.remedy}")]))
+            answers.put(Found(from_any(check.name, error, check.remedy)))
 
     threading.Thread(target=work, name=f"check of {check.name}", daemon=True).start()
-    try:
-        return answers.get(timeout=context.ranks.limit_s)
-    except queue.Empty:
-        context.hung = True
-        text = f"no answer within {context.ranks.limit_s:g} s (limit)"
-        return Found([Row(check.name, FAILED, text, check.remedy)])
+    limit_s, begin = context.ranks.limit_s, time.monotonic()
+    idle = Idle(limit_s)
+    while True:
+        try:
+            return answers.get(timeout=min(LOOK_S, limit_s / 4))
+        except queue.Empty:
+            if not check.together and idle.moved():
+                context.ranks.beat()
+            if idle.seconds >= limit_s:
+                text = "no answer within" if check.together else "no answer and no progress for"
+                text += f" {limit_s:g} s (limit)"
+                break
+            if time.monotonic() - begin >= MOST * limit_s:
+                text = f"no answer within {MOST * limit_s:g} s, {MOST} times the limit"
+                break
+    context.hung = True
+    return Found([Row(check.name, FAILED, text, check.remedy)])

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
+from univitar_ds.classes import ClassList
 from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
 from univitar_ds.config.paths import expand
-from univitar_ds.config.run_folder import CONFIG
+from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.divisors import divisors
 from univitar_ds.doctor.context import Check, Context
-from univitar_ds.doctor.findings import OK, SKIPPED, Found, Row, from_error, listed
-from univitar_ds.errors import UserError
+from univitar_ds.doctor.findings import OK, SKIPPED, Found, Row, from_any, listed
+from univitar_ds.errors import CheckpointError
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.teacher.teacher import build_teacher
 from univitar_ds.model.towers import build_text_tower
@@ -29,7 +31,7 @@ from univitar_ds.planning.counts.samples import expected_tokens
 from univitar_ds.planning.sizes import checkpoint_bytes, count_parameters
 from univitar_ds.tokenization import load_tokenizer, special_ids
 
-NAME = "run file"
+NAME, PARTS, FOLDER = "run file", "contents of the run file", "run folder"
 
 
 def rows_of(context: Context) -> list[Row]:
@@ -58,6 +60,8 @@ def rows_of_parts(context: Context) -> list[Row]:
         "lanes": lambda: _lanes(config, context),
         "deepspeed": lambda: _deepspeed(config, context),
     }
+    if context.run is not None:
+        steps[FOLDER] = lambda: _folder(config, context.run)
     for name, check in steps.items():
         if text := _tried(rows, name, check):
             rows.append(Row(name, OK, text))
@@ -67,17 +71,40 @@ def rows_of_parts(context: Context) -> list[Row]:
 
 
 def _tried(rows: list[Row], name: str, check: Callable[[], Any]) -> Any:
-    """Calls `check` and returns its result; if it raises a UserError, adds failed rows to `rows` and returns None."""
+    """Calls `check` and returns its result; if it raises an error, adds failed rows to `rows` and returns None."""
     try:
         return check()
-    except UserError as error:
-        rows += from_error(name, error)
+    except Exception as error:
+        rows += from_any(name, error, "leave out what this row is about, and report it")
         return None
 
 
 def _installation(config: RunConfig) -> str:
     checks.check_libraries(config)
     return "the packages of this run are installed"
+
+
+def _folder(config: RunConfig, run: Path) -> str:
+    """Reads what a run needs to continue. Files of the last checkpoint are not read, only their sizes."""
+    if config.objective.classifies:
+        ClassList.read(run / CLASSES)
+    else:
+        load_tokenizer(run / TOKENIZER)
+    read_deepspeed(str(run / DEEPSPEED))
+    text = f"{run}: what it needs to continue can be read"
+    if config.checkpoint.folder is not None:
+        return f"{text}; its checkpoints are in {config.checkpoint.folder}"
+    last = checkpoint_dir.latest(run / CHECKPOINTS)
+    if last is None:
+        return f"{text}; no checkpoint yet"
+    faults = []
+    for name, entry in checkpoint_dir.read_manifest(last).items():
+        size = (last / name).stat().st_size if (last / name).is_file() else 0
+        if size != entry["bytes"]:
+            faults.append(f"{name} has {size} bytes instead of {entry['bytes']}")
+    if faults:
+        raise CheckpointError(f"{last} is damaged: {', '.join(faults)}; {checkpoint_dir.remedy(last)}")
+    return f"{text}; the files of {last.name} have their sizes"
 
 
 def _lanes(config: RunConfig, context: Context) -> str:
@@ -172,7 +199,11 @@ def _sources(context: Context, config: RunConfig, rows: list[Row]) -> None:
 def take_run(context: Context) -> None:
     """If `recipe` is the folder of a run, sets `run` to it and `recipe` to the run file in it."""
     folder = None if context.recipe is None else Path(expand(context.recipe))
-    if folder is not None and folder.is_dir():
+    try:
+        is_run = folder is not None and folder.is_dir()
+    except OSError:  # a name that is too long, or no permission: the check of the run file reports it
+        return
+    if is_run:
         context.run, context.recipe = folder, str(folder / CONFIG)
 
 
@@ -185,4 +216,4 @@ def _check_parts(context: Context) -> Found:
 
 
 CHECK = Check(NAME, _check, "the disk with the run file does not answer on this node")
-PARTS_CHECK = Check(NAME, _check_parts, "a disk, store or hub that the run file names does not answer on this node")
+PARTS_CHECK = Check(PARTS, _check_parts, "a disk, store or hub that the run file names does not answer on this node")

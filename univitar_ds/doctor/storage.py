@@ -6,18 +6,23 @@ import os
 import time
 from collections.abc import Sequence
 from statistics import median_low
+from typing import BinaryIO
 
 from univitar_ds.data.shards.sources import SourceShard, spread
+from univitar_ds.data.shards.tar_index import BLOCK, Damage, scan
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.doctor.context import Check, Context
-from univitar_ds.doctor.findings import OK, Answers, Found, Row
+from univitar_ds.doctor.findings import FAILED, OK, Answers, Found, Row
 
 NAME = "storage"
 MOST_BYTES, PIECE, SHARDS = 64 << 20, 4 << 20, 8
 """At most SHARDS shards are read, evenly spread over all: PIECE bytes at a time, at most MOST_BYTES in total."""
 MOST_S = 5.0
 """Seconds after which no further piece is read."""
+HEAD = 1 << 16
+"""Bytes in which the first sample of a shard is searched; the sample may be longer."""
 
 
 def read_rate(shards: Sequence[SourceShard], settings: StorageSettings) -> tuple[int, float]:
@@ -33,6 +38,28 @@ def read_rate(shards: Sequence[SourceShard], settings: StorageSettings) -> tuple
             if time.monotonic() - start > MOST_S:
                 return total, time.monotonic() - start
     return total, time.monotonic() - start
+
+
+def damaged(shards: Sequence[SourceShard], settings: StorageSettings) -> Row | None:
+    """Returns a failed row if a shard of those that `read_rate` reads does not begin or end as a tar with samples."""
+    for shard in spread(shards, SHARDS):
+        with RangeReader(storage_for(shard.path, settings), shard.path, shard.size).buffered() as stream:
+            fault = _fault_of_edges(stream, shard.path, shard.size)
+        if fault is not None:
+            remedy = "restore the shard or pack it again; `univitar-ds data verify SOURCE` lists all damage"
+            return Row(NAME, FAILED, fault, remedy)
+    return None
+
+
+def _fault_of_edges(stream: BinaryIO, path: str, size: int) -> str | None:
+    """Returns what is wrong with the first sample or the end of a shard, without reading what is between them."""
+    first = next(scan(stream, path, min(size, HEAD)), None)
+    if first is None:
+        return f"shard {path}: holds no sample"
+    if isinstance(first, Damage) and (first.kind == "damaged" or size <= HEAD):
+        return first.message.rpartition("; ")[0]
+    stream.seek(max(0, size - BLOCK))
+    return f"shard {path}: cut off at byte {size}, it does not end as a tar" if any(stream.read(BLOCK)) else None
 
 
 def _forget(path: str) -> None:
@@ -52,8 +79,10 @@ def _forget(path: str) -> None:
 def _check(context: Context) -> Found:
     if not context.shards or context.config is None:
         return Found()
-    size, seconds = read_rate(context.shards, StorageSettings.of(context.config.data))
-    return Found(values={"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
+    settings = StorageSettings.of(context.config.data)
+    size, seconds = read_rate(context.shards, settings)
+    row = damaged(context.shards, settings)
+    return Found([] if row is None else [row], values={"mb_s": size / 1e6 / max(seconds, 1e-6), "mb": size / 1e6})
 
 
 def compare(answers: Answers) -> list[Row]:

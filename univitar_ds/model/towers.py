@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from univitar_ds.config.model import TextConfig
@@ -226,8 +227,10 @@ def _read_config(folder: Path) -> Any:
         raise CheckpointError(f"model.text.path {folder} has no config.json; name a local folder of a text model")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"model.text.path {folder} has no readable config.json: {first_line(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"model.text.path {folder} has no readable config.json: {first_line(error)}; fetch it again"
+        ) from error
     if config.model_type not in FAMILIES:
         raise CheckpointError(
             f"model.text.path {folder} holds a {config.model_type} model; supported are: {', '.join(sorted(FAMILIES))}"
@@ -268,8 +271,11 @@ def _from_folder(folder: Path) -> nn.Module:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the text model in {folder} cannot be loaded: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the text model in {folder} cannot be loaded: {first_line(error)}; fetch it again, or name another in "
+            "model.text.path"
+        ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:8])
         raise CheckpointError(f"the text model in {folder} lacks weights: {missing}; fetch it again")

@@ -1,16 +1,23 @@
 """Checks of the run file, its sources and the disks, on one rank with real files."""
 
+import errno
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from tests.support.full import small_disk
+from tests.support.peers import save_peer
 from tests.support.runs import small_config
 from tests.support.s3 import s3_server
 from tests.support.shards import write_demo_shards
+from tests.support.teachers import image_model
+from univitar_ds.cli.main import main
 from univitar_ds.config.load import dump_config
+from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.doctor import checkpoints, run, run_file, storage
 from univitar_ds.doctor.context import Context
@@ -20,6 +27,7 @@ from univitar_ds.errors import DataError, StorageError
 from univitar_ds.model.config import PRESETS
 from univitar_ds.planning.counts.batch import fewest_steps
 from univitar_ds.planning.counts.samples import expected_tokens
+from univitar_ds.run import create_run
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +85,129 @@ def test_each_error_has_a_row_with_a_remedy_and_hides_no_other(folder, monkeypat
     assert remedy in failed[0].remedy
     if check != "run file":
         assert rows["run file"][0].state == OK
+
+
+DEEP = b"[" * 100_000
+"""More levels than a parser of JSON can enter."""
+IO_ERROR = "/proc/self/mem"
+"""A file whose first byte cannot be read: Input/output error."""
+
+
+def damage(file: Path, how: bytes | str | float) -> None:
+    """Replaces a file by bytes or a link to the path `how`, or keeps the share `how` of it."""
+    content = file.read_bytes()
+    file.unlink()
+    if isinstance(how, str):
+        file.symlink_to(how)
+    else:
+        file.write_bytes(content[: int(how * len(content))] if isinstance(how, float) else how)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a teacher and of a text tower with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    image_model("dinov2").save_pretrained(folder / "teacher")
+    save_peer("clip", folder / "text")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "check"),
+    [
+        ("teacher/model.safetensors", "objective.teacher.path", "teacher"),
+        ("teacher/config.json", "objective.teacher.path", "teacher"),
+        ("text/model.safetensors", "model.text.path", "text tower"),
+        ("text/config.json", "model.text.path", "text tower"),
+        ("text/tokenizer.json", "model.text.path", "text tower"),
+    ],
+)
+def test_damaged_models_are_a_row_with_a_remedy_and_no_traceback(folder, models, tmp_path, capfd, name, key, check):
+    for number, how in enumerate((0.5, b"", b"\xff" * 4096, DEEP, IO_ERROR)):
+        place = tmp_path / str(number)
+        shutil.copytree(models, place)
+        damage(place / name, how)
+        given = f"{key}={place / name.partition('/')[0]}", "model.text.context_length=8"
+        (row,) = [row for row in read(context(folder, *given)) if row.state == FAILED]
+        assert row.check == check
+        assert str(place) in row.found
+        assert re.match("fetch it again|name another", row.remedy), row
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_damaged_shards_are_a_row_although_their_sizes_are_those_of_the_manifest(folder, tmp_path):
+    size = (folder / "shards" / "train-image-000000.tar").stat().st_size
+    for number, content in enumerate((os.urandom(size), bytes(size), None)):
+        shards = tmp_path / str(number)
+        shutil.copytree(folder / "shards", shards)
+        shard = shards / "train-image-000000.tar"
+        shard.write_bytes(shard.read_bytes()[: size - 1024] + os.urandom(1024) if content is None else content)
+        given = context(folder, f"data.sources.0.path={shards}")
+        assert {row.state for row in read(given)} == {OK}
+        (row,) = storage.CHECK.run(given).rows
+        assert (row.check, row.state) == ("storage", FAILED)
+        assert "train-image-000000.tar" in row.found
+        assert "univitar-ds data verify" in row.remedy
+    damage(shards / "manifest.json", DEEP)
+    (row,) = [row for row in read(context(folder, f"data.sources.0.path={shards}")) if row.state == FAILED]
+    assert (row.check, row.remedy) == ("sources", "pack the folder again: univitar-ds data pack FOLDER OUT")
+
+
+def test_the_folder_of_a_run_that_cannot_continue_is_a_row(folder, tmp_path, capfd):
+    whole = create_run(small_config(folder / "shards", tmp_path), "test", 1)
+
+    def row_of(**changes) -> Row:
+        run = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(whole, run)
+        for name, how in changes.items():
+            damage(run / name.replace("_", "."), how)
+        given = context(run, recipe="")
+        given.recipe = str(run)
+        run_file.take_run(given)
+        rows = [row for row in read(given) if row.state == FAILED or row.check == "run folder"]
+        return rows[0]
+
+    assert row_of().state == OK
+    for name in ("tokenizer_json", "deepspeed_json"):
+        for how in (DEEP, IO_ERROR, b""):
+            row = row_of(**{name: how})
+            assert (row.check, row.state) == ("run folder", FAILED)
+            assert row.remedy != "correct what this message names"
+    for how in (IO_ERROR, os.urandom(3000), DEEP):
+        assert row_of(config_yaml=how).check == "run file"
+    step = whole / CHECKPOINTS / "step-00000002"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text('{"version": 1, "files": {"a": {"bytes": 5, "sha256": "x"}}}')
+    assert "step-00000002 is damaged: a has 0 bytes instead of 5" in row_of().found
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_file_that_may_not_be_read_or_whose_name_is_too_long_is_a_row(folder, monkeypatch, capfd):
+    for number in (errno.EACCES, errno.EIO):
+        monkeypatch.setattr(Path, "is_file", lambda path, number=number: _raise(OSError(number, "", str(path))))
+        (row,) = run.run_within_limit(run_file.CHECK, context(folder)).rows
+        assert (row.check, row.state) == ("run file", FAILED)
+        assert f"run.yaml cannot be read: {os.strerror(number)}" in row.found
+        assert row.remedy
+    monkeypatch.undo()
+    given = context(folder, recipe="x" * 300)
+    run_file.take_run(given)
+    (row,) = run.run_within_limit(run_file.CHECK, given).rows
+    assert (row.state, row.remedy) == (FAILED, "choose a shorter name")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def _raise(error: Exception):
+    raise error
+
+
+def test_a_full_disk_is_a_row_and_the_command_fails(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "CHECKS", (run_file.CHECK, run_file.PARTS_CHECK, checkpoints.CHECK))
+    with small_disk(tmp_path / "disk", 1) as disk:
+        assert main(["doctor", "--config", str(folder / "run.yaml"), f"output={disk}"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{disk} cannot be written: No space left on device" in printed
+    assert "remedy: free some space there, or name another place" in printed
 
 
 def test_without_a_run_file_the_row_is_skipped():

@@ -1,11 +1,16 @@
 """Running checks on one rank: limits, errors and the report."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 
+from univitar_ds import processes
 from univitar_ds.cli.doctor import table
 from univitar_ds.cli.main import main
 from univitar_ds.doctor.context import Check, Context
@@ -48,8 +53,43 @@ def test_a_check_that_does_not_answer_fails_at_the_limit_with_its_remedy():
     finally:
         ended.set()
     assert (first.check, first.state) == ("disk", FAILED)
-    assert (first.found, first.remedy) == ("no answer within 0.2 s (limit)", "see the disk")
+    assert (first.found, first.remedy) == ("no answer and no progress for 0.2 s (limit)", "see the disk")
     assert second.state == OK
+
+
+def test_a_check_that_makes_progress_has_the_time_it_needs(monkeypatch):
+    """As the import of all packages on a busy machine, which took longer than the limit beside a good run file."""
+    looks, enough = [], threading.Event()
+
+    def done(_):
+        looks.append(len(looks))
+        if len(looks) > 12:  # three limits, as a limit has four looks
+            enough.set()
+        return float(len(looks)), 0
+
+    monkeypatch.setattr(processes, "done_by", done)
+    slow = Check("slow", lambda _: enough.wait() and Found([Row("slow", OK, "it is")]), "")
+    (row,) = rows_of(slow, limit_s=0.2)
+    assert row.state == OK
+    endless = Check("endless", lambda _: threading.Event().wait(), "end it")
+    (row,) = rows_of(endless, limit_s=0.05)
+    assert (row.state, row.found) == (FAILED, "no answer within 0.5 s, 10 times the limit")
+
+
+def test_ranks_that_wait_for_each_other_have_the_limit_as_a_whole_since_waiting_on_a_gpu_is_busy(monkeypatch):
+    monkeypatch.setattr(processes, "done_by", lambda _: (time.monotonic(), 0))
+    (row,) = rows_of(Check("ranks", lambda _: threading.Event().wait(), "", together=True), limit_s=0.1)
+    assert row.found == "no answer within 0.1 s (limit)"
+
+
+def test_the_work_of_children_and_the_bytes_of_a_disk_are_progress(tmp_path):
+    before = processes.done_by(os.getpid())
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (tmp_path / "file").write_bytes(os.urandom(1 << 20))
+    after = processes.done_by(os.getpid())
+    assert after[0] - before[0] >= 0.25, "in ticks of 10 ms"
+    assert after[1] >= before[1]
 
 
 ROWS = [

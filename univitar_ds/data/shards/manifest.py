@@ -30,7 +30,7 @@ def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[st
         raise DataError(f"{folder} has no {MANIFEST}, so its packing did not end; {remedy}")
     try:
         manifest = json.loads(storage.read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         found = manifest.get("version") if isinstance(manifest, dict) else None

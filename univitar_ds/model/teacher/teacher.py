@@ -208,10 +208,10 @@ def read_teacher(config: TeacherConfig) -> TeacherShape:
     try:
         whole = AutoConfig.from_pretrained(config.path, local_files_only=local)
         images = get_image_processor_config(config.path, local_files_only=local)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise CheckpointError(
             f"objective.teacher.path {config.path} is neither a folder with a model's config.json nor the name of a "
-            f"model that can be fetched: {' '.join(str(error).split())}"
+            f"model that can be fetched: {' '.join(str(error).split())}; fetch it again, or name another"
         ) from error
     kind = whole.model_type
     if kind not in FAMILIES:
@@ -268,7 +268,7 @@ def _own_config(path: str) -> EncoderConfig | None:
     """Returns the configuration of an encoder of this project; None if `path` is another model."""
     try:
         values = json.loads(read_utf8(Path(path) / CONFIG_FILE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     inner = values.get("vision_config", values) if isinstance(values, dict) else None
     if not isinstance(inner, dict) or inner.get("pe_type") != "rope2d":
@@ -299,7 +299,10 @@ def _image_model(path: str, shape: TeacherShape, dtype: torch.dtype) -> nn.Modul
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the teacher {path} cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(
+            f"the teacher {path} cannot be loaded: {first_line(error)}; fetch it again, or name another in "
+            "objective.teacher.path"
+        ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:8])
         raise CheckpointError(f"the teacher {path} lacks weights: {missing}; fetch it again")
