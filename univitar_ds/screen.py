@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from univitar_ds import startup
+
 logger = logging.getLogger(__name__)
 
 LINES_AFTER_S, LINES_EVERY_S = 3.0, 10.0
@@ -202,6 +204,8 @@ def progress_bar(*, desc: str, unit: str, disable: bool = False, **settings: Any
     """
     from tqdm import tqdm
 
+    if not disable:
+        startup.phase("")
     given = {"desc": desc, "unit": unit, "disable": disable, **settings}
     if disable or has_terminal():
         return tqdm(**given)

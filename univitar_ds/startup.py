@@ -47,6 +47,9 @@ class _Startup:
     def _report(self) -> None:
         with self._changed:
             while not self._ended:
+                if not self._text:
+                    self._changed.wait()
+                    continue
                 now = time.monotonic()
                 due = self._last + (AGAIN_S if self._reported else AFTER_S)
                 if now < due:
@@ -79,7 +82,9 @@ def reported(text: str) -> Iterator[None]:
 
 
 def phase(text: str) -> None:
-    """Begins a phase, such as "building the model". Does nothing if no start is reported."""
+    """Begins a phase, such as "building the model". Does nothing if no start is reported.
+
+    Args: text: empty while something else is shown, such as a progress bar: nothing is logged until the next phase."""
     if _current:
         _current[0].phase(text)
 

@@ -8,6 +8,11 @@ import pytest
 
 from tests.support.progress import wait_until
 from univitar_ds import startup
+from univitar_ds.cli.main import main
+from univitar_ds.doctor.context import Check
+from univitar_ds.doctor.findings import OK, Found, Row
+from univitar_ds.errors import ConfigError
+from univitar_ds.screen import progress_bar
 
 
 @pytest.fixture
@@ -80,3 +85,51 @@ def test_a_start_that_fails_ends_its_reports(reports):
     with pytest.raises(ValueError, match="broken"), startup.reported("loading"):
         raise ValueError("broken")
     assert not [thread for thread in threading.enumerate() if thread.name == "startup"]
+
+
+COMMANDS = {
+    "univitar_ds.evaluation.run.evaluate_run": ["eval", "RUN"],
+    "univitar_ds.tasks.run.run_task": ["eval", "knn", "MODEL", "--data", "SOURCE"],
+    "univitar_ds.evaluation.report.render_run": ["report", "RUN"],
+    "univitar_ds.inference.classify.listed": ["classify", "MODEL", "a.jpg", "--labels", "a,b"],
+    "univitar_ds.inference.embed_files.embed_files": ["embed", "MODEL", "SOURCE", "--out", "OUT.parquet"],
+    "univitar_ds.doctor.run.examine": ["doctor"],
+}
+
+
+@pytest.mark.parametrize("slow", COMMANDS)
+def test_commands_that_take_long_before_they_print_say_what_they_do(reports, monkeypatch, slow):
+    monkeypatch.setattr(startup, "AFTER_S", 0.01)
+
+    def lasts(*_, **__):
+        wait_until(lambda: "loading the program ..." in reports.messages, "a report")
+        raise ConfigError("the work has begun")
+
+    monkeypatch.setattr(slow, lasts)
+    assert main(COMMANDS[slow]) == 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "startup"]
+
+
+def test_the_checks_of_the_doctor_are_named_while_they_last(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 0.01)
+    monkeypatch.setattr(startup, "AGAIN_S", 0.01)
+    seen = Row("disk", OK, "there")
+
+    def look(_):
+        wait_until(lambda: "checking: disk ..." in reports.messages, "a report")
+        return Found([seen])
+
+    monkeypatch.setattr("univitar_ds.doctor.run.CHECKS", [Check("disk", look, "")])
+    assert main(["doctor"]) == 0
+
+
+def test_nothing_is_reported_while_a_progress_bar_is_shown(reports, monkeypatch):
+    monkeypatch.setattr(startup, "AFTER_S", 0.01)
+    monkeypatch.setattr(startup, "AGAIN_S", 0.01)
+    with startup.reported("loading"):
+        with progress_bar(desc="embedding", unit="image"):
+            before = len(reports.messages)
+            time.sleep(0.1)
+            assert len(reports.messages) <= before + 1, "one that was being logged"
+        startup.phase("writing")
+        wait_until(lambda: "writing ..." in reports.messages, "a report")

@@ -7,13 +7,21 @@ from pathlib import Path
 
 
 def add_command(
-    commands, name: str, run, help_text: str, description: str = "", *, leaves_files: bool = True
+    commands,
+    name: str,
+    run,
+    help_text: str,
+    description: str = "",
+    *,
+    leaves_files: bool = True,
+    announced: bool = False,
 ) -> argparse.ArgumentParser:
     """Adds a command to `commands`, the subparsers of argparse. Returns the command's parser.
 
     Args: run: called with the parsed arguments, returns the exit status or None; description: text of `--help`, by
         default `help_text`; leaves_files: whether the command also writes its results to files, so that it succeeds
-        even if stdout cannot be written.
+        even if stdout cannot be written; announced: whether it works for long before it prints, so that the phases of
+        its start are logged (`startup`).
     """
     parser = commands.add_parser(
         name,
@@ -21,7 +29,7 @@ def add_command(
         description=description or help_text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run, leaves_files=leaves_files)
+    parser.set_defaults(run=run, leaves_files=leaves_files, announced=announced)
     return parser
 
 

@@ -28,6 +28,7 @@ def add_doctor(commands) -> None:
         "  torchrun --nproc-per-node 8 -m univitar_ds doctor --config photos\n"
         "No file is left on a disk. Exit status: 0 if no row failed, 1 if one did, 2 if ranks are missing.",
         leaves_files=False,
+        announced=True,
     )
     parser.add_argument(
         "--config",

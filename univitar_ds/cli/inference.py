@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from univitar_ds import startup
 from univitar_ds.cli.common import add_command, add_storage, add_weights, expand, expand_place, positive, shown
 from univitar_ds.screen import show
 
@@ -57,7 +58,9 @@ classes (label, probability, and set if the data set has a name), or error and m
 
 def add_inference(commands) -> None:
     """Adds the commands `embed` and `classify` to `commands`."""
-    embed = add_command(commands, "embed", _embed, "write the embeddings of images and videos to files", EMBED)
+    embed = add_command(
+        commands, "embed", _embed, "write the embeddings of images and videos to files", EMBED, announced=True
+    )
     embed.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
     embed.add_argument(
         "sources", nargs="+", type=expand_place, metavar="SOURCE", help="files, folders or shards; also s3://"
@@ -70,7 +73,13 @@ def add_inference(commands) -> None:
     add_reading(embed)
     add_storage(embed)
     classify = add_command(
-        commands, "classify", _classify, "name the most probable classes of files", CLASSIFY, leaves_files=False
+        commands,
+        "classify",
+        _classify,
+        "name the most probable classes of files",
+        CLASSIFY,
+        leaves_files=False,
+        announced=True,
     )
     classify.add_argument("model", type=expand_place, metavar="MODEL", help=_MODEL)
     classify.add_argument("files", nargs="+", type=expand_place, metavar="FILE", help="files or folders")
@@ -148,7 +157,9 @@ def _classify(arguments: argparse.Namespace) -> int:
     width = max(map(len, map(shown, listed(arguments.files))))
     classifier = Classifier(arguments.model, labels, templates, model_options(arguments))
     faults, several = 0, len(classifier.sets) > 1
+    startup.phase("reading the files")
     for one in classifier.classify(arguments.files, arguments.top):
+        startup.done()
         faults += one.fault is not None
         show(json.dumps(one.to_json()) if arguments.json else _row(one, width, several))
     return 1 if faults else 0

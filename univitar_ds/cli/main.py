@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from univitar_ds import startup
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_screen()
     try:
         parsed = parse(build_parser(), arguments)
-        status = parsed.run(parsed) or 0
+        with startup.reported("loading the program") if parsed.announced else nullcontext():
+            status = parsed.run(parsed) or 0
         if lost and not parsed.leaves_files and not status:
             status = 141 if isinstance(lost[0], BrokenPipeError) else 2
         return status
@@ -197,6 +198,7 @@ def _add_after_training(commands) -> None:
         "evaluation.json of RUN is not changed. Other tasks, also for models that are not runs:\n"
         "  univitar-ds eval zero-shot|retrieval|knn|linear|attentive|dense|tokens MODEL --data SOURCE\n"
         "Give a folder that has the name of a task as ./NAME. An evaluation that measures nothing is an error.",
+        announced=True,
     )
     evaluate.add_argument(
         "folder", type=expand, metavar="RUN", help="a run's folder, or one of its checkpoints, or RUN/checkpoints/best"
@@ -217,6 +219,7 @@ def _add_after_training(commands) -> None:
         "  univitar-ds report runs/photos --out report.html --images cat.jpg walk.mp4 --caption 'a cat'\n"
         "  univitar-ds report runs/curriculum runs/fixed --out compared.html --png drawings",
         leaves_files=False,
+        announced=True,
     )
     report.add_argument("folders", nargs="+", type=expand, metavar="RUN", help="folders of runs, at most 8 for a page")
     report.add_argument("--out", type=expand, metavar="FILE", help="write the page to this file")

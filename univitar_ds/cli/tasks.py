@@ -145,7 +145,7 @@ def add_tasks(commands) -> None:
     for task in TASKS:
         help_text, about, examples = _ABOUT[task]
         description = f"{about}{_common(task)}{examples}"
-        parser = add_command(commands, f"eval {task}", _run, help_text, description, leaves_files=False)
+        parser = add_command(commands, f"eval {task}", _run, help_text, description, leaves_files=False, announced=True)
         parser.set_defaults(task=task)
         parser.add_argument("model", type=expand_place, metavar="MODEL", help="see above")
         parser.add_argument("--data", type=expand_place, required=True, metavar="SOURCE", help="see above")

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from univitar_ds import startup
 from univitar_ds.data.storage.session import remove_session_folder
 from univitar_ds.doctor import (
     checkpoints,
@@ -94,8 +95,10 @@ def examine(recipe: str | None, overrides: Sequence[str] = (), limit_s: float = 
 def check_all(context: Context, checks: Sequence[Check]) -> list[Row]:
     """Returns the rows of `checks` on rank 0, and [] on other ranks. All ranks must call it with the same checks."""
     ranks, rows = context.ranks, []
+    startup.phase("waiting for all ranks")
     ranks.exchange_nodes(node_name(os.environ))
     for number, check in enumerate(checks):
+        startup.phase(f"checking: {check.name}")
         rows += _run(check, f"{number} {check.name}", context)
     for rank, place in ranks.silent.items():
         node = ranks.nodes[rank]

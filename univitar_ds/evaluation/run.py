@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from univitar_ds import startup
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, EVALUATION
@@ -69,6 +70,7 @@ def evaluate_run(
     config = overridden(folder / CONFIG, before, overrides)
     if out is not None:
         check_result(out, is_result)
+    startup.phase("reading the model and the sources")
     trained = replace(open_trained(run, weights), config=with_packed_sources(config, training=False))
     own = out is None and same_evaluation(before, config)
     result, sheets, model = _on_gpu_or_host(trained, progress)

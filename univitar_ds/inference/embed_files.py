@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from univitar_ds import startup
 from univitar_ds.config.data import CacheConfig, DataConfig, S3Config, SourceConfig
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
@@ -110,6 +111,7 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
     Raises: CheckpointError if the model cannot be opened; ConfigError if options do not fit it, or there are too few
         GPUs.
     """
+    startup.phase("opening the model")
     nproc = processes_of(how)
     folder = str(model_folder(model, how))
     stored = open_as(folder, how.weights, how.dtype)

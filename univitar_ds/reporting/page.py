@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.config.load import dumped
 from univitar_ds.errors import UserError
@@ -102,11 +103,13 @@ def write_page(folders: Sequence[Path], out: Path, options: PageOptions = DEFAUL
     Yields: texts to print: the results of each run, and what was written.
     Raises: as `read_runs` and `render_page`; StorageError if a file cannot be written.
     """
+    startup.phase("reading the runs")
     runs = read_runs(folders)
     for run in runs:
         title = [str(run.folder), ""] if len(runs) > 1 else []
         results = render_results(run.evaluation, run.summary)
         yield "\n".join([*title, results or f"{run.folder} has no results yet"])
+    startup.phase("drawing the page")
     page, drawn = render_page(runs, options)
     write_result(out, page)
     yield f"page in {out} ({len(page.encode()) / 1e6:.1f} MB)"

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.storage.base import StorageSettings
@@ -81,7 +82,9 @@ def run_task(
         check_result(options.png, is_drawing)
     if task == "linear" and options.solver != "sgd" and options.epochs is not None:
         raise ConfigError(f"--epochs {options.epochs} is for --solver sgd: L-BFGS has no epochs; leave it out")
+    startup.phase("opening the model")
     opened = open_model(model, how or ModelOptions())
+    startup.phase("reading the data")
     figures, notes = _TASKS[task](opened, data, options)
     if not figures:
         raise DataError(f"{task} has measured nothing: {' '.join(notes) or 'the data has no image and no video'}")
