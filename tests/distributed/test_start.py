@@ -97,7 +97,7 @@ def test_weights_of_the_hub_are_copied_into_the_run(shards, source, tmp_path, mo
         asked.append(name)
         return tmp_path / "release"
 
-    monkeypatch.setattr(recognise, "_from_hub", fetched)
+    monkeypatch.setattr(recognise, "from_hub", fetched)
     run = new_run(shards, tmp_path, {"init_from": "somebody/univitar"})
     assert asked == ["somebody/univitar"]
     shutil.rmtree(tmp_path / "release")

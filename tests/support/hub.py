@@ -1,8 +1,9 @@
-"""A fake Hugging Face hub on loopback that accepts uploads of small files."""
+"""A fake Hugging Face hub on loopback that accepts and serves small files."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ class Hub:
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, object]:
         parts = path.partition("?")[0].strip("/").split("/")
+        if parts[2:3] == ["resolve"]:
+            return self._file("/".join(parts[:2]), "/".join(parts[4:]))
         if parts == ["api", "repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
@@ -56,6 +59,10 @@ class Hub:
                 for path, content in self.files[name].items()
             ]
         return 200, {"id": name, "modelId": name, "sha": "0" * 40, "siblings": [], "private": self.private[name]}
+
+    def _file(self, name: str, path: str) -> tuple[int, object]:
+        content = self.files.get(name, {}).get(path)
+        return (404, {"error": "Entry not found"}) if content is None else (200, content)
 
     def _commit(self, name: str, body: bytes) -> tuple[int, object]:
         if self.refusal is not None:
@@ -91,12 +98,15 @@ def hub_server() -> Iterator[Hub]:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             status, content = hub.answer(self.command, self.path, body) if known else (401, {"error": "who are you"})
-            text = json.dumps(content).encode()
+            text = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(text).hexdigest()}"')
             self.end_headers()
-            self.wfile.write(text)
+            if self.command != "HEAD":
+                self.wfile.write(text)
 
         do_GET = do_POST = do_HEAD = _answer
 

@@ -103,11 +103,11 @@ class S3Server:
     def delete(self, key: str) -> None:
         self.client.delete_object(Bucket=BUCKET, Key=key)
 
-    def upload(self, folder: Path, prefix: str) -> str:
-        """Copy the files of a folder; returns the prefix's address."""
-        for path in sorted(Path(folder).iterdir()):
+    def upload(self, folder: Path, prefix: str, pattern: str = "*") -> str:
+        """Copy the files of a folder, with pattern "**/*" at any depth; returns the prefix's address."""
+        for path in sorted(Path(folder).glob(pattern)):
             if path.is_file():
-                self.put(f"{prefix}/{path.name}", path.read_bytes())
+                self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
         return f"s3://{BUCKET}/{prefix}"
 
     def keys(self, prefix: str = "") -> list[str]:

@@ -54,7 +54,7 @@ LIBRARIES = {
     "webdataset": {"univitar_ds.data.writing.writer"},
     "megatron": {"univitar_ds.formats.distributed.megatron", "univitar_ds.model.blocks.tensor_parallel"},
     "huggingface_hub": {
-        "univitar_ds.formats.recognise",
+        "univitar_ds.formats.fetched",
         "univitar_ds.convert.publish",
         "univitar_ds.model.teacher.teacher",
     },

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
-from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 
 from univitar_ds.config.encoder import CONFIG_FILE, read_object
-from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG
-from univitar_ds.data.storage import address
-from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
-from univitar_ds.data.storage.session import session_folder
-from univitar_ds.errors import CheckpointError, DataError, first_line, writing
-from univitar_ds.formats import checkpoint_dir
+from univitar_ds.config.run_folder import CONFIG
+from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
+from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import run as run_format
+from univitar_ds.formats.fetched import from_hub, from_s3
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import StoredModel
-from univitar_ds.regular_files import read_utf8
 
 _MODULES = {
     "run": "univitar_ds.formats.run",
@@ -39,8 +35,6 @@ PEERS = ("clip", "siglip", "dinov2", "dinov3")
 """How the `model_type` of models of transformers begins that the commands `eval` measure, for comparison."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """Names of models on the Hugging Face hub: owner/name."""
-_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
-_COPIED = 1 << 24
 
 
 def open_stored(
@@ -59,7 +53,10 @@ def open_stored(
     Raises: CheckpointError if the source cannot be found, its format is not recognised, or it is damaged.
     """
     folder = local_folder(source, settings)
-    name = recognised(folder)
+    try:
+        name = recognised(folder)
+    except CheckpointError as error:  # of a copy on this machine, whose name says nothing
+        raise CheckpointError(str(error).replace(str(folder), str(source))) from error
     if config_folder is not None and name not in _TENSORS_ALONE:
         raise CheckpointError(f"{source}, in the format {name}, has its own configuration; leave --config-from out")
     if name == "run":
@@ -125,52 +122,7 @@ def local_folder(source: str | Path, settings: StorageSettings = LOCAL) -> Path:
     if Path(source).exists():
         raise CheckpointError(f"{source} is a file; name the folder of a model")
     if text.startswith(S3):
-        return _from_s3(text.rstrip("/") + "/", settings)
+        return from_s3(text.rstrip("/") + "/", settings)
     if HUB_NAME.fullmatch(text):
-        return _from_hub(text)
+        return from_hub(text)
     raise CheckpointError(f"{source} is neither a folder, an s3:// address nor a hub name (owner/name)")
-
-
-def _from_s3(prefix: str, settings: StorageSettings) -> Path:
-    """Copies the files in a folder on S3; of a run, also its last checkpoint."""
-    folder = Path(session_folder(), "models", blake2b(prefix.encode(), digest_size=16).hexdigest())
-    try:
-        storage = address.storage_for(prefix, settings)
-        if not _copy(storage, prefix, folder):
-            raise CheckpointError(f"{prefix} holds no files; check the address")
-        if (folder / CONFIG).is_file():
-            root = folder / CHECKPOINTS
-            _copy(storage, f"{prefix}{CHECKPOINTS}/", root)
-            latest = root / checkpoint_dir.LATEST
-            step = read_utf8(latest).strip() if latest.is_file() else ""
-            if not re.fullmatch(r"step-\d{8,}", step):
-                raise CheckpointError(f"{prefix}{CHECKPOINTS}/ has no complete checkpoint; copy one there")
-            _copy(storage, f"{prefix}{CHECKPOINTS}/{step}/", root / step)
-    except DataError as error:
-        raise CheckpointError(str(error)) from error
-    return folder
-
-
-def _copy(storage: Storage, prefix: str, folder: Path) -> int:
-    """Copies the files directly below `prefix`. Returns their number."""
-    urls = [url for url in storage.list(prefix) if not url.endswith("/")]
-    for url in urls:
-        path = folder / Path(url).name
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with storage.open(url) as stream, path.open("wb") as file:
-                while part := stream.read(_COPIED):
-                    file.write(part)
-    return len(urls)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # a dependency of transformers
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # of several libraries: no connection, no such model, no permission
-        raise CheckpointError(
-            f"{name} is no folder here, and cannot be fetched from the hub as a model ({first_line(error)}); check the "
-            "name"
-        ) from error
