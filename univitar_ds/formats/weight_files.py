@@ -216,14 +216,29 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
-    with reading(path):
-        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    state = load_plain(path, path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} must hold tensors by name, got {type(state).__name__}")
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"{path} holds entries that are no tensors: {some(others)}; save the weights alone")
     return state
+
+
+def load_plain(content: io.BytesIO | Path, path: Path) -> Any:
+    """Returns the tensors and plain values in what torch.save wrote; tensors of a file are mapped if torch can do it.
+
+    Raises: CheckpointError, with the first other name in it, if it is damaged or holds anything else."""
+    try:
+        mapped = isinstance(content, Path) and _is_zip(content)
+        return torch.load(content, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a hostile file can make the unpickler raise anything
+        # torch's own message proposes to run what the file names.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}, which could run code" if named else first_line(error)[:300]
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors and plain values ({reason}); fetch it again"
+        ) from error
 
 
 def _is_zip(path: Path) -> bool:

@@ -139,9 +139,18 @@ class Opened:
 def test_a_pickle_with_more_than_tensors_is_refused_and_never_run(write, stored):
     (stored / "model.safetensors").unlink()
     write({"a": Opened()}, stored / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
+    with pytest.raises(CheckpointError, match="it names setattr, which could run code") as caught:
         UniViTAR.from_pretrained(stored)
+    assert "weights_only" not in str(caught.value)
     assert not Opened.ran
+
+
+@pytest.mark.parametrize("content", [b"", b"root:x:0:0:root", b"\x80\x02.", b"0", b"a", b"((((", b"PK\x03\x04"])
+def test_a_file_of_any_content_is_one_sentence(content, stored):
+    (stored / "model.safetensors").unlink()
+    (stored / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged or holds more than tensors"):
+        UniViTAR.from_pretrained(stored)
 
 
 def test_a_training_checkpoint_in_place_of_weights_is_refused(stored):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from univitar_ds.errors import CheckpointError, first_line
+from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.stored_model import TensorInfo, Tensors
+from univitar_ds.formats.weight_files import load_plain
 from univitar_ds.regular_files import read_bytes
 
 METADATA = ".metadata"
@@ -228,17 +228,3 @@ def _load(piece: _Piece) -> Any:
     except OSError as error:
         raise CheckpointError(f"{piece.file} cannot be read ({error.strerror}); fetch it again") from error
     return load_plain(content, piece.file)
-
-
-def load_plain(content: io.BytesIO | Path, path: Path) -> Any:
-    """Returns the tensors and plain values in what torch.save wrote.
-
-    Raises: CheckpointError, with the first other name in it, if it is damaged or holds anything else."""
-    try:
-        return torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile file can make the unpickler raise anything
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it names {named[1]}, which could run code" if named else first_line(error)[:300]
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors and plain values ({reason}); fetch it again"
-        ) from error

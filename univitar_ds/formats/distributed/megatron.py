@@ -56,10 +56,10 @@ from torch.distributed.checkpoint.metadata import (
 from univitar_ds.config.encoder import EncoderConfig, read_object
 from univitar_ds.errors import CheckpointError, ConfigError, writing
 from univitar_ds.extras import extra
-from univitar_ds.formats.distributed.dcp_files import DCP, METADATA, DcpFiles, StandIns, load_plain
+from univitar_ds.formats.distributed.dcp_files import DCP, METADATA, DcpFiles, StandIns
 from univitar_ds.formats.sidecar import SIDECAR, read_sidecar, write_sidecar
 from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, Tensors
-from univitar_ds.formats.weight_files import remembering, save_pt
+from univitar_ds.formats.weight_files import load_plain, remembering, save_pt
 from univitar_ds.owned import Names
 from univitar_ds.regular_files import read_utf8
 
