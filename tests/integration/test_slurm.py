@@ -95,7 +95,7 @@ class Job:
 
 
 STUB = """#!/bin/bash
-# In the place of Python: rank $SLURM_PROCID of a trainer that ends as $END says on its first start.
+# Replaces Python: rank $SLURM_PROCID of a trainer whose first start ends as given by $END.
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
 case $END in
 # A rank ignores the signals to the others of an ended one once it ends itself.

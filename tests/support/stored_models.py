@@ -66,7 +66,7 @@ def _text_tower(family: str) -> torch.nn.Module:
     ids = special_ids(TOKENIZER)
     shape = {**SHAPE, "vocab_size": ids.vocab_size, "bos_token_id": None, "eos_token_id": ids.eos_id}
     if family == "clip":
-        # 2 is what the configurations of OpenAI's models have, whatever their tokenizer says.
+        # The configurations of OpenAI's models have 2, although their tokenizers have another id.
         config = CLIPTextConfig(**{**shape, "eos_token_id": 2}, pad_token_id=ids.pad_id, max_position_embeddings=14)
         return CausalTextTower(CLIPTextModel(config))
     config = SiglipTextConfig(**shape, pad_token_id=1, max_position_embeddings=CONTEXT, projection_size=40)

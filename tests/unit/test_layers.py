@@ -37,7 +37,7 @@ LAYERS = [
 """Names below `univitar_ds`; a module belongs to the longest that it begins with."""
 LAYER_OF = {f"univitar_ds.{name}": layer for layer, names in enumerate(LAYERS) for name in names}
 NEIGHBOURS = {"model", "objectives", "data"}
-"""Packages that know nothing of each other."""
+"""Packages that do not import each other."""
 PACKAGES_WITHOUT_INIT = {"univitar_ds.kernels": {"dispatch", "reference"}}
 """Their doors: a folder of the top level must give way to an installed package of its name."""
 LIBRARIES = {

@@ -14,7 +14,7 @@ NODE = 4
 
 
 def counted(ranks, cases):
-    """Calls by kind, calls and bytes of the fourth step, in which DeepSpeed knows the order of the modules."""
+    """Calls by kind, calls and bytes of the fourth step, in which DeepSpeed has recorded the order of the modules."""
     world, answers = fake_world(ranks), {}
     for name, settings in cases.items():
         engine = build_engine(StandIn(), OptimizerConfig(), ds_config(1, **settings), world)

@@ -105,7 +105,7 @@ def test_only_the_encoders_asked_for_are_measured(monkeypatch):
 
 
 class StandInDevice:
-    """A device whose clock goes on by what is run on it, and the driver that `do_bench` asks for it."""
+    """A device whose clock advances with the work that it runs, and the driver through which `do_bench` uses it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0

@@ -171,7 +171,7 @@ def test_close_during_a_start_raises_nothing_in_either_thread(monkeypatch, slots
 
 def test_a_supervisor_that_is_stopped_while_it_ends_a_process_logs_no_failure(slots, caplog):
     class Ended:
-        """A server whose process ends at once; the supervisor is stopped while it asks for the exit code."""
+        """A server whose process ends at once; the supervisor is stopped while it requests the exit code."""
 
         def fork(self):
             ours, theirs = socket.socketpair()

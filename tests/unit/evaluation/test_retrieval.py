@@ -48,12 +48,12 @@ def test_chance_levels_are_the_counted_ones():
 def test_any_item_with_the_caption_is_right_and_equal_captions_are_one_candidate():
     east, north, west = torch.eye(4)[0], torch.eye(4)[1], -torch.eye(4)[0]
     fill = random_rows(3, 4, seed=2) * 0.01 - torch.eye(4)[3]
-    # "dog" is nearest to the second dog; the first dog's image lies at the caption "cat".
+    # "dog" is nearest to the second dog; the vector of the first dog's image is that of the caption "cat".
     vision = torch.stack([north, east, north, *fill])
     text = torch.stack([east, east, north + 0.1 * west, *fill])
     figures = _by_name(made(vision, text, ["dog", "dog", "cat", "x", "y", "z"]))
     assert figures["text to image", "R@1"].candidates == 6
-    # "cat" draws between the first dog's image and its own: both lie in the same place.
+    # "cat" has a tie between the first dog's image and its own: both have the same vector.
     assert figures["text to image", "R@1"].value == pytest.approx((1 + 0.5 + 3) / 5)
     assert figures["image to text", "R@1"].candidates == 5
     assert figures["image to text", "R@1"].value == pytest.approx(5 / 6)

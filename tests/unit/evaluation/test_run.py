@@ -95,7 +95,7 @@ def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path, drawn: lis
 
 def test_figures_are_written_where_no_sheet_can_be_drawn(shards: Path, tmp_path: Path, monkeypatch, caplog):
     def broken(*_: object, **__: object) -> None:
-        raise OSError("cannot open resource")  # what Pillow says where a font is missing
+        raise OSError("cannot open resource")  # the error of Pillow for a missing font
 
     write_run(tmp_path / "run", run_config(shards))
     monkeypatch.setattr(evaluation, "draw_sheet", broken)

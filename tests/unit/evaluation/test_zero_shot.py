@@ -19,7 +19,7 @@ AXES = {"cat": 0, "dog": 1, "emu": 2, "fox": 3, "gnu": 4, "hen": 5}
 
 
 def texts(sentences: Sequence[str]) -> Tensor:
-    """A sentence lies on the axis of the animal that it names."""
+    """The vector of a sentence is the axis of the animal that it names."""
     rows = torch.zeros(len(sentences), 8)
     for row, sentence in enumerate(sentences):
         rows[row, next(axis for animal, axis in AXES.items() if animal in sentence)] = 1

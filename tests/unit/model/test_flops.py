@@ -14,7 +14,7 @@ GRIDS = [[1, 4, 6], [2, 2, 4], [1, 9, 3]]
 
 def test_forward_flops_are_what_torch_counts():
     model = small_encoder(num_hidden_layers=3, num_attention_heads=2)
-    # The counter does not know the CPU's fused attention; the plain one is the same arithmetic.
+    # The counter does not count the CPU's fused attention; plain attention has the same arithmetic.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(drawn_patches(GRIDS), GRIDS)
     assert sum(flops_per_item(model.config, grid) for grid in GRIDS) == counter.get_total_flops()

@@ -146,7 +146,7 @@ def test_an_evaluation_that_fails_is_an_event_and_the_next_multiple_has_another(
 
 
 def test_an_error_of_a_single_rank_is_raised(tmp_path):
-    run = Run(tmp_path, [])  # StopIteration, which no other rank knows of
+    run = Run(tmp_path, [])  # StopIteration, which does not reach other ranks
     with pytest.raises(StopIteration):
         run.after(1, 100)
 

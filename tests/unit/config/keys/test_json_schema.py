@@ -23,7 +23,7 @@ def resolved(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def faults(content: Any, node: dict[str, Any], place: str = "") -> list[str]:
-    """Keys that the schema does not know, and keys that it demands and the content lacks."""
+    """Keys that are not in the schema, and keys that it requires and the content lacks."""
     node = resolved(node)
     if isinstance(content, list) and "items" in node:
         return [fault for i, entry in enumerate(content) for fault in faults(entry, node["items"], f"{place}{i}.")]

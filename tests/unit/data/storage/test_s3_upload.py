@@ -87,7 +87,7 @@ def test_an_upload_is_complete_after_faults(server, file, tmp_path, fault):
 
 
 def test_a_lost_answer_to_the_last_request_is_not_an_error(server, file, tmp_path):
-    """The store may no longer know a completed upload when the request is repeated."""
+    """The store may have forgotten a completed upload when the request is repeated."""
     faults = iter(["lost", "gone"])
 
     def finishing(request):

@@ -244,7 +244,7 @@ def test_a_block_computed_with_slices_equals_that_of_one_process(size, folder):
 
 
 def _quiet_cuda() -> None:
-    """Megatron's writer asks for the GPU although its tensors are on the CPU."""
+    """Megatron's writer calls CUDA functions although its tensors are on the CPU."""
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = lambda: torch.device("cpu")
 

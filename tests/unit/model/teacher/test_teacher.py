@@ -109,7 +109,7 @@ def test_tokens_come_in_the_order_in_which_the_student_cuts_its_patches(videos, 
     merged = teacher_of(model, tmp_path / "b", merge=2)(*pack).patches
     place = 0
     for frames, (t, h, w) in zip(pack[1].tolist(), grids, strict=True):
-        # Images whose patches are painted with their own number tell where patchify puts each of them.
+        # Each patch of these images has its own number as colour, which shows where patchify puts it.
         numbers = torch.arange(h * w, dtype=torch.uint8).view(1, h, 1, w, 1, 1)
         painted = numbers.expand(frames, h, PATCH, w, PATCH, 3).reshape(-1)
         order = patchify(painted, [frames], [(t, h, w)], 2)[:, 0].view(t, -1).long()
@@ -216,7 +216,7 @@ def test_an_exported_encoder_is_a_teacher_with_its_own_tokens(own_merge, merge, 
     rows = normalise(patchify(pixels, frames.tolist(), grids.tolist(), own_merge), config.image_mean, config.image_std)
     with torch.no_grad():
         tokens = encoder(rows, grids)
-    # Patches tell which token is which: the order of one patchify found in that of the other.
+    # The patches identify the tokens: the order of one patchify is found in that of the other.
     cut = patchify(pixels, frames.tolist(), grids.tolist(), merge)
     for row, wanted in zip(patchify(pixels, frames.tolist(), grids.tolist(), own_merge), tokens, strict=True):
         place = int((cut == row).all(1).nonzero())

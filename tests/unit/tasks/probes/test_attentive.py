@@ -17,7 +17,7 @@ WIDTH = 32
 
 
 def packs(items: int, seed: int, signal: float = 8.0, classes: int = 4) -> Iterator[tuple]:
-    """Noise, with one token of each item that says its class: the mean over tokens hardly shows it."""
+    """Noise, with one token of each item that determines its class: the mean over tokens hardly depends on it."""
     draws = torch.Generator().manual_seed(seed)
     for begin in range(0, items, 16):
         tokens, lengths, labels = [], [], []

@@ -116,7 +116,7 @@ except UserError as error:
 
 
 def ranks(numbers, size, seconds, port):
-    """What each of these ranks printed; all end when all have said something."""
+    """The output of each of these ranks. All end when all have printed something."""
     processes = []
     for rank in numbers:
         five = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -140,7 +140,7 @@ needs_python_headers = pytest.mark.skipif(
 
 @pytest.fixture
 def read_only(tmp_path, monkeypatch):
-    """The environment's folder on a mount that nobody can write to, and a cache of the user's."""
+    """The environment's folder on a read-only mount, and the user's cache."""
     folder = tmp_path / "environment" / "var" / "torch_extensions"
     folder.mkdir(parents=True)
 

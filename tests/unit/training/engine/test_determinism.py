@@ -19,7 +19,7 @@ def as_before(monkeypatch):
 
 def test_attention_and_matrix_products_are_set_to_be_deterministic():
     set_deterministic(True)
-    assert torch.are_deterministic_algorithms_enabled()  # what the attention back ends look at
+    assert torch.are_deterministic_algorithms_enabled()  # the setting that the attention back ends read
     # With it torch's attention ignores the setting: varlen_attn, and the text tower's scaled dot products.
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
