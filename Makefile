@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-seconds
 # Made by the tests of a simulated GPU (tests/support/simulated_gpu/environment.py).
-PRETENCE := .venv-pretence
+SIMULATED := .venv-simulated-gpu
 # What was skipped and why, and which tests took longest: above 20 s one is marked slow.
 REPORT := -rs --durations 10 --durations-min 20
 
@@ -70,7 +70,7 @@ clean:
 	@if [ ! -e $(VENV) ]; then :; \
 	elif [ ! -L $(VENV) ] && { [ -f $(VENV)/.univitar-ds ] || [ -f $(INSTALLED) ]; }; then rm -rf $(VENV); \
 	else echo "$(VENV) stays: it was not made by make"; fi
-	@if [ ! -e $(PRETENCE) ]; then :; \
-	elif [ ! -L $(PRETENCE) ] && [ -f $(PRETENCE)/.univitar-ds ]; then rm -rf $(PRETENCE); \
-	else echo "$(PRETENCE) stays: it was not made by the tests"; fi
+	@if [ ! -e $(SIMULATED) ]; then :; \
+	elif [ ! -L $(SIMULATED) ] && [ -f $(SIMULATED)/.univitar-ds ]; then rm -rf $(SIMULATED); \
+	else echo "$(SIMULATED) stays: it was not made by the tests"; fi
 	@$(PYTHON) -c 'import sys; sys.path.insert(0, "."); from univitar_ds.demo.folder import main; main("demo")'

@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from tests.support.simulated_gpu import libraries
 
-FOLDER = ROOT / ".venv-pretence"
+FOLDER = ROOT / ".venv-simulated-gpu"
 MARK = ".univitar-ds"
 """The file by which `make clean` recognizes the folder. It is also the lock between processes that make the folder."""
 MADE = "made.json"

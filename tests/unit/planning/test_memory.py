@@ -72,7 +72,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
 
 def test_rows_of_the_simulated_gpu_are_predicted_within_5_percent():
     """`tests/simulated_gpu/test_memory.py` repeats some of them if its environment can be made."""
-    rows = rows_of("bench_pretence.csv")
+    rows = rows_of("bench_simulated_gpu.csv")
     assert {row["zero"] for row in rows} >= {"2", "3"}
     for row in rows:
         setting = {name: int(row[name]) for name in ("zero", "ranks", "packs", "recompute", "tokens")}

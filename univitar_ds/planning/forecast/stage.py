@@ -171,7 +171,7 @@ def muon_of(model: PlannedModel, stage: StageConfig, place: Placement) -> MuonWo
 
 
 def messages(model: PlannedModel, place: Placement, zero: int, passes: int, backwards: int) -> int:
-    """Returns the estimated number of collectives in a step; `benchmarks/results/bench_pretence.csv` has counts of
+    """Returns the estimated number of collectives in a step; `benchmarks/results/bench_simulated_gpu.csv` has counts of
     steps of the trainer.
 
     Seven are for the loss, the gradient norm and metrics. ZeRO-3 gathers weights in each forward pass, and in each

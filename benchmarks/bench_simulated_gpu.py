@@ -1,12 +1,12 @@
 """Counts one training step of the shipped recipes at full size on a simulated GPU; needs no GPU.
 
-    python benchmarks/bench_pretence.py [--recipes univitar_0p3b ...] [--zero 2 3] [--ranks 8] [--recompute 0 1]
+    python benchmarks/bench_simulated_gpu.py [--recipes univitar_0p3b ...] [--zero 2 3] [--ranks 8] [--recompute 0 1]
 
-The step runs on `cuda:0` with the real model, engine and loss, but tensors have no data (docs/performance.md, "A GPU in
-pretence"). A row has the launches of the step (all operations that write on the device, and those of the fused kernels
+The step runs on `cuda:0` with the real model, engine and loss, but tensors have no data (docs/performance.md, "A
+simulated GPU"). A row has the launches of the step (all operations that write on the device, and those of the fused kernels
 and attention among them), its collectives and their bytes in and out, the times it waits for the device, and the peak
 memory by the phase that allocated it: `build` is the model and the optimizer, `forward` the activations. Rows are added
-to results/bench_pretence.csv. A setting takes one to several minutes of CPU.
+to results/bench_simulated_gpu.csv. A setting takes one to several minutes of CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
             raise SystemExit(f"{setting} failed:\n{done.stderr[-3000:]}")
         row = {"date": date.today().isoformat(), "commit": git_commit(), **json.loads(done.stdout.splitlines()[-1])}
         print(json.dumps(row), flush=True)
-        add_rows(RESULTS / "bench_pretence.csv", [row])
+        add_rows(RESULTS / "bench_simulated_gpu.csv", [row])
 
 
 if __name__ == "__main__":
