@@ -108,6 +108,7 @@ def test_a_wait_is_reported_after_five_seconds_with_the_owner_of_the_lock(
 
     monkeypatch.setattr("univitar_ds.training.engine.compiled_ops.time.sleep", sleep)
     monkeypatch.setattr("univitar_ds.training.engine.compiled_ops.time.monotonic", lambda: now[0])
+    caplog.set_level("INFO")
     wait_for(lock)
     assert next(seconds for seconds, reported in seen if reported) <= 5.5
     assert caplog.text.count(f"waiting for {lock}: ") == 1
