@@ -3,10 +3,10 @@
     python benchmarks/bench_simulated_gpu.py [--recipes univitar_0p3b ...] [--zero 2 3] [--ranks 8] [--recompute 0 1]
 
 The step runs on `cuda:0` with the real model, engine and loss, but tensors have no data (docs/performance.md, "A
-simulated GPU"). A row has the launches of the step (all operations that write on the device, and those of the fused kernels
-and attention among them), its collectives and their bytes in and out, the times it waits for the device, and the peak
-memory by the phase that allocated it: `build` is the model and the optimizer, `forward` the activations. Rows are added
-to results/bench_simulated_gpu.csv. A setting takes one to several minutes of CPU.
+simulated GPU"). A row has the launches of the step (all operations that write on the device, and those of the fused
+kernels and attention among them), its collectives and their bytes in and out, the times it waits for the device, and
+the peak memory by the phase that allocated it: `build` is the model and the optimizer, `forward` the activations. Rows
+are added to results/bench_simulated_gpu.csv. A setting takes one to several minutes of CPU.
 """
 
 from __future__ import annotations
