@@ -13,6 +13,8 @@ from pathlib import Path
 
 POLLS = 0.01
 """Share of a core that a process may use without progress: one that only polls uses less."""
+TICKS_S = 0.05
+"""CPU seconds that are no progress in any case, since the system counts them in ticks of 10 ms."""
 DISK_BYTES = 1 << 20
 """Bytes of a disk that count as progress."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -94,8 +96,8 @@ class Idle:
     def moved(self) -> bool:
         """Whether there was progress since it was last seen."""
         done = _own()
-        used, moved = (new - old for new, old in zip(done, self._done, strict=True))
-        if 0 <= used < POLLS * self._limit_s and 0 <= moved < DISK_BYTES:  # less than before: a child has ended
+        used, moved = (abs(new - old) for new, old in zip(done, self._done, strict=True))  # less: a child has ended
+        if used < max(POLLS * self._limit_s, TICKS_S) and moved < DISK_BYTES:
             return False
         self._since, self._done = time.monotonic(), done
         return True
