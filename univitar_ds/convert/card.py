@@ -12,9 +12,10 @@ import torch
 
 from univitar_ds import __version__
 from univitar_ds.atomic_write import replace_text
-from univitar_ds.config.run_folder import CARD, EVALUATION
+from univitar_ds.config.run_folder import CARD, EVALUATION, EXPORT, MODEL
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.evaluation.report import render_evaluation, table
+from univitar_ds.formats.recognise import HUB_NAME
 from univitar_ds.formats.stored_model import HEADS, VISION, StoredModel
 from univitar_ds.geometry import PATCH, token_count
 from univitar_ds.kernels.reference import PATCH_VALUES
@@ -196,6 +197,10 @@ def _training(model: StoredModel, recipe: RunConfig) -> str:
         + (f", features of {Path(teacher.path).name} distilled" if teacher else ""),
         f"- data: {', '.join(source.label for source in recipe.data.sources)}",
     ]
+    if recipe.model.init_from is not None:
+        part = "whole model" if recipe.model.init_part == "model" else "encoder"
+        what = f"{part} of {_model_name(recipe.model.init_from)}"
+        lines.insert(1, f"- started from: the {what}, whose samples are not counted")
     rows = [
         (
             stage.name,
@@ -209,6 +214,14 @@ def _training(model: StoredModel, recipe: RunConfig) -> str:
     ]
     heads = ("stage", "samples", "images", "videos", "share of video", "learning rate")
     return "\n".join([*lines, "", table(heads, rows, left=1)])
+
+
+def _model_name(source: str) -> str:
+    """Returns the name of a model on the hub, or the last part of another place that names the model."""
+    if HUB_NAME.fullmatch(source):
+        return source
+    parts = [part for part in source.split("/") if part not in ("", EXPORT, MODEL)]
+    return parts[-1] if parts else source
 
 
 def _rule(rule: Any) -> str:

@@ -1,5 +1,6 @@
 """The model card: metadata for the hub, and only information that the source has."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -93,6 +94,22 @@ def test_data_is_named_without_the_folders_that_hold_it(tmp_path):
     assert "data: scenes\n" in text
     assert str(tmp_path) not in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize(("source", "part", "said"), [
+    ("/secret/runs/photos/export/model/", "model", "whole model of photos"),
+    ("s3://secret/models/photos", "encoder", "encoder of photos"),
+    ("lab/photos", "encoder", "encoder of lab/photos"),
+])  # fmt: skip
+def test_a_run_that_started_from_another_model_names_it(run, source, part, said):
+    stored = open_stored(run)
+    recipe = stored.origin["recipe"]
+    model = recipe.model.model_copy(update={"init_from": source, "init_part": part})
+    recipe = recipe.model_copy(update={"model": model})
+    text = card(dataclasses.replace(stored, origin={**stored.origin, "recipe": recipe}), "hf")
+    assert f"- started from: the {said}, whose samples are not counted\n" in text
+    assert "secret" not in text
+    assert "started from" not in card(stored, "hf")
 
 
 def test_images_and_videos_of_other_limits_have_a_row_each(run):
