@@ -1,4 +1,4 @@
-"""Training runs on a simulated GPU: no tensor on a wrong device, no rejected launch, no wait that is not listed."""
+"""Training runs on a simulated GPU: tensors are on the right device, launches are valid, only listed places wait."""
 
 import pytest
 
@@ -40,15 +40,16 @@ def test_a_step_waits_for_the_device_only_at_the_listed_places(runs, name):
     step = runs[name]["step"]
     counts = {"step": 1, "pack": CASES[name]["packs"], "collective": sum(step["collectives"].values())}
     for place, times in step["waits"].items():
-        assert place in STEP_WAITS, f"a new wait, {times} times a step: {place}; remove it, or list it with a reason"
+        assert place in STEP_WAITS, f"a new wait, {times} times a step: {place}; remove it, or list it in waits.py"
         wait = STEP_WAITS[place]
-        assert times <= wait.most * counts[wait.per], f"{place}: {wait.most} a {wait.per} are listed ({wait.reason})"
+        limit = wait.most * counts[wait.per]
+        assert times <= limit, f"{place}: {times} waits instead of at most {limit} ({wait.reason})"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_pack_goes_through_the_fused_kernels_as_often_as_the_step_needs(runs, name):
-    """A forward kernel runs once for a pack that keeps its graph and twice for others, again if a block is recomputed,
-    and once for a teacher that is an encoder of this project. Packs of a classifier are independent: once for each."""
+    """The forward kernels of a block run twice for a pack, or once if the pack keeps its graph or the objective is
+    classification. They run once more if the block is recomputed, and once in each block of a teacher of kind "own"."""
     case, launches = CASES[name], runs[name]["step"]["launches"]
     changes = case.get("changes", {})
     alone = changes.get("objective.kind") == "classification"
@@ -79,13 +80,13 @@ def test_one_rank_gathers_nothing(runs):
     assert "allgather_base" in runs["ZeRO 3 of 8"]["step"]["collectives"]
 
 
-def test_a_run_of_one_rank_saves_a_checkpoint_and_logs(runs):
+def test_a_run_saves_a_checkpoint_and_logs_metrics(runs):
     run = runs["ZeRO 2, one rank"]
     assert {"manifest.json", "rank00000.safetensors", "state.json"} <= set(run["checkpoint"])
     assert {"loss", "grad_norm", "grad_norm_text", "mfu_pct"} <= set(run["metrics"])
     assert {"loss_distill_patch", "teacher_agreement"} <= set(runs["ZeRO 2 of 256"]["metrics"])
 
 
-def test_zero_3_keeps_a_share_of_the_weights_and_zero_2_a_share_of_the_optimizer(runs):
+def test_the_engine_on_8_ranks_with_zero_1_needs_less_memory_than_on_one_rank(runs):
     bytes_of = {name: sum(run["build"]["peak"].values()) for name, run in runs.items()}
     assert bytes_of["ZeRO 1 of 8"] < 0.6 * bytes_of["ZeRO 2, one rank"]

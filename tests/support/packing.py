@@ -38,7 +38,7 @@ def numbers_folder(tmp_path: Path) -> Path:
 
 
 def spoil(folder: Path) -> None:
-    """Overwrite all media but keep sizes and times, so that only reading a file reveals it."""
+    """Overwrites all .jpg and .mp4 files but keeps sizes and times, so that only a program that reads them notices."""
     for path in folder.rglob("*"):
         if path.suffix in (".jpg", ".mp4"):
             before = path.stat()
@@ -47,7 +47,7 @@ def spoil(folder: Path) -> None:
 
 
 def run_script(*command: str) -> str:
-    """Run Python in a separate process, for tests with workers and kills. Returns its stderr."""
+    """Runs Python with these arguments in a separate process, which must exit with status 0. Returns its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = run_watched([sys.executable, *command], env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -59,7 +59,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def samples_of(out: Path, manifest: dict) -> dict[str, dict]:
-    """Maps the file name of every sample to its members by extension and its "shard"."""
+    """Returns {source file of a sample: {extension: bytes of the member, ..., "shard": name of the tar}}."""
     found = {}
     for shard in manifest["shards"]:
         with tarfile.open(out / shard["file"]) as tar:

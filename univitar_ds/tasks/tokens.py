@@ -1,8 +1,7 @@
-"""Accuracy against resolution: kNN or zero-shot with several numbers of tokens per item, native against square.
+"""Measures how the accuracy of kNN or zero-shot depends on the number of tokens per item, in two views of each item.
 
-In the native view an item keeps its aspect ratio and has as many tokens as fit into the number, with sides in whole
-cells (squares of merged patches); in the square view it is stretched to a square with that number of tokens. The square
-thus has at least as many tokens.
+In the square view an item is stretched to the square of whole cells (squares of merged patches) that is nearest to the
+number. In the native view it keeps its aspect ratio and is as large as possible with at most the tokens of that square.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from univitar_ds.tasks.models import OpenedModel
 from univitar_ds.tasks.packs import embedded, pooled
 
 COUNTS = (64, 144, 256, 576, 1024)
-"""Squares of 112, 168, 224, 336 and 448 pixels with the release's patches."""
+"""Default numbers of tokens: those of square images with sides of 112, 168, 224, 336 and 448 pixels."""
 MOST = 1 << 16
 """Maximum number of tokens of an item."""
 NEIGHBOURS = 20
@@ -43,15 +42,15 @@ class MostTokens(Resolution):
     def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
         steps = math.ceil(frames / TUBELET)
         most = self.max_tokens * PATCH * PATCH // steps
-        # `smart_resize` rounds down when it reduces and up when it enlarges, so it gets an item that is too large.
+        # The item is enlarged first, so that `smart_resize` reduces it: it rounds down only when it reduces.
         grow = math.ceil(math.sqrt(most / (height * width))) + 1
         h, w = smart_resize(height * grow, width * grow, self.divisor_px, 0, most)
         return steps, h // PATCH, w // PATCH
 
 
 class Point(NamedTuple):
-    """Top-1 accuracy of a modality in one view. `asked`: number of tokens of the sweep; `mean`: tokens of the scored
-    items on average."""
+    """The top-1 accuracy `figure` of a modality in one view. `asked`: requested number of tokens per item; `mean`: mean
+    number of tokens of the labelled test items."""
 
     modality: Modality
     view: str
@@ -65,7 +64,7 @@ def rules(opened: OpenedModel, count: int, steps: int) -> dict[str, Resolution]:
 
     The number may be above the encoder's own limit: a native-resolution encoder can be tested beyond its training.
     Args: count: number of tokens; steps: time steps of an item.
-    Raises: ConfigError if the number is below a cell per time step, or above `MOST`.
+    Raises: ConfigError if the number is above `MOST`, or too small for one cell in each time step.
     """
     encoder = opened.reading.encoder
     cell = PATCH * encoder.spatial_merge_size
@@ -90,9 +89,9 @@ class Sweep:
     progress: bool
 
     def points(self, modality: Modality, counts: Sequence[int]) -> tuple[list[Point], list[str]]:
-        """Returns a point for each number and view, and notes. Returns empty lists if no item has a label.
+        """Returns a point for each number and view, and sentences about them. Both are empty if no item has a label.
 
-        Raises: ConfigError as `rules`, before anything is computed.
+        Raises: ConfigError as `rules`, before anything is computed; DataError as `labelled`.
         """
         steps = self.opened.reading.frames // TUBELET if modality == "video" else 1
         found: list[Point] = []
@@ -110,7 +109,7 @@ class Sweep:
             notes.append(_difference(modality, count, right, [point.mean for point in found[-2:]]))
         most = self.opened.reading.encoder.max_tokens
         if beyond := [count for count in counts if count > most]:
-            notes.append(f"{min(beyond)} tokens and more are above the encoder's max_tokens {most}.")
+            notes.append(f"Items of {min(beyond)} or more tokens exceed the encoder's max_tokens {most}.")
         return found, notes
 
     def _measured(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
@@ -140,9 +139,10 @@ def _difference(modality: str, count: int, right: dict[str, Tensor], means: Sequ
 
     Args: right: (n,) by view, 1 for a hit and 0 otherwise; means: mean numbers of tokens, native and square."""
     change = right[NATIVE] - right[SQUARE]
-    # Differences are in -1..1, and their mean is twice that of (1 + difference) / 2, less 1.
+    # `bootstrap_interval` takes values in 0..1, so differences d in -1..1 are passed as (1 + d) / 2 and mapped back.
     low, high = (200 * end - 100 for end in bootstrap_interval((1 + change) / 2))
     return (
         f"{modality}s, {count} tokens: native minus square {100 * change.mean().item():+.1f} points "
-        f"(95 % {low:+.1f} to {high:+.1f}, the same items), with {means[0]:.0f} and {means[1]:.0f} tokens on average."
+        f"on the same items (95 % interval {low:+.1f} to {high:+.1f}), with {means[0]:.0f} and {means[1]:.0f} tokens "
+        "on average."
     )

@@ -59,7 +59,7 @@ def test_the_card_of_an_encoder_has_only_information_from_its_files(tmp_path):
     assert "## Training" not in text
 
 
-def test_results_come_with_their_chance_once_the_run_is_evaluated(run):
+def test_a_card_has_the_results_of_its_own_checkpoint_with_their_chance_levels(run):
     export_run(run, run / "export")
     figure = {
         "task": "text to image",
@@ -112,7 +112,7 @@ def test_a_run_that_started_from_another_model_names_it(run, source, part, said)
     assert "started from" not in card(stored, "hf")
 
 
-def test_images_and_videos_of_other_limits_have_a_row_each(run):
+def test_token_limits_of_images_and_of_videos_have_a_row_each(run):
     rows = {
         line.split("|")[1].strip(): line.split("|")[2].strip()
         for line in card(open_stored(run), "hf").splitlines()
@@ -123,7 +123,7 @@ def test_images_and_videos_of_other_limits_have_a_row_each(run):
 
 
 def snippet(folder: Path) -> str:
-    """The Python of a card, without the placeholder."""
+    """Returns the Python code of a card, with the placeholder `FOLDER` replaced by the variable `folder`."""
     return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("FOLDER", "folder")
 
 

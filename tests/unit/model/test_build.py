@@ -1,4 +1,4 @@
-"""Starting from another model: from its encoder or all of it, with its shape or the configured one."""
+"""Building the model of a run with initial weights, or with the encoder or all weights of another model."""
 
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_an_encoder_may_have_any_shape():
     assert encoder_config(ModelConfig()) == encoder_config(ModelConfig(encoder="tiny"))
 
 
-def test_an_impossible_shape_is_refused_in_the_run_file():
+def test_a_width_that_the_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="hidden_size 65 is not divisible by num_attention_heads 2"):
         EncoderShape(hidden_size=65, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
 
@@ -67,7 +67,7 @@ def test_training_starts_from_an_encoder(encoder, named):
 
 
 @pytest.mark.parametrize("to", ["release", "hf", "run"])
-def test_an_encoder_comes_from_any_format(run, tmp_path, to):
+def test_the_encoder_is_loaded_from_a_run_and_from_its_conversions(run, tmp_path, to):
     folder = run
     if to != "run":
         folder = tmp_path / "converted"
@@ -77,7 +77,7 @@ def test_an_encoder_comes_from_any_format(run, tmp_path, to):
     assert all(torch.equal(value, wanted[f"vision.{name}"]) for name, value in model.vision.state_dict().items())
 
 
-def test_an_encoder_of_another_size_is_refused_by_its_differences(encoder, tmp_path):
+def test_the_error_for_an_encoder_of_another_shape_lists_the_differences(encoder, tmp_path):
     other = SHAPE.model_copy(update={"num_hidden_layers": 3, "intermediate_size": 192})
     with pytest.raises(CheckpointError, match="num_hidden_layers is 2 instead of 3; intermediate_size is 96 instead"):
         build_contrastive(starting(encoder=other), **VOCAB, seed=0, start=open_stored(encoder[0]))

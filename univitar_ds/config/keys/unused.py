@@ -75,7 +75,7 @@ def _model(config: RunConfig) -> UnusedKeys:
         yield from _because(shape, "model.text.path brings its own text tower")
     if text.tokenizer is not None or text.path is not None:
         name = "path" if text.tokenizer is None else "tokenizer"
-        yield from _because(_given("model.text", text, "vocab_size"), f"model.text.{name} brings the tokenizer")
+        yield from _because(_given("model.text", text, "vocab_size"), f"the vocabulary is that of model.text.{name}")
 
 
 def _data(config: RunConfig) -> UnusedKeys:
@@ -119,7 +119,7 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
     elif stage.video_sampling.kind == "uniform":
         sampling = stage.video_sampling
         yield from _because(
-            _given(f"{place}.video_sampling", sampling, "fps"), "it belongs to kind fps, kind is uniform"
+            _given(f"{place}.video_sampling", sampling, "fps"), "only kind fps uses it, and kind is uniform"
         )
     if stage.video_ratio == 1:
         yield from _because(_given(place, stage, "image"), "the stage's video_ratio is 1")
@@ -139,7 +139,7 @@ def _stage(place: str, stage: StageConfig) -> UnusedKeys:
     if "vision" in stage.frozen and stage.distill.ever:
         yield (
             f"{place}.distill",
-            "the encoder is frozen in this stage, so only its heads would learn from a teacher",
+            "the encoder is frozen in this stage, so only the distillation heads learn from the teacher",
         )
     if "vision" in stage.frozen and "patch_embedding" in stage.frozen:
         yield f"{place}.frozen patch_embedding", "vision is frozen too and contains it"
@@ -149,7 +149,7 @@ def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Unu
     teacher = objective.teacher
     if objective.classifies:
         names = ("chunk", "grad_cache_keep", "same_caption_positive")
-        yield from _because(_given("objective", objective, *names), "they belong to the contrastive losses")
+        yield from _because(_given("objective", objective, *names), "only the contrastive losses use it")
     else:
         names = tuple(type(objective.classification).model_fields)
         given = _given("objective.classification", objective.classification, *names)
@@ -163,7 +163,7 @@ def _objective(objective: ObjectiveConfig, stages: Sequence[StageConfig]) -> Unu
         yield "objective.teacher", "no stage distills from it; give stages.N.distill a weight, or remove the teacher"
         return
     if all(not stage.augment.is_off for stage in stages if stage.distill.ever):
-        why = "with stages.N.augment, a teacher sees other pixels in each epoch"
+        why = "with stages.N.augment, the teacher sees other pixels in each epoch, so cached features rarely match"
         yield from _because(_given("objective.teacher", teacher, "cache"), why)
     for part in ("patch", "pooled"):
         if not getattr(teacher, f"{part}_weight"):
@@ -211,7 +211,8 @@ def _evaluation(config: RunConfig) -> UnusedKeys:
         place = f"evaluation.sources.{number}"
         yield from _split(place, source)
         templates = _given(place, source, "templates")
-        yield from _because(templates, "they make captions for training; zero-shot uses evaluation.image_templates")
+        why = "they make captions for training; zero-shot uses evaluation.image_templates and video_templates"
+        yield from _because(templates, why)
 
 
 def _logging(config: RunConfig) -> UnusedKeys:

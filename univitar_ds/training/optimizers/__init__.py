@@ -1,3 +1,3 @@
-"""Optimizers besides AdamW: Muon, which needs whole matrices, and those of plugins, which update each element alone."""
+"""Optimizers besides AdamW: Muon, which needs whole matrices, and those of plugins, which are elementwise."""
 
 __all__ = ["elementwise", "matrices", "muon"]

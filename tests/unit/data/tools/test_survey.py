@@ -14,7 +14,7 @@ from univitar_ds.data.writing.writer import PackOptions, pack_folder
 from univitar_ds.errors import DataError
 
 
-def test_a_folder_and_its_packed_shards_give_the_same(tmp_path):
+def test_a_folder_and_its_packed_shards_have_equal_surveys(tmp_path):
     made.table(tmp_path / "here")
     pack_folder(tmp_path / "here/t.csv", tmp_path / "packed", PackOptions(workers=1))
     files, shards = survey(str(tmp_path / "here/t.csv")), survey(str(tmp_path / "packed"))
@@ -37,7 +37,7 @@ def test_tars_at_s3_are_read_where_they_are(tmp_path):
     assert found.exact
 
 
-def test_numbers_beyond_the_scan_are_estimated(tmp_path, monkeypatch):
+def test_the_number_of_samples_of_a_partly_scanned_tar_is_estimated(tmp_path, monkeypatch):
     write_tar(
         tmp_path / "a.tar", [(f"{i}.{end}", text) for i in range(60) for end, text in (("jpg", image()), ("txt", "a"))]
     )
