@@ -1,15 +1,16 @@
-"""Measures the CPU time to decode some frames of a video, next to the simplest correct PyAV loop for these frames.
+"""Compares the CPU time in which `decode_video` and a plain PyAV loop decode the same frames of a video.
 
-    python benchmarks/bench_video_decode.py [--videos FOLDER] [--frames 8]
+    python benchmarks/bench_video_decode.py [--videos FOLDER] [--frames 8] [--rounds 3]
 
 The videos are all videos below a folder (mp4, mkv, webm ...) and synthetic videos that this script encodes. For each
 video, `decode_video` and the plain loop alternate in one process. A row has the minimum CPU time of each over the
-rounds, and whether the pixels are bitwise equal. The plain loop is called with frame numbers, decodes up to the last of
-these frames in one thread, converts and rotates only these frames, and stacks them. Rows are written to
-results/bench_video_decode.csv.
+rounds in milliseconds, their ratio, and whether the pixels are bitwise equal. The plain loop is the simplest correct
+one: in one thread, it decodes all frames up to the last wanted one, and converts and rotates only the wanted ones. Rows
+are written to results/bench_video_decode.csv.
 
-A second table, results/bench_video_scaling.csv, shows whether swscale may scale during the conversion to RGB: it has
-the difference between swscale's pixels and antialiased bicubic resizing of the RGB frame, in levels of 255.
+swscale could also scale a frame while it converts it to RGB. A second table, results/bench_video_scaling.csv, shows how
+much the pixels would change: the absolute difference between swscale's pixels and an antialiased bicubic resizing of
+the RGB frame, on the scale of 0 to 255, for at most 3 videos of the folder and all synthetic videos.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def synthetic(form: str, codec: str, size: tuple[int, int], count: int, settings
 
 
 def plain(data: bytes, numbers: list[int]) -> np.ndarray:
-    """Decodes the frames with these numbers in the simplest correct loop. Returns (frames, H, W, 3) uint8."""
+    """Decodes the frames with these numbers, which are in ascending order, in the simplest correct loop.
+
+    Returns: (frames, H, W, 3) uint8.
+    Raises: KeyError if the video has fewer frames; av.FFmpegError.
+    """
     decoded: dict[int, np.ndarray] = {}
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
@@ -109,7 +114,11 @@ def cpu_seconds(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
 
 
 def measure(data: bytes, frames: int, rounds: int) -> dict[str, object]:
-    """Returns one row of the first table."""
+    """Returns one row of the first table.
+
+    Args: data: a video file; frames: number of frames to decode from it; rounds: repetitions of each measurement.
+    Raises: SampleError, av.FFmpegError or KeyError if the video cannot be decoded.
+    """
     codec, count, size = frame_count(data)
     numbers = by_count(sample_positions(UNIFORM, frames, 0), count)
     our_seconds, plain_seconds = [], []
@@ -140,9 +149,11 @@ def videos(folder: Path | None) -> Iterator[tuple[str, str, bytes]]:
 
 
 def scaling(name: str, data: bytes, share: float, rounds: int = 7) -> Iterator[dict[str, object]]:
-    """Yields rows of the second table: the first frame scaled by swscale, against bicubic resizing of its RGB pixels.
+    """Yields rows of the second table: the first frame scaled by swscale, compared with resized RGB pixels.
 
-    Args: share: the size of the scaled frame as a share of the video's size."""
+    Args: name: of the video; data: its file; share: factor for height and width, which are then rounded down to
+        multiples of 14 px; rounds: repetitions of each measurement, of which the shortest counts.
+    """
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         frame = next(container.decode(video=0))
     width, height = (int(side * share) // 14 * 14 for side in (frame.width, frame.height))
@@ -186,9 +197,9 @@ def circumstances() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=Path, help="a folder of videos")
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--videos", type=Path, help="folder whose videos are also measured")
+    parser.add_argument("--frames", type=int, default=8, help="frames to decode from each video (default: 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each video (default: 3)")
     options = parser.parse_args()
     av.logging.set_level(av.logging.PANIC)
     rows, scaled = [], []
@@ -206,7 +217,8 @@ def main() -> None:
         if of_group:
             total = sum(row["decode_video_cpu_ms"] for row in of_group) / sum(row["plain_cpu_ms"] for row in of_group)
             worst = max(of_group, key=lambda row: row["ratio"])
-            print(f"{group}: {len(of_group)} videos, {total:.3f} in all, worst {worst['ratio']} ({worst['video']})")
+            most = f"at most {worst['ratio']} ({worst['video']})"
+            print(f"{group}: {len(of_group)} videos, {total:.3f} of the plain loop's CPU time in total, {most}")
     for name, table in (("bench_video_decode.csv", rows), ("bench_video_scaling.csv", scaled)):
         write_rows(RESULTS / name, [{**row, **circumstances()} for row in table])
 

@@ -1,4 +1,4 @@
-"""A finished run that gets one more stage has the weights of a run with that stage from the beginning, bit for bit."""
+"""A finished run that `--extend` continues ends with the same weights, bit for bit, as a run that had both stages."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def settings(shards, output, name, stages):
     return run_config(shards, name=name, output=str(output), stages=stages, data=data, logging={"peak_tflops": 0.05})
 
 
-def test_it_ends_as_the_run_with_both_stages(shards, tmp_path):
+def test_an_extended_run_has_the_weights_of_a_run_with_both_stages(shards, tmp_path):
     (first,) = run_config().model_dump(mode="json", exclude_unset=True)["stages"]
     second = {**first, "name": "both-2", "samples": 12, "lr": 5e-4, "video_ratio": 0.0}
     whole = create_run(settings(shards, tmp_path, "whole", [first, second]), "the test", 2)
@@ -55,7 +55,7 @@ def test_it_ends_as_the_run_with_both_stages(shards, tmp_path):
     (["sampels=5"], "sampels"),
     (["name=both"], "names"),
 ])  # fmt: skip
-def test_a_wrong_extension_changes_nothing(shards, tmp_path, extension, said):
+def test_an_invalid_extension_does_not_change_the_run_file(shards, tmp_path, extension, said):
     (first,) = run_config().model_dump(mode="json", exclude_unset=True)["stages"]
     run = create_run(settings(shards, tmp_path, "run", [first]), "the test", 1)
     before = (run / "config.yaml").read_bytes()
@@ -64,7 +64,7 @@ def test_a_wrong_extension_changes_nothing(shards, tmp_path, extension, said):
     assert (run / "config.yaml").read_bytes() == before
 
 
-def test_a_stage_that_has_begun_cannot_be_changed_by_an_extension(shards, tmp_path):
+def test_overrides_beside_an_extension_cannot_change_an_existing_stage(shards, tmp_path):
     (first,) = run_config().model_dump(mode="json", exclude_unset=True)["stages"]
     run = create_run(settings(shards, tmp_path, "run", [first]), "the test", 1)
     with pytest.raises(ConfigError, match=r"stages\.0\.lr would change the result"):

@@ -1,4 +1,4 @@
-"""This package beside Hugging Face's package `kernels`, which transformers imports if it is installed."""
+"""This package works beside Hugging Face's package `kernels`, which transformers imports if that is installed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.progress import run_watched
 
 pytestmark = pytest.mark.slow
 
-STAND_IN = '''"""Not the real one: has any name, and decorators that change nothing."""
+STAND_IN = '''"""A fake: defines every name, and decorators that return their argument."""
 
 
 def __getattr__(name):
@@ -40,7 +40,10 @@ print(json.dumps({
 
 
 def copied_checkout(folder: Path) -> Path:
-    """Copies the files that the package is built from, since a build writes into their folder."""
+    """Copies the files from which the package is built to `folder`, so that a build does not write into the checkout.
+
+    Returns `folder`.
+    """
     for name in ("univitar_ds", "kernels", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
@@ -49,10 +52,13 @@ def copied_checkout(folder: Path) -> Path:
 
 
 class Environment:
-    """A new environment with the libraries of this one, without this package, and with a fake package `kernels`."""
+    """A new virtual environment with a fake package `kernels` and without univitar_ds.
+
+    Libraries are imported from the environment that runs the tests.
+    """
 
     def __init__(self, folder: Path) -> None:
-        venv.create(folder / "venv")  # pip is one of the libraries
+        venv.create(folder / "venv")  # pip is not installed; `libraries.pth` makes it importable
         self.python = folder / "venv" / "bin" / "python"
         self.packages = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
         (self.packages / "libraries.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
@@ -94,8 +100,8 @@ def test_both_packages_work_and_uninstalling_ours_keeps_theirs(tmp_path, way):
     assert environment.run("-c", "import kernels; print(kernels.get_kernel)")
 
 
-def test_no_folder_of_the_checkout_hides_an_installed_package():
-    """Python prefers a folder with an `__init__.py` to an installed package, and the package to a folder without
-    one."""
+def test_only_tests_and_univitar_ds_are_packages_of_the_checkout():
+    """If the current folder has a folder named as an installed package, Python imports the folder if it has an
+    `__init__.py`, and the installed package if not."""
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
     assert sorted(packages) == ["tests", "univitar_ds"]

@@ -1,3 +1,3 @@
-"""Checks of machines, network, disks and run file before a run: `univitar-ds doctor`. One file per kind of check."""
+"""Checks of machines, network, disks and run file before a run: `univitar-ds doctor`, which calls `run.examine`."""
 
 __all__ = ["run"]

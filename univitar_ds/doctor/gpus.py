@@ -26,16 +26,16 @@ COMMAND = ("nvidia-smi", "-q", "-x")
 TIMEOUT_S = 60.0
 MOST_BYTES = 64 << 20
 USED_BY_OTHERS_MIB = 1024
-"""If more memory is in use before a rank has allocated any, another process uses the GPU. Chosen, not measured: the
-driver itself takes a few hundred MiB."""
+"""If more than this is in use on a GPU before the ranks of this job allocate memory, it counts as used by other
+processes. The value is chosen, not measured: the driver itself takes a few hundred MiB."""
 SLOWED = {
     "hw_thermal_slowdown": ("is slowed down by its temperature", "inspect the cooling of this node"),
     "sw_thermal_slowdown": ("is slowed down by its temperature", "inspect the cooling of this node"),
     "hw_power_brake_slowdown": ("is slowed down by the power supply", "inspect the power supply of this node"),
     "hw_slowdown": ("is slowed down by the hardware", "see `nvidia-smi -q -d PERFORMANCE`"),
 }
-"""By NVIDIA's name of a "clock event reason" (in earlier versions "throttle reason"): what to report, and the remedy.
-sw_power_cap is left out, since it is usual under load."""
+"""Maps NVIDIA's name of a "clock event reason" ("throttle reason" in earlier versions) to (text of the row, remedy).
+sw_power_cap is not an error: it is usual under load."""
 _LOST = re.compile(r"\b(ERR!|GPU is lost|requires reset|Unknown Error)", re.IGNORECASE)
 _RESET = "drain this node and reset the GPU (nvidia-smi -r, as root), or reboot the node"
 
@@ -61,8 +61,8 @@ def ask() -> bytes | None:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"nvidia-smi does not answer within {TIMEOUT_S:g} s; {_RESET}") from error
     if done.returncode:
-        text = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines() or ["without a message"]
-        raise UserError(f"nvidia-smi fails with {done.returncode}: {shortened(text[-1], 200)}; {_RESET}")
+        text = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines() or ["no message"]
+        raise UserError(f"nvidia-smi fails with exit code {done.returncode}: {shortened(text[-1], 200)}; {_RESET}")
     return done.stdout
 
 
@@ -70,7 +70,7 @@ def parse(text: bytes) -> Gpus:
     """Parses the XML of nvidia-smi. Raises: UserError if `text` is not such XML."""
     remedy = "see `nvidia-smi -q -x` on this node"
     if len(text) > MOST_BYTES or b"<!ENTITY" in text:
-        raise UserError(f"nvidia-smi prints {len(text)} bytes (limit {MOST_BYTES}) or entities; {remedy}")
+        raise UserError(f"nvidia-smi prints {len(text)} bytes (limit {MOST_BYTES}) or defines XML entities; {remedy}")
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
@@ -81,7 +81,10 @@ def parse(text: bytes) -> Gpus:
 
 
 def visible(gpus: list[Element], environment: Mapping[str, str]) -> list[Element]:
-    """Returns the GPUs that CUDA_VISIBLE_DEVICES names; all of them if it is not set or names MIG instances."""
+    """Returns those of `gpus` that CUDA_VISIBLE_DEVICES names by index or UUID prefix, in its order.
+
+    Returns all of `gpus` if the variable is not set or names MIG instances.
+    """
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None or "MIG" in named:
         return gpus
@@ -97,10 +100,10 @@ def visible(gpus: list[Element], environment: Mapping[str, str]) -> list[Element
 
 
 def rows_of(found: Gpus, torch_cuda: str | None) -> list[Row]:
-    """Returns a failed row for each fault, or one row that all is well.
+    """Returns failed rows for the errors of the GPUs and of their driver, or a single OK row if there are none.
 
-    No rank of this job may have allocated memory on the GPUs yet. Args: torch_cuda: CUDA version that torch was built
-    for, None for a build without CUDA.
+    Must be called before any rank of this job allocates GPU memory, which would count as used by other processes.
+    Args: torch_cuda: CUDA version that torch was built for, None for a build without CUDA.
     """
     rows = [row for gpu in found.gpus for row in _faults(gpu)]
     rows += _driver_fault(found, torch_cuda)
@@ -122,12 +125,13 @@ def _faults(gpu: Element) -> Iterator[Row]:
     if errors:
         yield Row(NAME, FAILED, f"{name} has {errors} uncorrectable memory errors since the driver started", _RESET)
     if _yes(gpu, "remapped_rows/remapped_row_failure") or _yes(gpu, "ecc_errors/aggregate/sram_threshold_exceeded"):
-        yield Row(NAME, FAILED, f"{name} can no longer replace its faulty memory", "drain this node, replace the GPU")
+        text = f"{name} has faulty memory that it can no longer repair"
+        yield Row(NAME, FAILED, text, "drain this node, replace the GPU")
     if _yes(gpu, "remapped_rows/remapped_row_pending") or _yes(gpu, "retired_pages/pending_retirement"):
         yield Row(NAME, FAILED, f"{name} replaces faulty memory at its next reset", _RESET)
     state = _text(gpu, "fabric/state")
     if state not in ("", "N/A", "Completed"):
-        remedy = "start nvidia-fabricmanager on this node, of the driver's version"
+        remedy = "start nvidia-fabricmanager on this node, in the same version as the driver"
         yield Row(NAME, FAILED, f"{name} is not part of the NVSwitch fabric: {shortened(state)}", remedy)
     yield from _slowed(gpu, name)
     yield from _others(gpu, name)
@@ -147,7 +151,8 @@ def _others(gpu: Element, name: str) -> Iterator[Row]:
     pids = [_text(one, "pid") for one in gpu.findall("processes/process_info")]
     if used > USED_BY_OTHERS_MIB:
         who = f"process {listed(pids)}" if any(pids) else "processes that are not visible here"  # as in a container
-        yield Row(NAME, FAILED, f"{used:,} MiB of {name} are in use by {who}", "end them, or leave this GPU out")
+        remedy = "end every process that uses it, or leave this GPU out"
+        yield Row(NAME, FAILED, f"{used:,} MiB of {name} are in use by {who}", remedy)
 
 
 def _driver_fault(found: Gpus, torch_cuda: str | None) -> Iterator[Row]:
@@ -167,7 +172,7 @@ def _uncorrectable(gpu: Element) -> int:
     if volatile is None:
         return 0
     counts = [element.text for element in volatile.iter() if "uncorrectable" in element.tag and len(element) == 0]
-    counts.append(_text(volatile, "double_bit/total"))  # up to Volta
+    counts.append(_text(volatile, "double_bit/total"))  # the counter of GPUs up to Volta
     return sum(int(count) for count in counts if count and count.strip().isdecimal())
 
 

@@ -40,8 +40,8 @@ def test_every_error_of_an_old_gpu_has_a_row():
     [
         ("<dram_uncorrectable>0", "<dram_uncorrectable>7", "has 7 uncorrectable memory errors"),
         ("<sram_uncorrectable_parity>0", "<sram_uncorrectable_parity>1", "has 1 uncorrectable memory errors"),
-        ("<remapped_row_failure>No", "<remapped_row_failure>Yes", "can no longer replace its faulty memory"),
-        ("<sram_threshold_exceeded>No", "<sram_threshold_exceeded>Yes", "can no longer replace its faulty memory"),
+        ("<remapped_row_failure>No", "<remapped_row_failure>Yes", "faulty memory that it can no longer repair"),
+        ("<sram_threshold_exceeded>No", "<sram_threshold_exceeded>Yes", "faulty memory that it can no longer repair"),
         ("<remapped_row_pending>No", "<remapped_row_pending>Yes", "at its next reset"),
         ("<state>Completed", "<state>In Progress", "not part of the NVSwitch fabric: In Progress; start nvidia-fabric"),
         ("reason_hw_power_brake_slowdown>Not Active", "reason_hw_power_brake_slowdown>Active", "by the power supply"),
@@ -97,7 +97,7 @@ def test_only_the_gpus_of_this_rank_count(named, seen):
         (b"", "prints no XML"),
         (H100[:2000], "prints no XML"),
         (b"<html/>", "<html> and not <nvidia_smi_log>"),
-        (b'<!DOCTYPE a [<!ENTITY b "c">]><nvidia_smi_log>&b;</nvidia_smi_log>', "or entities"),
+        (b'<!DOCTYPE a [<!ENTITY b "c">]><nvidia_smi_log>&b;</nvidia_smi_log>', "or defines XML entities"),
         (b"\xff\xfe\x00", "prints no XML"),
     ],
 )
@@ -126,7 +126,7 @@ def test_nvidia_smi_is_called(program):
 
 def test_an_nvidia_smi_that_fails_or_hangs_is_an_error(program, monkeypatch):
     program("echo 'Unable to determine the device handle for GPU 0000:1B:00.0: GPU is lost.'; exit 15")
-    with pytest.raises(UserError, match=r"fails with 15: Unable to determine .* GPU is lost\.; drain this node"):
+    with pytest.raises(UserError, match=r"fails with exit code 15: Unable to .* GPU is lost\.; drain this node"):
         ask()
 
     def hangs(command, **options):

@@ -1,4 +1,4 @@
-"""Traces of whole steps by PyTorch's profiler, which chrome://tracing and https://ui.perfetto.dev open."""
+"""Traces of whole steps by PyTorch's profiler. The files can be opened in chrome://tracing and https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 _LOG_LEVEL, _SILENT = "KINETO_LOG_LEVEL", "6"
-"""Environment variable and value that silence the profiler's library: it logs to stderr up to level 5."""
+"""Environment variable and value that silence the profiler's library, whose messages on stderr have levels 0 to 5."""
 
 
 class StepProfiler:
-    """Traces the steps of `logging.profile` on this rank. If a trace cannot be written, a warning is logged.
+    """Traces the steps that `logging.profile` selects, if it selects this rank. Tracing does not change results.
 
-    A run that is resumed within these steps traces the rest of them. Tracing does not change results.
+    Each launch writes at most one trace for a rank, `profile/stepNNNNNNNN-rankNNNNN.json.gz` in the run's folder. A run
+    that is resumed within the selected steps traces the rest of them.
     """
 
     def __init__(self, cfg: ProfileConfig | None, run: Path, world: World) -> None:
@@ -59,11 +60,11 @@ class StepProfiler:
         return nullcontext() if self._profile is None else torch.profiler.record_function(name)
 
     def close(self) -> None:
-        """Writes the trace, if one was begun."""
+        """Ends and writes the trace, if one was begun. If it cannot be written, a warning is logged."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
-        self._steps = range(0)  # one trace for each launch, even after a rollback
+        self._steps = range(0)  # no second trace if a rollback repeats these steps
         profile.stop()
         path = self._run / PROFILE / f"step{self._first:08d}-rank{self._world.rank:05d}.json.gz"
         try:
@@ -75,6 +76,7 @@ class StepProfiler:
                 with replacing(path) as partial, plain.open("rb") as read, gzip.open(partial, "wb", 5) as written:
                     shutil.copyfileobj(read, written)
         except (OSError, UserError, RuntimeError) as error:
-            logger.warning("no trace of the steps from %d on: %s: %s", self._first, type(error).__name__, error)
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("the trace that begins at step %d cannot be written: %s", self._first, reason)
             return
-        logger.info("trace of the steps from %d on: %s (open it in https://ui.perfetto.dev)", self._first, path)
+        logger.info("trace that begins at step %d: %s (open it in https://ui.perfetto.dev)", self._first, path)

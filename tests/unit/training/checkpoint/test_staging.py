@@ -13,13 +13,13 @@ TENSORS = {
 }
 
 
-def test_the_bytes_are_those_that_the_library_writes():
+def test_a_copy_has_the_same_bytes_as_safetensors_save():
     fp32 = {name: tensor for name, tensor in TENSORS.items() if tensor.dtype == torch.float32}
     assert bytes(Staging(ALONE).copy(fp32)) == save(fp32)
     assert bytes(Staging(ALONE).copy(TENSORS)) == save(TENSORS)
 
 
-def test_the_copy_keeps_its_values_when_the_tensors_change_and_its_memory_is_used_again():
+def test_a_copy_keeps_its_values_when_the_tensors_change_and_later_copies_are_correct():
     staging, tensors = Staging(ALONE), {name: tensor.clone() for name, tensor in TENSORS.items()}
     first = staging.copy(tensors)
     before = bytes(first)

@@ -13,7 +13,10 @@ SECOND = World(1, 2, 1, torch.device("cpu"))
 
 
 class Allocator:
-    """Calls the observer as torch's allocator does: before it raises, maybe several times."""
+    """A fake allocator. Tests call `failed`, as torch calls its observer each time that an allocation fails.
+
+    Args: fault: raised when a snapshot is written; None: none.
+    """
 
     def __init__(self, fault: Exception | None = None) -> None:
         self.fault, self.recorded, self.dumps = fault, 0, []
@@ -43,7 +46,7 @@ def test_the_first_failed_allocation_writes_one_snapshot(tmp_path, history, capl
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("no CUDA")])
-def test_a_snapshot_that_fails_hides_no_error(tmp_path, fault, caplog):
+def test_an_error_while_a_snapshot_is_written_is_only_logged(tmp_path, fault, caplog):
     allocator = Allocator(fault)
     MemorySnapshots(tmp_path, SECOND, False, allocator)
     allocator.failed(0, 1, 2, 3)
@@ -51,12 +54,12 @@ def test_a_snapshot_that_fails_hides_no_error(tmp_path, fault, caplog):
     assert caplog.records[0].levelno == logging.WARNING
 
 
-def test_without_a_gpu_there_is_nothing_to_observe(tmp_path):
+def test_without_a_gpu_no_folder_for_snapshots_is_made(tmp_path):
     MemorySnapshots(tmp_path, SECOND, True)
     assert not (tmp_path / MEMORY).exists()
 
 
 def test_the_allocator_of_torch_has_what_the_snapshot_needs():
-    """Names of torch 2.13 that only a GPU calls."""
+    """Private functions of torch 2.13, which are called only on a GPU."""
     assert callable(torch.cuda.memory._dump_snapshot)
     assert callable(torch.cuda.memory._record_memory_history)

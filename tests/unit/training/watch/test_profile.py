@@ -73,4 +73,4 @@ def test_all_ranks_trace_if_they_are_asked(tmp_path):
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / PROFILE).write_text("a file")
     assert traced(ProfileConfig(from_step=1, steps=1), tmp_path, range(1, 3)) == {}
-    assert "no trace of the steps from 1 on" in caplog.text
+    assert "the trace that begins at step 1 cannot be written" in caplog.text
