@@ -38,7 +38,7 @@ class Features(NamedTuple):
     """Features of N items.
 
     `tokens`: a list of (t_i, D) with the t_i = t*h*w tokens of an item in the order of its grid; `pooled`: (N, D), by
-    the attention pooling of a model with a text tower, else the mean of the tokens; `grid_thw`: (N, 3) int64 on the
+    the attention pooling of the model, or the mean of the tokens of an encoder alone; `grid_thw`: (N, 3) int64 on the
     host.
     """
 
@@ -134,7 +134,7 @@ class UniViTARModel(nn.Module):
 
     def pool(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Returns pooled features of items, (N, D), as in `Features`. Args: tokens: (T, D); lengths: of each item."""
-        if isinstance(self.module, ContrastiveModel):
+        if not isinstance(self.module, UniViTAR):
             return self.module.pool(tokens, lengths)
         return torch.stack([one.mean(dim=0) for one in tokens.split(lengths)])
 

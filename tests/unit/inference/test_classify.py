@@ -142,7 +142,9 @@ def test_the_python_api_gives_the_probabilities_of_the_command(trained, folder, 
         }
     with pytest.raises(UserError, match=r"None; .* cars, pets"):
         model.classify([Image.open(path)])
-    assert len(model.features([Image.open(path)]).tokens) == 1
+    features = model.features([Image.open(path)])
+    (tokens,) = features.tokens
+    assert torch.equal(features.pooled, model.module.pool(tokens, [len(tokens)])), "not by the trained pooling"
     with pytest.raises(UserError, match="encode_text needs a model with a text tower, and this is a classifier"):
         model.encode_text(["a cat"])
 
