@@ -11,7 +11,7 @@ import torch
 from univitar_ds import atomic_write, owned
 from univitar_ds.errors import CheckpointError, StorageError, writing
 from univitar_ds.formats import checkpoint_dir
-from univitar_ds.training.checkpoint import atomic_dir, protocol
+from univitar_ds.training.checkpoint import atomic_dir, protocol, saves
 from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
 from univitar_ds.training.checkpoint.protocol import Content, Part, Retention, save_now, saving
 from univitar_ds.training.distributed.process_group import World
@@ -230,6 +230,22 @@ def test_a_failing_disk_and_a_full_disk_have_different_errors(tmp_path, monkeypa
         with pytest.raises(StorageError, match=r"\.tmp-step-00000001 cannot be read: ") as found:
             save(tmp_path, 1, target=Failing)
         assert found.value.transient == passes
+
+
+def test_a_checkpoint_counts_although_the_outdated_one_cannot_be_removed_and_the_next_save_removes_it(
+    tmp_path, monkeypatch
+):
+    events, completed = [], []
+    saver = saves.Saves(ALONE, completed.append, asynchronous=False, failed=events.append)
+    save(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_dir, "_remove", lambda folder: fails(5))
+        saver.begin(LocalFolder(tmp_path, 2, Retention(1)), 2, lambda: two("2"))
+    (event,) = events
+    assert (event["checkpoint"], event["complete"], len(completed)) == (2, True, 1)
+    assert checkpoint_dir.latest(tmp_path) == tmp_path / "step-00000002"
+    saver.begin(LocalFolder(tmp_path, 3, Retention(1)), 3, lambda: two("3"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
 
 
 def fails(fault):
