@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.bench_recompute import GRIDS as PACK
 from benchmarks.bench_recompute import TOKENS, Counter
@@ -259,11 +260,12 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 BLOCK = EncoderConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=1152)
 
 
-def kept_of_a_split_block():
+def kept_of_a_split_block(ranks):
     """The bytes that a block of this rank keeps for a token: on this CPU by (bytes of a value, kind), and with the
     operations of a GPU by bytes of a value."""
-    world = start_world()
-    group = RankGroup(world.rank, world.size, dist.group.WORLD)
+    # In a fake group: the threads of a real one hold tensors for a moment after a collective.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    group = RankGroup(0, ranks, dist.group.WORLD)
     here, on_gpu = {}, {}
     for width, dtype in DTYPES.items():
         for kind in KINDS:
@@ -291,7 +293,7 @@ def test_the_predicted_activations_of_a_split_block_are_those_of_its_tensors():
     """Roots of norms, a few float32 of a token, are not foreseen; nor are they of a whole block."""
     roots = 40
     for size in (2, 4):
-        for here, on_gpu in run_distributed(kept_of_a_split_block, size):
+        for here, on_gpu in run_distributed(kept_of_a_split_block, 1, size):
             for (width, kind), counted in here.items():
                 seen = memory.kept_bytes(BLOCK, kind, width=width, kernels="plain", tensor=size)
                 allowed = roots + 0.02 * seen if kind == 0 else 0
@@ -301,4 +303,4 @@ def test_the_predicted_activations_of_a_split_block_are_those_of_its_tensors():
                 seen = activations.bytes_of_block(BLOCK, width=width, tensor=size) - statistics
                 assert 0 <= counted - seen <= roots, (size, width)
                 whole = activations.bytes_of_block(BLOCK, width=width)
-                assert (seen < whole) == (size == 4), "two ranks keep more each than one does"
+                assert (seen < whole) == (size == 4 or width == 4), "in bf16 each of two ranks keeps more than one does"
