@@ -171,8 +171,9 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
         yield f"    - {{{_source(survey.path, survey.training)}{templates}}}{comment}"
     packs = budget.lanes // budget.processes
     each = "one for each process" if packs == 1 else f"{packs} for each process (one loss over all of them)"
-    others = ", ".join(str(n) for n in range(1, budget.lanes + 1) if budget.lanes % n == 0)
-    yield f"  lanes: {budget.lanes}  # packs of a step, {each}; {others} processes can share them"
+    others = [str(n) for n in range(1, budget.lanes + 1) if budget.lanes % n == 0]
+    shared = f"; {', '.join(others)} processes can share them" if len(others) > 1 else ""
+    yield f"  lanes: {budget.lanes}  # packs of a step, {each}{shared}"
     cores = basis.machine.cores / budget.processes
     workers = max(1, min(8, int(cores) - 1))
     available = "there is 1 core" if cores == 1 else f"there are {cores:.3g} cores"

@@ -46,6 +46,7 @@ def test_the_numbers_fit_data_and_machine(surveys, machine):
         assert least <= max(total // 4, config.data.lanes), "a step has more of the data than a quarter"
         assert most >= 1
     assert all(len(line) <= 120 for line in text.splitlines())
+    assert "; 1 processes" not in text
 
 
 @pytest.mark.parametrize(("count", "samples"), [(5, 2), (300, 75), (766, 191), (768, 192), (50_000, 192)])
