@@ -18,8 +18,8 @@ TASKS = ("zero-shot", "retrieval", "knn", "linear", "attentive", "dense", "token
 PROBES = ("knn", "linear", "attentive", "tokens")
 """Tasks that are fitted on the items of a training split."""
 BY_FEATURES = ("zero-shot", "retrieval", "knn", "linear")
-"""Tasks on one vector per item, which several processes compute and --cache keeps. They accept models of transformers
-too (`peers`). All other tasks run the encoder in one process."""
+"""Tasks on one feature vector per item. Several processes compute the vectors, and --cache stores them. These tasks
+accept models of transformers too (`peers`). All other tasks run the encoder in one process."""
 _MODEL = """
 MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
 """
@@ -44,11 +44,12 @@ level.
 _ABOUT = {
     "zero-shot": (
         "zero-shot classification with class names as texts",
-        """Assign each item to the class with the most similar text embedding: the mean over its templates, as in CLIP.
+        """Assign each item to the class with the most similar text embedding. As in CLIP, the embedding of a class is
+the mean of the embeddings of its sentences, one for each template.
 
 The labels of the items must be class names; for numbers, give --class-names. By default images use CLIP's 80 templates
-for ImageNet, and videos "a video of a {}."; --templates FILE replaces both. The class is {} in a template, or {c} as in
-those of CLIP_benchmark.
+for ImageNet, and videos "a video of a {}."; --templates FILE replaces both. The class name replaces {} in a template;
+{c}, as in CLIP_benchmark's templates, is accepted too.
 """,
         """
   univitar-ds eval zero-shot runs/photos --data imagenet/val --class-names imagenet_names.txt
@@ -59,7 +60,7 @@ those of CLIP_benchmark.
         "image-text and video-text retrieval",
         """Retrieve the captions of each item among all captions, and the items of each caption: recall at 1, 5 and 10.
 
-With --captions lines, each line of a text is a separate caption.
+With --captions lines, each line of a .txt is a separate caption.
 """,
         """
   univitar-ds eval retrieval runs/photos --data data/flickr30k --captions lines""",
@@ -91,8 +92,8 @@ for ImageNet at width 1024.
         "attentive probe on the encoder's tokens",
         """Train a learned query that attends to all tokens of an item, and a linear head on the result: AIM's probe.
 
-The encoder is frozen and encodes each training item once, at its native size. The tokens are kept in an unnamed
-temporary file in --cache, 2 bytes per value, which is gone when the command ends. ImageNet at 256 tokens and width 1024
+The encoder is frozen and encodes each training item once, at its native size. Its tokens are stored in a temporary file
+in --cache, 2 bytes per value; the system removes the file when the command ends. ImageNet at 256 tokens and width 1024
 takes 670 GB: set --cache to a large local disk, and limit the tokens by --max-tokens. Memory holds the tokens of one
 step only. Heads with 5 learning rates are trained together by AdamW, 20 epochs in batches of 256 (at least 200 steps);
 the best one is chosen on a tenth of the training items and is scored without further training.
@@ -106,16 +107,17 @@ the best one is chosen on a tenth of the training items and is scored without fu
         """Train a linear head on patch features to predict the class of each pixel: mean intersection over union.
 
 The encoder is frozen and encodes each image whole at its native size, or with --window as overlapping square windows,
-whose logits are averaged. In training a pixel has the logits of its patch; for the score, logits are enlarged
+whose logits are averaged. In training, all pixels of a patch share its logits; for the score, logits are upsampled
 bilinearly to the size of the label map. Heads with 5 learning rates are trained together by AdamW, in batches of 16, 20
-epochs (at least 500 steps); the best is chosen on a tenth of the training images. The features are kept in an unnamed
-temporary file in --cache while the command runs: 2 bytes per value and 2 per pixel, 80 GB for ADE20K at width 1024.
+epochs (at least 500 steps); the best is chosen on a tenth of the training images. Features and labels are
+stored in temporary files in --cache, 2 bytes per value and 2 per pixel: 80 GB for ADE20K at width 1024. The system
+removes the files when the command ends.
 
 SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation.
-Or a folder of images, or a folder with one folder of images for each split, and --masks MASKS: the label map of
-SOURCE/a/b.jpg is MASKS/a/b.png; --image-suffix and --mask-suffix set other endings of the two names. Images without a
-label map are left out. A label map is a grey or palette image (PNG) whose values are class numbers; --ignore lists the
-values that are not classes, 0 in ADE20K.
+For other layouts, name the folder of the label maps with --masks MASKS: the label map of SOURCE/a/b.jpg is
+MASKS/a/b.png; --image-suffix and --mask-suffix set other endings of the two names. If SOURCE or MASKS has a folder with
+the name of the split, only its files are used. Images without a label map are left out. A label map is a grey or
+palette image (PNG) whose values are class numbers; --ignore lists the values that are not classes, 0 in ADE20K.
 
 Each result has its 95 % bootstrap interval over the images; chance is to predict the most frequent class everywhere.
 """,
@@ -129,10 +131,10 @@ Each result has its 95 % bootstrap interval over the images; chance is to predic
         "accuracy against resolution: a sweep over tokens per item",
         """Measure kNN or zero-shot top-1 at several numbers of tokens per item: native aspect ratio against squares.
 
-At its native aspect ratio, an item gets as many tokens as possible up to the number; as a square, it is stretched.
-Small items are enlarged. A note gives the difference between the two on the same items, with its interval, and their
-mean numbers of tokens. --by knn classifies by the 20 nearest training items at the same resolution, --by zero-shot by
-the text embeddings of the class names.
+Each item is encoded twice: at its native aspect ratio, with as many tokens as possible up to this number, and stretched
+to a square of this number of tokens. Small items are enlarged. A note gives the difference of the two accuracies, with
+its 95 % interval, and the mean number of tokens per item for each. --by knn classifies by the 20 nearest training items
+at the same resolution, --by zero-shot by the text embeddings of the class names.
 """,
         """
   univitar-ds eval tokens runs/photos --data data/pets --by knn --counts 64,144,256,576 --png tokens.png""",
@@ -141,7 +143,7 @@ the text embeddings of the class names.
 
 
 def add_tasks(commands) -> None:
-    """Adds a command `eval TASK` for each task to `commands`; `main.parse` joins its two words."""
+    """Adds a command for each task to `commands`. Its name is "eval TASK", with a space: see `main.parse`."""
     for task in TASKS:
         help_text, about, examples = _ABOUT[task]
         description = f"{about}{_common(task)}{examples}"
@@ -195,26 +197,31 @@ def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
             "--captions",
             choices=("one", "lines"),
             default="one",
-            help="content of a text: one caption (default), or one per line",
+            help="content of a .txt: one caption (default), or one per line",
         )
     else:
-        parser.add_argument("--class-names", type=expand_place, metavar="TEXTFILE", help="names of numbered labels")
+        parser.add_argument(
+            "--class-names",
+            type=expand_place,
+            metavar="TEXTFILE",
+            help="a class name per line, the first for label 0 (default: labels are class names)",
+        )
     if task == "knn":
         parser.add_argument("--neighbours", type=_counts, metavar="K,K", help="numbers of neighbours (default 10,20)")
     if task == "linear":
         parser.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="see above (default lbfgs)")
     if task == "attentive":
         parser.add_argument(
-            "--max-tokens", type=positive, metavar="N", help="maximum of an item (default: the model's)"
+            "--max-tokens", type=positive, metavar="N", help="maximum tokens of an item (default: the model's)"
         )
     if task == "tokens":
         parser.add_argument(
             "--counts", type=_counts, metavar="N,N", help="tokens per item (default 64,144,256,576,1024)"
         )
         parser.add_argument(
-            "--by", choices=("knn", "zero-shot"), help="default: zero-shot if the model has a text tower"
+            "--by", choices=("knn", "zero-shot"), help="classifier (default zero-shot; knn without a text tower)"
         )
-        parser.add_argument("--png", type=expand, metavar="FILE", help="also draw the curves")
+        parser.add_argument("--png", type=expand, metavar="FILE", help="file for a plot of the curves")
 
 
 def _add_dense(parser: argparse.ArgumentParser) -> None:
@@ -229,8 +236,10 @@ def _add_dense(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train-masks", type=expand_place, metavar="FOLDER", help="label maps of --train-data (default --masks)"
     )
-    parser.add_argument("--mask-suffix", default=".png", metavar="TEXT", help="ending of label maps (default .png)")
-    parser.add_argument("--image-suffix", metavar="TEXT", help="ending of images (default: the extension)")
+    parser.add_argument(
+        "--mask-suffix", default=".png", metavar="TEXT", help="ending of a label map's name (default .png)"
+    )
+    parser.add_argument("--image-suffix", metavar="TEXT", help="ending of an image's name (default: the extension)")
     parser.add_argument(
         "--ignore", type=_labels, default=(255,), metavar="N,N", help="values that are not classes (default 255)"
     )

@@ -14,10 +14,10 @@ CropRatio = Annotated[float, Field(ge=0.1, le=10)]
 
 
 class ResolutionConfig(Section):
-    """Size rule of one modality. `min_tokens` and `max_tokens` limit a whole item, for videos over all frames."""
+    """Size rule of one modality. Tokens are counted over a whole item: for a video, over all its frames."""
 
     kind: Literal["native", "fixed"] = Field(
-        "native", description="native: keep the aspect ratio within the limits of tokens; fixed: a square of size_px"
+        "native", description="native: keep the aspect ratio, with min_tokens to max_tokens; fixed: a square of size_px"
     )
     min_tokens: Positive = Field(
         576, description="minimum number of tokens of an item; a smaller one is enlarged; 576 as published"
@@ -60,7 +60,7 @@ class VideoSampling(Section):
     """Selection of the frames of a video."""
 
     kind: Literal["uniform", "fps"] = Field(
-        "uniform", description="uniform: video_frames over the whole video; fps: `fps` per second, at most video_frames"
+        "uniform", description="uniform: video_frames frames of each video; fps: `fps` frames/s, at most video_frames"
     )
     fps: Annotated[float, Field(gt=0)] = Field(2.0, description="frames per second if kind is fps")
     jitter: bool = Field(
@@ -71,8 +71,8 @@ class VideoSampling(Section):
 class AugmentConfig(Section):
     """Random changes of the images and videos of a stage, drawn for each sample and epoch; by default none.
 
-    The order is crop, flip, colours, grey. All frames of a video are changed alike, and a teacher sees the changed
-    pixels. Evaluations change nothing.
+    The order is crop, flip, colours, grey. All frames of a video get the same change, and a teacher sees the changed
+    pixels. Evaluations use the original pixels.
     """
 
     crop_scale: tuple[CropScale, CropScale] = Field(
@@ -81,10 +81,10 @@ class AugmentConfig(Section):
     crop_ratio: tuple[CropRatio, CropRatio] = Field(
         (1.0, 1.0),
         description="smallest and largest width / height of a crop, relative to that of the image; 1: as the image. "
-        "Uniform in the logarithm, and limited so that a crop fits into its image",
+        "Drawn log-uniformly, and limited so that a crop fits into its image",
     )
     flip: Fraction = Field(
-        0.0, description="probability of a horizontal flip; captions with left or right and text in images become wrong"
+        0.0, description="probability of a horizontal flip; wrong for text in images and captions with left or right"
     )
     jitter_probability: Fraction = Field(
         1.0, description="probability that brightness, contrast, saturation and hue change, in a random order"
@@ -119,7 +119,7 @@ class Schedule(Section):
     """Weight of a loss over a stage."""
 
     kind: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="course over the samples of the stage; linear and cosine go from start to end"
+        "constant", description="change of the weight over the samples of the stage; linear, cosine: from start to end"
     )
     start: Annotated[float, Field(ge=0)] = Field(0.0, description="value at the beginning of the stage")
     end: Annotated[float, Field(ge=0)] | None = Field(
@@ -144,7 +144,7 @@ class StageConfig(Section):
     """One stage of the curriculum. `samples` counts the items of all ranks and lanes."""
 
     name: str = Field(description="name of the stage in logs and metrics; stages have different names")
-    samples: Positive = Field(description="length: items of all ranks and lanes; the step that reaches it is the last")
+    samples: Positive = Field(description="number of items over all ranks; the step that reaches it is the last")
     image: ResolutionConfig = Field(ResolutionConfig(), description="size rule of images")
     video: ResolutionConfig = Field(ResolutionConfig(), description="size rule of videos")
     video_ratio: Fraction = Field(0.0, description="share of steps whose packs contain videos")
@@ -159,14 +159,14 @@ class StageConfig(Section):
     )
     cost_budget_tflops: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         None,
-        description="maximum forward+backward TFLOP of the encoder for a pack; limits time. auto: packs of equal "
-        "predicted time, from the sizes of the first samples and data.attention_cost",
+        description="maximum forward+backward TFLOP of the encoder for a pack; limits time. auto: packs get about the "
+        "same predicted time, with a limit computed from the first samples and data.attention_cost",
     )
     lr: Annotated[float, Field(gt=0)] = Field(
         description="learning rate of AdamW after the warm-up; not scaled by the pairs per step"
     )
     warmup_samples: Annotated[int, Field(ge=0)] = Field(
-        0, description="samples over which the learning rate rises linearly from 0 to lr; below samples"
+        0, description="number of samples over which the learning rate rises linearly from 0 to lr; below `samples`"
     )
     lr_schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after the warm-up; wsd: constant, then linear over decay_samples to final_lr_ratio"
@@ -179,14 +179,15 @@ class StageConfig(Section):
         default_factory=list, description="parts that are not trained in this stage; vision: the whole encoder"
     )
     checkpoint_every: Checkpointing | None = Field(
-        None, description="activation checkpointing in this stage; absent: model.checkpoint_every"
+        None, description="activation checkpointing in this stage; values as in model.checkpoint_every, its default"
     )
     patch_dropout: DropRate = Field(
         0.0, description="share of each item's tokens that the encoder drops in training; at least one token remains"
     )
     stochastic_depth: DropRate = Field(
         0.0,
-        description="probability that an item skips a branch of the last block in training; linear from 0 at the first",
+        description="probability that an item skips a branch of the last block in training; decreases linearly to 0 at "
+        "the first block",
     )
 
     @model_validator(mode="after")
@@ -199,7 +200,7 @@ class StageConfig(Section):
         if (self.lr_schedule == "wsd") != (self.decay_samples > 0):
             faults.append(
                 f"lr_schedule {self.lr_schedule} with decay_samples {self.decay_samples}: "
-                + ("wsd needs decay_samples above 0" if self.lr_schedule == "wsd" else "they belong to wsd")
+                + ("wsd needs decay_samples above 0" if self.lr_schedule == "wsd" else "remove it, or use wsd")
             )
         if self.warmup_samples + self.decay_samples > self.samples:
             faults.append(
@@ -221,7 +222,8 @@ class StageConfig(Section):
             if used[modality] and rule.kind == "native" and steps * (rule.divisor_px // PATCH) ** 2 > rule.max_tokens:
                 faults.append(
                     f"{modality}.divisor_px {rule.divisor_px} gives at least "
-                    f"{steps * (rule.divisor_px // PATCH) ** 2} tokens an item, above max_tokens {rule.max_tokens}"
+                    f"{steps * (rule.divisor_px // PATCH) ** 2} tokens an item, above max_tokens {rule.max_tokens}; "
+                    "lower divisor_px or raise max_tokens"
                 )
         if faults:
             raise ValueError("; ".join(faults))

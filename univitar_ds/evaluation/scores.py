@@ -1,8 +1,7 @@
 """Results with their chance levels, and ranks of similarity scores with ties.
 
-Scores closer than `TIE`, the rounding of a float32 cosine, are tied. The result is the expectation over random orders
-of tied scores. Therefore a model with one embedding for all items gets exactly the chance level, and the order of the
-data has no effect.
+Scores that differ by at most `TIE` are tied. The result is the expectation over random orders of tied scores. Therefore
+a model with one embedding for all items gets exactly the chance level, and the order of the data has no effect.
 """
 
 from __future__ import annotations
@@ -18,16 +17,19 @@ from torch import Tensor
 RESAMPLES = 1000
 """Number of resamples of a bootstrap interval."""
 TIE = 1e-6
-"""Maximum difference of tied cosines."""
+"""Maximum difference of tied scores: above the rounding error of a cosine of float32 vectors."""
 CHUNK, CELLS = 1024, 1 << 26
-"""Maximum numbers of queries and of scores that are compared at a time: about 1.7 GB. They do not change results."""
+"""Maximum number of queries, and of scores, in a chunk. They limit memory to about 1.7 GB; results do not depend on
+them."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """One result: `value` and its `chance` level, in 0..1.
 
-    `value` is the mean over `n` queries with `candidates` each. `set` is the data set, if the data names it.
+    `task`: such as "zero-shot"; `measure`: such as "top-1" or "R@5"; `modality`: image or video; `n`: number of
+    queries, such as items to classify; `candidates`: number of possible answers to each, such as classes; `set`: name
+    of the data set, None if the data does not name it.
     """
 
     task: str
@@ -51,7 +53,8 @@ def bootstrap_interval(hits: Tensor, classes: Tensor | None = None) -> tuple[flo
 
     It is the uncertainty from the choice of the queries, not of the training. Repeated calls return equal numbers.
 
-    Args: hits: (n,) in 0..1; classes: (n,) class of each query, if the result is the mean over classes of their means.
+    Args: hits: (n,) in 0..1; classes: None, or the (n,) class of each query: then the mean of each class is computed
+        first, and the result is the mean over classes.
     """
     draws = np.random.default_rng(0)
     values, of_class = hits.double().numpy(), None if classes is None else classes.numpy()
@@ -69,7 +72,7 @@ def bootstrap_interval(hits: Tensor, classes: Tensor | None = None) -> tuple[flo
 
 
 def chunks(queries: int, candidates: int) -> tuple[Tensor, ...]:
-    """Returns the indices of all queries in order, in parts that are compared at a time."""
+    """Returns the indices 0 to `queries` - 1, split into chunks of at most `CHUNK` queries and `CELLS` scores."""
     return torch.arange(queries).split(max(1, min(CHUNK, CELLS // max(candidates, 1))))
 
 
@@ -90,7 +93,9 @@ def chance_at(k: int, right: int, candidates: int) -> float:
 
 
 def rank_counts(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,). A NaN counts as a miss.
+    """Returns the arguments `better`, `tied` and `right` of `hit_at`, each (n,).
+
+    A right candidate with the score NaN ranks last, and a wrong one first.
 
     Args: scores: (n, m); is_right: (n, m) mask of the right candidates, at least one per row.
     """
@@ -117,10 +122,10 @@ def _none_drawn(draws: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
 def accuracies(
     truth: Tensor, hits: Mapping[int, Tensor], task: str, modality: str, classes: int, name: str | None = None
 ) -> list[Figure]:
-    """Returns top-k accuracy for each k below the number of classes, and top-1 averaged over the classes of the items.
+    """Returns top-k accuracy for each k of `hits` below `classes`, and the mean of the top-1 accuracies of the classes.
 
-    Args: truth: (n,) class of each item; hits: by k, with 1 among them, (n,) probability that an item's class is among
-        the first k; name: of the data set.
+    Args: truth: (n,) class index of each item; hits: maps each k, 1 included, to the (n,) probabilities that the class
+        of an item is among the first k; classes: number of classes; name: name of the data set.
     """
     n = len(truth)
 

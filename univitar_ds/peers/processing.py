@@ -1,4 +1,4 @@
-"""The image processor and the tokenizer of a peer from transformers, without torchvision.
+"""Preprocessing of peers, the models of transformers that are measured for comparison: image processors and tokenizers.
 
 Image processors run on Pillow (transformers' backend "pil"), so that features do not depend on whether torchvision is
 installed. DINOv3's exists only for torchvision: `Dinov3Images` computes the same in torch.
@@ -16,21 +16,21 @@ from PIL import Image
 from torch import Tensor
 
 from univitar_ds.config.encoder import read_object
-from univitar_ds.errors import CheckpointError, first_line
+from univitar_ds.errors import CheckpointError, first_line, shortened
 from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.towers import quiet
 from univitar_ds.peers.families import IMAGES_FILE, PROCESSOR_FILE
 from univitar_ds.regular_files import is_regular
 
 Images = Callable[[Image.Image], Mapping[str, Tensor]]
-"""Returns the model's inputs for an image, each (1, ...)."""
+"""A function from an RGB image to the model's inputs by name, each (1, ...)."""
 Texts = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Returns the model's inputs for n texts, each (n, length)."""
+"""A function from n texts to the model's inputs by name, each (n, length)."""
 _INPUTS = ("input_ids", "attention_mask")
 
 
 def image_processor(folder: Path, kind: str) -> Images:
-    """Returns the image processor of a folder. Args: kind: `model_type` of the model.
+    """Returns the image processor of a model's folder. Args: kind: `model_type` in its config.json.
 
     Raises: CheckpointError if there is none, or it cannot be used.
     """
@@ -44,7 +44,7 @@ def image_processor(folder: Path, kind: str) -> Images:
             processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # impossible values make the library raise anything
+    except Exception as error:  # for invalid values, transformers raises errors of any type
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}; fetch it again") from error
     return lambda image: processor(images=image, return_tensors="pt")
 
@@ -68,7 +68,10 @@ def image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 class Dinov3Images:
-    """DINOv3's image processor: values of 0 to 1 are resized (bilinear, antialiased), and then normalised."""
+    """DINOv3's image processor: scales values to 0..1, resizes (bilinear, antialiased), and then normalises.
+
+    Its result has one entry, `pixel_values`: (1, 3, height, width) float32.
+    """
 
     _REQUIRED = ("do_resize", "do_rescale", "do_normalize")
 
@@ -90,10 +93,9 @@ class Dinov3Images:
         other += ["do_center_crop"] * bool(values.get("do_center_crop"))
         other += ["resample"] * (values.get("resample", 2) != Image.Resampling.BILINEAR)
         if other or not all(0 < side <= 4096 for side in self._size):
-            raise CheckpointError(
-                f"{where} has another {' and '.join(other) or 'size'} than DINOv3's releases, which is not supported; "
-                "use the release's file"
-            )
+            size = f"a size of {shortened(' x '.join(map(str, self._size)))} px; sides of 1 to 4096 are supported"
+            fault = f"another {' and '.join(other)} than DINOv3's releases, which is not supported" if other else size
+            raise CheckpointError(f"{where} has {fault}; use the release's file")
 
     def __call__(self, image: Image.Image) -> Mapping[str, Tensor]:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
@@ -103,7 +105,7 @@ class Dinov3Images:
 
 
 def text_processor(folder: Path, config: Any, *, full_length: bool) -> Texts:
-    """Returns the tokenizer of a folder. Args: config: of the text model; full_length: see `Family`.
+    """Returns the tokenizer of a model's folder. Args: config: of the text tower; full_length: see `Family`.
 
     Raises: CheckpointError if there is none, or it cannot be used.
     """

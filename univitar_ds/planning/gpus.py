@@ -1,4 +1,4 @@
-"""The GPUs of the predictions: published figures, and the rates that kernels are assumed to reach."""
+"""The GPUs for which step times are predicted: published figures, and the rates that kernels are assumed to reach."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Gpu:
     """A GPU and its links. `peak`, `products` and `attention_*` are in FLOP/s, `memory` in bytes, the others in
     bytes/s.
 
-    `peak`: published, of bf16 matrix products; `products`: reached by matrix products; `attention_forward`,
-    `attention_backward`: reached by attention, with flash-attn 2 (torch's varlen attention has the same kernels), on a
-    B200 with flash-attn 4; `bandwidth`: of the memory; `node_link`: to the other GPUs of a node; `network`: to other
-    nodes, both in one direction and per GPU.
+    `peak`: published rate of bf16 matrix products; `products`: the rate that matrix products reach;
+    `attention_forward`, `attention_backward`: the rates that attention reaches, with flash-attn 4 on a B200 and
+    flash-attn 2 on the others (torch's varlen attention has the same kernels); `memory`: size of the GPU's memory;
+    `bandwidth`: rate of this memory; `node_link`: rate to the other GPUs of a node; `network`: rate to other nodes. The
+    rates of both links are for one direction and one GPU.
     """
 
     peak: Assumption
@@ -70,7 +71,9 @@ def _hopper(name: str, memory: float, bandwidth: float) -> Gpu:
         network=_published(50e9, "bytes/s", "NVIDIA's data sheet of the DGX H100: a port of 400 Gbit/s per GPU"),
         products=_chosen(600e12, "FLOP/s", "0.61 of the peak, for products of 32,768 rows and 1,024 to 7,680 columns"),
         attention_forward=_chosen(
-            250e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80; its paper (arXiv 2307.08691) has 335 with backward"
+            250e12,
+            "FLOP/s",
+            "flash-attn 2 at heads of 64 to 80; its paper (arXiv 2307.08691) has 335e12 FLOP/s with backward",
         ),
         attention_backward=_chosen(170e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80, items of 500 to 6,000 tokens"),
     )
@@ -87,19 +90,21 @@ GPUS = {
         network=_published(25e9, "bytes/s", "NVIDIA's data sheet of the DGX A100: a port of 200 Gbit/s per GPU"),
         products=_chosen(230e12, "FLOP/s", "0.74 of the peak, for products of 32,768 rows and 1,024 to 7,680 columns"),
         attention_forward=_chosen(
-            160e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80; its paper (arXiv 2307.08691) has up to 230 at 128"
+            160e12,
+            "FLOP/s",
+            "flash-attn 2 at heads of 64 to 80; its paper (arXiv 2307.08691) has up to 230e12 FLOP/s at heads of 128",
         ),
         attention_backward=_chosen(120e12, "FLOP/s", "flash-attn 2 at heads of 64 to 80, items of 500 to 6,000 tokens"),
     ),
     "H100": _hopper("H100", 80e9, 3.35e12),
     "H200": _hopper("H200", 141e9, 4.8e12),
     "B200": Gpu(
-        peak=_published(2.25e15, "FLOP/s", f"{_B200}, bf16 without sparsity (4.5 with)"),
+        peak=_published(2.25e15, "FLOP/s", f"{_B200}, bf16 without sparsity (4.5e15 FLOP/s with)"),
         memory=_published(180e9, "bytes", f"{_B200}: 1,440 GB for 8"),
         bandwidth=_published(8e12, "bytes/s", f"{_B200}: 64 TB/s for 8"),
         node_link=_published(900e9, "bytes/s", f"{_B200}: NVLink 1.8 TB/s in both directions together"),
         network=_published(50e9, "bytes/s", f"{_B200}: a port of 400 Gbit/s per GPU"),
-        products=_chosen(1.35e15, "FLOP/s", "0.6 of the peak, as of an H100"),
+        products=_chosen(1.35e15, "FLOP/s", "0.6 of the peak, about the share of an H100"),
         attention_forward=_chosen(600e12, "FLOP/s", "flash-attn 4 at heads of 64 to 80"),
         attention_backward=_chosen(400e12, "FLOP/s", "flash-attn 4 at heads of 64 to 80"),
     ),
@@ -108,9 +113,9 @@ GPUS = {
 
 
 def known_gpu(name: str) -> str | None:
-    """Returns the key in GPUS of a device, None if it is not in GPUS.
+    """Returns the key of a device in GPUS, or None if GPUS has no figures for it.
 
-    PCIe cards are not, since they have lower clocks and no NVLink; nor are MIG instances and the A100 of 40 GB.
+    GPUS has none for MIG instances, the A100 of 40 GB, and PCIe cards, which have lower clocks and no NVLink.
 
     Args: name: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
     """

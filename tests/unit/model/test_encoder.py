@@ -12,7 +12,7 @@ from univitar_ds.model.encoder import _step_positions, grid_positions
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(("hidden", "heads"), [(128, 2), (160, 2), (240, 2)], ids=["64", "80", "120"])
-def test_an_item_comes_out_the_same_alone_and_in_a_pack_for_every_head_width(hidden, heads):
+def test_the_output_of_an_item_is_the_same_alone_and_in_a_pack(hidden, heads):
     model = small_encoder(hidden_size=hidden, num_attention_heads=heads).double()
     patches = drawn_patches(GRIDS).double()
     together = model(patches, GRIDS)
@@ -22,7 +22,7 @@ def test_an_item_comes_out_the_same_alone_and_in_a_pack_for_every_head_width(hid
         assert_sums_close(together[start:end], alone, encoder_terms(model.config, 24))
 
 
-def test_a_pixel_of_one_item_never_reaches_another():
+def test_a_changed_item_does_not_change_the_output_of_other_items():
     model, patches = small_encoder(), drawn_patches(GRIDS)
     changed = patches.clone()
     changed[:24] += 1
@@ -50,7 +50,7 @@ def test_hidden_states_start_with_the_embedding_and_end_with_the_output():
 
 
 @pytest.mark.numeric
-def test_bfloat16_stays_near_float32_and_a_pack_near_its_items():
+def test_bfloat16_agrees_with_float32_and_packed_items_with_single_ones():
     grids = GRIDS * 16  # enough entries for their errors to cancel
     model, patches = small_encoder(), drawn_patches(grids)
     exact = model(patches, grids)
@@ -84,13 +84,13 @@ def test_recomputing_blocks_keeps_fewer_tensors():
     assert kept(1) < kept(2) < kept(0)
 
 
-def test_the_encoder_draws_no_random_numbers_and_recomputing_keeps_no_state_of_them(monkeypatch):
+def test_the_encoder_draws_no_random_numbers_and_recomputing_does_not_save_the_rng_state(monkeypatch):
     model, patches = small_encoder(num_hidden_layers=3), drawn_patches(GRIDS)
     model.checkpoint_every = 1
     drops = DropConfig(patches=0.5, depth=0.5, blocks=3).of_pack(GRIDS, 0)
     before = torch.get_rng_state()
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_rng_state", lambda: pytest.fail("a state of random numbers is kept"))
+        patch.setattr(torch, "get_rng_state", lambda: pytest.fail("the RNG state is saved"))
         model.train()(patches, GRIDS, drops=drops).square().sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -103,7 +103,7 @@ def test_positions_follow_the_merge_blocks_and_repeat_over_time():
     assert grid_positions([], 1).dtype == grid_positions([[1, 2, 2]], 1).dtype == torch.int64
 
 
-def test_positions_of_a_pack_are_correct_although_those_of_a_size_are_computed_once():
+def test_cached_positions_are_computed_once_per_size_and_cannot_be_changed():
     _step_positions.cache_clear()
     with torch.device("meta"):
         first = grid_positions([[1, 3, 5]], 1)
@@ -116,7 +116,7 @@ def test_positions_of_a_pack_are_correct_although_those_of_a_size_are_computed_o
         _step_positions(3, 5, 1)[0] = 7
 
 
-def test_first_values_are_bounded_and_layer_scale_is_the_configs():
+def test_initial_weights_are_small_and_layer_scale_starts_at_initializer_factor():
     model = small_encoder(initializer_factor=0.25)
     for name, parameter in model.named_parameters():
         if name.endswith(("ls1", "ls2")):

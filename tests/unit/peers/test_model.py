@@ -205,6 +205,11 @@ def test_settings_that_no_release_of_dinov3_has_are_refused(changed):
         Dinov3Images(changed, "p.json")
 
 
+def test_a_size_of_dinov3_beyond_the_limit_is_refused_with_its_value():
+    with pytest.raises(CheckpointError, match="size of 5000 x 9 px; sides of 1 to 4096 are supported; use"):
+        Dinov3Images({"size": {"height": 5000, "width": 9}}, "p.json")
+
+
 def changed(folder: Path, name: str, **values) -> None:
     """Changes values of a JSON file; None removes one."""
     content = json.loads((folder / name).read_text(encoding="utf-8")) | values

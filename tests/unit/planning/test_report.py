@@ -81,7 +81,7 @@ def test_a_run_that_another_process_has_locked_is_refused(capsys, run_file, tmp_
     assert "in use" in capsys.readouterr().err
 
 
-def test_more_processes_than_this_machine_has_can_be_planned(capsys, run_file):
+def test_a_run_of_more_ranks_than_this_machine_can_start_is_planned(capsys, run_file):
     assert "64 lanes = 64 processes x 1 pack" in printed(capsys, "--config", run_file, "--nproc", 64, "data.lanes=64")
 
 
@@ -121,7 +121,7 @@ def test_an_error_is_one_message_with_exit_status_2(capsys, run_file, tmp_path, 
 
 
 @pytest.mark.parametrize("histogram", [3, {"image": {"x": 1}}, {"image": {"1-2": "many"}}, {"image": {}}, None])
-def test_a_histogram_that_is_not_sound_is_not_used(capsys, shards, tmp_path, histogram):
+def test_an_invalid_or_empty_histogram_is_ignored(capsys, shards, tmp_path, histogram):
     folder = shutil.copytree(shards, tmp_path / "shards")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"token_histogram": histogram}))
@@ -138,7 +138,7 @@ def test_a_full_disk_is_found_before_the_first_checkpoint(capsys, run_file, monk
     assert "and 1 MB are free in" in message
 
 
-def test_a_run_that_continues_is_described_from_its_checkpoint(capsys, shards, tmp_path):
+def test_a_resumed_run_is_described_from_its_checkpoint(capsys, shards, tmp_path):
     run = tmp_path / "old"
     write_run(run, run_config(shards))
     shutil.copy(deepspeed_path("zero3_cpu"), run / "deepspeed.json")
@@ -158,7 +158,7 @@ def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
     assert "holds no config.yaml" in capsys.readouterr().err
 
 
-def test_the_memory_of_a_rank_is_that_of_its_group(capsys, run_file, tmp_path, monkeypatch):
+def test_memory_per_rank_depends_on_the_size_of_its_sharding_group(capsys, run_file, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     (tmp_path / "two.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "sharding_ranks": 2}))
     text = printed(capsys, "--config", run_file, "--nproc", 4, f"deepspeed={tmp_path / 'two.json'}")

@@ -1,3 +1,5 @@
+"""The state of a run, without tensors."""
+
 import json
 
 from univitar_ds.data.sampler.cursor import LaneCursor
@@ -8,7 +10,7 @@ from univitar_ds.training.step.curriculum import Progress
 from univitar_ds.training.step.guard import History
 
 
-def test_everything_that_changes_during_training_is_in_a_checkpoint():
+def test_a_state_is_equal_after_saving_and_loading():
     state = State(
         progress=Progress(1, 20, 5, 100, 400, 9000, 2),
         window=Window({"loss": 0.1 + 0.2, "steps": 3}, "mixed"),
@@ -25,6 +27,6 @@ def test_everything_that_changes_during_training_is_in_a_checkpoint():
     assert State.from_checkpoint(Saved(content, cursors)) == state
 
 
-def test_skipped_updates_are_counted_where_there_are_any():
+def test_skipped_updates_are_reported_only_if_there_are_any():
     assert State(events=[{"event": "stage"}, {"event": "rollback"}]).guarded == {"rollbacks": 1}
     assert State(events=[{"event": "skipped"}] * 2).guarded == {"rollbacks": 0, "skipped_updates": 2}

@@ -21,11 +21,13 @@ A key without a default must be given. On the command line: univitar-ds train --
 
 
 def describe(name: str | None, changeable: Collection[str] = (), fixed: Collection[str] = ()) -> str:
-    """Returns the description of a section with all keys below it, or of a key; of all sections if `name` is None.
+    """Returns the description of a section with all keys below it, or of a key.
+
+    If `name` is None: one line for each section, and for each key that is in no section.
 
     Args: name: as in a run file or an override: `stages`, `data.sources`, `stages.0.lr`, `stages.N.lr`, `stages.lr`;
-        changeable: keys and sections that a resumed run may change, which the description then says;
-        fixed: keys below `changeable` that it may not change.
+        changeable: keys and sections that a resumed run may change, as their descriptions then state;
+        fixed: exceptions, keys below `changeable` that a resumed run may not change.
     Raises: ConfigError, which names similar keys, if there is no such key.
     """
     if name is None:

@@ -60,7 +60,7 @@ def test_a_constant_rate_only_warms_up():
     ("settings", "said"),
     [
         ({"lr_schedule": "wsd"}, "wsd needs decay_samples above 0"),
-        ({"decay_samples": 10}, "they belong to wsd"),
+        ({"decay_samples": 10}, "remove it, or use wsd"),
         ({"lr_schedule": "wsd", "decay_samples": 600, "warmup_samples": 500}, "together exceed samples 1000"),
     ],
 )
