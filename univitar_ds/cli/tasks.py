@@ -35,7 +35,7 @@ test/*.tar).
 _FEATURES = """
 Features are computed by --nproc processes, with the same result for any number, and are kept in --cache: after an
 interruption the same command continues. On the same model, data and split, zero-shot and retrieval share their
-features, and so do knn and linear. At most 20 GB are kept; to free them, remove the folder `features` in --cache.
+features, and so do knn and linear. At most 20 GiB are kept; to free them, remove the folder `features` in --cache.
 """
 _FIGURES = """
 Images and videos are evaluated separately. Each result has a 95 % bootstrap interval over the items, and the chance

@@ -87,7 +87,7 @@ class Dinov3Images:
                 for name, default in (("image_mean", (0.485, 0.456, 0.406)), ("image_std", (0.229, 0.224, 0.225)))
             )
             self._factor = float(values.get("rescale_factor", 1 / 255))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(f"{where} has no usable size, mean or std ({error}); fetch it again") from error
         other = [name for name in self._REQUIRED if values.get(name, True) is not True]
         other += ["do_center_crop"] * bool(values.get("do_center_crop"))

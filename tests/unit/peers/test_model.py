@@ -1,6 +1,7 @@
 """A peer's features are those of transformers' own image processor, tokenizer and forward pass."""
 
 import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -199,7 +200,16 @@ def test_an_image_processor_of_another_size_is_refused(folders, images, tmp_path
         PeerModel(tmp_path, "siglip", None, CPU).images(images, 1000)
 
 
-@pytest.mark.parametrize("changed", [{"do_center_crop": True}, {"resample": 3}, {"size": {"width": 9}}, {"size": 224}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"do_center_crop": True},
+        {"resample": 3},
+        {"size": {"width": 9}},
+        {"size": 224},
+        {"size": {"height": math.inf, "width": 9}},
+    ],
+)
 def test_settings_that_no_release_of_dinov3_has_are_refused(changed):
     with pytest.raises(CheckpointError, match=r"p\.json has"):
         Dinov3Images(changed, "p.json")
