@@ -55,7 +55,7 @@ def add_convert(commands) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the result and compare its output with that of SRC on one pack of items",
+        help="read the result and compare its output with that of SRC for one pack; exit status 2 if they differ",
     )
     parser.add_argument("--force", action="store_true", help="replace the result of an earlier conversion")
     parser.add_argument("--license", default="unknown", help="licence in the model card, such as apache-2.0")

@@ -12,6 +12,7 @@ from univitar_ds.convert import program, publish
 from univitar_ds.convert.card import UNKNOWN_LICENCE, size_name, write_card
 from univitar_ds.convert.comparison import compare
 from univitar_ds.convert.destination import check_space, new_folder
+from univitar_ds.convert.program_check import compare_program
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats.recognise import module_of, open_stored
 from univitar_ds.formats.run import Weights
@@ -81,7 +82,7 @@ def convert(
     with new_folder(out, replace=options.replace) as folder:
         write(model, folder, to, options)
         write_card(model, folder, to, options.licence, options.grids)
-        compared = compare(model, open_stored(folder)) if verify else None
+        compared = _compared(model, folder, to, options) if verify else None
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     kind = "encoder" if model.joint is None else "model"
     sentence = f"{kind} {size_name(model)}, {len(model.tensors)} tensors, in {out} ({to}, {size / 1e6:.1f} MB)"
@@ -120,8 +121,13 @@ def _check_format(to: str, options: Options) -> None:
         raise CheckpointError(
             f"--dtype {str(options.dtype).removeprefix('torch.')}: an ONNX file has float32 weights; leave --dtype out"
         )
-    if options.verify and to in PROGRAMS:
-        raise CheckpointError(f"--verify reads the result back, and {to} cannot be read; leave --verify out")
+
+
+def _compared(model: StoredModel, folder: Path, to: str, options: Options) -> str:
+    """Returns a sentence about the outputs of the source and the result. Raises: CheckpointError if they differ."""
+    if to in PROGRAMS:
+        return compare_program(model, folder, options.grids)
+    return compare(model, open_stored(folder))
 
 
 def _part(model: StoredModel, to: str, part: Part | None) -> StoredModel:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.encoder import CONFIG_FILE, EncoderConfig, read_encoder_config
 from univitar_ds.convert import program
 from univitar_ds.convert.program import export_onnx, export_program, image_program, program_inputs
+from univitar_ds.convert.program_check import compare_program
 from univitar_ds.errors import CheckpointError, ConfigError, InstallationError
 from univitar_ds.formats.stored_model import VISION, JointConfig, StoredModel, Tensors
 from univitar_ds.geometry import token_count
@@ -70,12 +72,17 @@ def _terms(config: EncoderConfig, grids) -> int:
 
 
 @pytest.fixture(scope="module")
-def encoder_file(tmp_path_factory) -> torch.nn.Module:
+def encoder_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("program")
     sizes = export_program(_stored(), folder)
     assert sizes == {name: (folder / name).stat().st_size for name in ("model.pt2", "config.json")}
     assert read_encoder_config(folder) == small_config(**HEADS)
-    return torch.export.load(folder / "model.pt2").module()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_file(encoder_folder) -> torch.nn.Module:
+    return torch.export.load(encoder_folder / "model.pt2").module()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,22 @@ def test_the_program_of_an_encoder_equals_it_for_packs_of_any_size(encoder_file,
     tokens = encoder_file(patches, *program_inputs(grids))
     encoder = small_encoder(**HEADS)
     assert_sums_close(tokens, encoder(patches, grids), _terms(encoder.config, grids))
+
+
+def test_verify_accepts_the_program_of_its_model_and_refuses_that_of_another(encoder_folder):
+    assert "same output for one pack, largest difference" in compare_program(_stored(), encoder_folder)
+    other = small_encoder(**HEADS)
+    with torch.no_grad():
+        other.encoder["layers"][-1].mlp.fc2.weight[0, 0] += 1.0
+    with pytest.raises(CheckpointError, match=r"tokens of the program differ by up to .* \(limit 0\.0001 of it\)"):
+        compare_program(_stored(other), encoder_folder)
+
+
+@pytest.mark.slow
+def test_verify_accepts_the_program_of_a_whole_model_in_half_precision(whole, tmp_path):
+    stored = _stored_whole(whole).converted(torch.bfloat16)
+    export_program(stored, tmp_path)
+    assert compare_program(stored, tmp_path).endswith("(limit 0.062)")
 
 
 @pytest.mark.slow
@@ -175,6 +198,7 @@ def test_onnx_runtime_gives_the_tokens_of_an_encoder(limit, tmp_path, monkeypatc
     assert ("model.onnx.data" in sizes) == (limit == 0)
     patches = drawn_patches(GRIDS)
     (tokens,) = _run(tmp_path, patches)
+    assert "same output for one pack" in compare_program(_stored(), tmp_path, GRIDS)
     assert (tokens - small_encoder(**HEADS)(patches, GRIDS)).abs().max() <= NEAR
     assert json.loads((tmp_path / CONFIG_FILE).read_text()) == small_config(**HEADS).to_dict()
 
