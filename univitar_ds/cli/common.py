@@ -58,6 +58,19 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--s3-region", metavar="NAME", help="region of the store, such as eu-central-1")
 
 
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a table: its columns, and the folder of its files."""
+    parser.add_argument("--image-key", metavar="NAME", help="column of images or videos, or of their paths, in a table")
+    parser.add_argument(
+        "--caption-key", metavar="NAME", action="append", default=[], help="column of captions; may be repeated"
+    )
+    parser.add_argument("--label-key", metavar="NAME", help="column of labels")
+    parser.add_argument("--split-key", metavar="NAME", help="column of splits")
+    parser.add_argument(
+        "--images", type=expand, metavar="FOLDER", help="folder of the files of a table or JSON of COCO"
+    )
+
+
 def shown(text: str) -> str:
     """Returns `text` with escapes for characters that are not printable.
 

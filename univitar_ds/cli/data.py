@@ -13,7 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univitar_ds.cli.common import add_command, add_overrides, add_storage, expand, expand_place, positive, shown
+from univitar_ds.cli.common import (
+    add_command,
+    add_overrides,
+    add_storage,
+    add_table,
+    expand,
+    expand_place,
+    positive,
+    shown,
+)
 from univitar_ds.errors import ConfigError
 from univitar_ds.owned import check_result, drawn_by, write_result
 from univitar_ds.screen import show
@@ -121,13 +130,7 @@ def _add_pack(data) -> None:
         default="one",
         help="content of a .txt: one caption (default), or one per line",
     )
-    pack.add_argument("--image-key", metavar="NAME", help="column of images or videos, or of their paths, in a table")
-    pack.add_argument(
-        "--caption-key", metavar="NAME", action="append", default=[], help="column of captions; may be repeated"
-    )
-    pack.add_argument("--label-key", metavar="NAME", help="column of labels")
-    pack.add_argument("--split-key", metavar="NAME", help="column of splits")
-    pack.add_argument("--images", type=expand, metavar="FOLDER", help="folder of the files of a table or JSON of COCO")
+    add_table(pack)
     pack.add_argument(
         "--class-names", type=expand, metavar="FILE", help="names of class folders: lines of a folder, a tab and a name"
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import TYPE_CHECKING
 
-from univitar_ds.cli.common import add_command, add_storage, expand_place
+from univitar_ds.cli.common import add_command, add_storage, add_table, expand_place
 from univitar_ds.errors import DataError
 from univitar_ds.screen import show
+
+if TYPE_CHECKING:
+    from univitar_ds.config.data import TableConfig
 
 _log = logging.getLogger(__name__)
 _SURVEY_GIVES_UP_S = 30.0
@@ -19,6 +23,7 @@ that `data pack` reads. Files are listed, and the headers of some are read. Each
 comment with its reason.
 
   univitar-ds init photos > run.yaml
+  univitar-ds init pairs.csv --image-key filepath --caption-key title > run.yaml
   univitar-ds train --config run.yaml --nproc 2"""
 
 
@@ -47,6 +52,7 @@ def add_init(commands) -> None:
         metavar="H",
         help="maximum length of the run (default: by the size of the data; on a CPU at most an hour)",
     )
+    add_table(parser)
     add_storage(parser)
 
 
@@ -64,6 +70,22 @@ def _hours(text: str) -> float:
     return value
 
 
+def _table(arguments: argparse.Namespace) -> TableConfig | None:
+    """Returns the columns and the folder that were given; None if there are none."""
+    from univitar_ds.config.data import TableConfig
+    from univitar_ds.config.paths import written
+
+    given = {
+        "image_key": arguments.image_key,
+        "caption_keys": arguments.caption_key,
+        "label_key": arguments.label_key,
+        "split_key": arguments.split_key,
+        "images": arguments.images and written(str(arguments.images)),
+    }
+    given = {key: value for key, value in given.items() if value}
+    return TableConfig(**given) if given else None
+
+
 def _init(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.tools.survey import survey
@@ -76,7 +98,8 @@ def _init(arguments: argparse.Namespace) -> None:
     keys = {"endpoint_url": arguments.s3_endpoint, "profile": arguments.s3_profile, "region": arguments.s3_region}
     s3 = {key: value for key, value in keys.items() if value is not None}
     settings = StorageSettings(**s3, give_up_s=_SURVEY_GIVES_UP_S)
-    surveys = [survey(source, settings) for source in arguments.sources]
+    table = _table(arguments)
+    surveys = [survey(source, settings, table) for source in arguments.sources]
     machine = this_machine().with_gpus(arguments.gpus)
     text = draft(surveys, machine, size=arguments.size, hours=arguments.hours, s3=s3)
     show(text.removesuffix("\n"))

@@ -168,7 +168,7 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
         some = not basis.classifies and not basis.facts.has_captions(survey) and survey.labels
         templates = f", templates: [{json.dumps(TEMPLATE)}]" if some else ""
         comment = "  # samples with only a label get this caption" if some else ""
-        yield f"    - {{{_source(survey.path, survey.training)}{templates}}}{comment}"
+        yield f"    - {{{_source(survey, survey.training)}{templates}}}{comment}"
     packs = budget.lanes // budget.processes
     each = "one for each process" if packs == 1 else f"{packs} for each process (one loss over all of them)"
     others = [str(n) for n in range(1, budget.lanes + 1) if budget.lanes % n == 0]
@@ -186,9 +186,15 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
         yield f"  s3: {{{', '.join(f'{key}: {_quoted(value)}' for key, value in s3.items())}}}"
 
 
-def _source(path: str, split: str | None) -> str:
-    found = f"path: {_quoted(written(path))}"
-    return found if split is None else f"{found}, split: {_quoted(split)}"
+def _source(survey: Survey, split: str | None) -> str:
+    found = f"path: {_quoted(written(survey.path))}"
+    if split is not None:
+        found += f", split: {_quoted(split)}"
+    if survey.table is not None:
+        keys = survey.table.model_dump(exclude_defaults=True)
+        shown = {k: _quoted(v) if isinstance(v, str) else f"[{', '.join(map(_quoted, v))}]" for k, v in keys.items()}
+        found += f", table: {{{', '.join(f'{key}: {value}' for key, value in shown.items())}}}"
+    return found
 
 
 def _stages(basis: Basis, length: Length, stages: Sequence[Stage]) -> Iterator[str]:
@@ -272,6 +278,6 @@ def _evaluation(basis: Basis) -> Iterator[str]:
         return
     yield "evaluation:"
     yield "  sources:  # held-out data, measured after training"
-    yield from (f"    - {{{_source(survey.path, split)}}}" for survey, split in usable)
+    yield from (f"    - {{{_source(survey, split)}}}" for survey, split in usable)
     if facts.classes and not basis.classifies:
         yield f"  image_templates: [{json.dumps(TEMPLATE)}]  # zero-shot classification by the labels"

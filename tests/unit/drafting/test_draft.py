@@ -7,6 +7,8 @@ from tests.unit.drafting.made import CPU, NODE, loaded, survey
 from univitar_ds.config.deepspeed import AUTO
 from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import load_config
+from univitar_ds.data.shards.manifest import read_manifest
+from univitar_ds.data.writing.packed_sources import with_packed_sources
 from univitar_ds.drafting.draft import draft, processes, run_name
 from univitar_ds.drafting.machine import ASSUMED_GPU_BYTES, Machine
 from univitar_ds.errors import ConfigError, DataError
@@ -219,6 +221,33 @@ def test_settings_of_a_store_are_kept():
     url = "http://127.0.0.1:9000"
     config = loaded(draft([survey(300, path="s3://b/x")], CPU, s3={"endpoint_url": url}))
     assert config.data.s3.endpoint_url == url
+
+
+def test_columns_and_the_folder_of_the_files_are_given_and_kept(tmp_path, capsys, monkeypatch):
+    from univitar_ds.cli.main import main
+
+    made.table(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    table = (tmp_path / "t.csv").read_text().replace("file,caption", "where,Title: 長 😀").replace("media/", "")
+    (tmp_path / "pairs.csv").write_text(table, encoding="utf-8")
+    options = ["--image-key", "where", "--caption-key", "Title: 長 😀", "--images", "media", "--gpus", "0"]
+    assert main(["init", "pairs.csv", *options]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    config = load_config("run.yaml")
+    assert [source.split for source in (*config.data.sources, *config.evaluation.sources)] == ["train", "test"]
+    for source in (*config.data.sources, *config.evaluation.sources):
+        assert (source.table.image_key, source.table.caption_keys) == ("where", ["Title: 長 😀"])
+        assert source.table.images == "media"
+    packed = with_packed_sources(config).data.sources[0]
+    assert sum(shard["samples"] for shard in read_manifest(packed.path)["shards"]) == 24
+
+
+def test_columns_of_a_source_that_is_no_table_are_refused(tmp_path, capsys):
+    from univitar_ds.cli.main import main
+
+    for made_here, message in ((made.tars, "is not a table"), (made.sidecars, "does not use --image-key")):
+        assert main(["init", str(made_here(tmp_path / made_here.__name__)), "--image-key", "where"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_gpus_that_are_asked_for_are_assumed():

@@ -15,11 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.config.data import SourceConfig
+from univitar_ds.config.data import SourceConfig, TableConfig
 from univitar_ds.config.paths import written
 from univitar_ds.data.importing.parquet.media import read_cells
 from univitar_ds.data.importing.recognise import FORMATS, read_source
@@ -34,7 +34,7 @@ from univitar_ds.data.shards.sources import SourceShard, find_shards, spread
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.data.writing.examine import Job, examine_all
-from univitar_ds.data.writing.packed_sources import format_to_pack
+from univitar_ds.data.writing.packed_sources import format_to_pack, reading_options
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 from univitar_ds.screen import end_status, has_terminal, progress_bar, show_status
@@ -66,7 +66,8 @@ class Survey:
 
     `path`: of the source; `title`: its format, for comments; `counts`: samples by split (None: it has no splits) and
     modality, `exact` or estimated; `training`: the split to train on; `media`, `texts`: sizes and texts of some samples
-    of that split; `labels`: pairs of data set and label of those samples; `packed`: whether it consists of shards.
+    of that split; `labels`: pairs of data set and label of those samples; `packed`: whether it consists of shards;
+    `table`: the columns that were given.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Survey:
     texts: tuple[Texts, ...]
     packed: bool
     labels: frozenset[tuple[str | None, str]] = field(default=frozenset())
+    table: TableConfig | None = None
 
     @property
     def evaluation(self) -> str | None:
@@ -90,18 +92,25 @@ class Survey:
         return self.training in EVALUATION
 
 
-def survey(path: str, settings: StorageSettings = LOCAL) -> Survey:
+def survey(path: str, settings: StorageSettings = LOCAL, table: TableConfig | None = None) -> Survey:
     """Surveys a source: a path or s3:// address of anything that `data.sources.N.path` may name.
+
+    `table`: columns of a table and the folder of its files; None: usual names are tried.
 
     Raises: DataError if a run could not read it, or listing its files takes too long; StorageError.
     """
-    source = SourceConfig(path=written(path), split=None)
+    source = SourceConfig(path=written(path), split=None, table=table)
     form = format_to_pack(source)
     if form is None:
         shards = find_shards([source], settings) if _may_be_shards(source) else []
+        if shards and table is not None:
+            raise DataError(
+                f"{path} is not a table; leave out the options of its columns and of the folder of its files"
+            )
         if shards:
             return _of_shards(path, source, shards, settings)
-    return _of_rows(path, FORMATS[form or "folder"].title)
+    options = ReadOptions() if form is None else replace(reading_options(source, form), format=None)
+    return replace(_of_rows(path, FORMATS[form or "folder"].title, options), table=table)
 
 
 def training_split(counts: Iterable[str | None]) -> str | None:
@@ -119,8 +128,8 @@ def _may_be_shards(source: SourceConfig) -> bool:
     return not os.path.isdir(path) or any(name.endswith(".tar") or name == MANIFEST for name in os.listdir(path))
 
 
-def _of_rows(path: str, title: str) -> Survey:
-    listing = _within(LISTING_S, path, lambda: read_source(path, ReadOptions()))
+def _of_rows(path: str, title: str, options: ReadOptions) -> Survey:
+    listing = _within(LISTING_S, path, lambda: read_source(path, options))
     split = training_split(dict.fromkeys(row.split for row in listing.rows))
     rows = [row for row in listing.rows if row.split == split]
     with tempfile.TemporaryDirectory() as scratch:

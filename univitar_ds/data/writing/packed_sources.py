@@ -127,7 +127,7 @@ class _Packer:
         if form is None:
             return source
         path = source.path if "://" in source.path else os.path.abspath(place_of(source))
-        options = _reading(source, form)
+        options = reading_options(source, form)
         target = self._targets.get((path, options))
         if target is None:
             target = self._targets[path, options] = self._target(path, options)
@@ -189,7 +189,8 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _reading(source: SourceConfig, form: str) -> ReadOptions:
+def reading_options(source: SourceConfig, form: str) -> ReadOptions:
+    """Returns how a source that is no shards is read. `form`: what `format_to_pack` returns."""
     table = source.table
     about = {"format": form, "captions": source.captions if "captions" in known_formats()[form].uses else "one"}
     if form == "classes" and source.class_names is not None:
