@@ -112,3 +112,8 @@ def test_every_page_is_reached_from_the_readme_which_is_short():
     readme = text_of(ROOT / "README.md")
     assert [page.name for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []
     assert len(readme.splitlines()) <= MAX_README_LINES
+
+
+def test_the_readme_says_what_the_batch_size_follows_from():
+    rows = [line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("| pa")]
+    assert all(any(name in row for row in rows) for name in ("`stages.N.token_budget`", "`data.lanes`", "GradCache"))
