@@ -12,7 +12,7 @@ from pathlib import Path
 from univitar_ds.data.importing.folders import folders_of
 from univitar_ds.data.importing.rows import Collected, Listing, ReadOptions
 from univitar_ds.data.importing.table_files import read_table
-from univitar_ds.data.importing.tables import Reading, add_records, keys_of
+from univitar_ds.data.importing.tables import Reading, add_table
 from univitar_ds.errors import DataError
 
 _NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -42,9 +42,8 @@ def rows(source: str, options: ReadOptions) -> Listing:
     if not found:
         raise DataError(f"neither {folder} nor a folder in it has one of {', '.join(_NAMES)}; name one that has")
     for path in found:
-        table = read_table(path)
         reading = Reading(path.parent, path.parent, options.default_split, split_folders=True)
-        add_records(collected, path.relative_to(folder).as_posix(), table, keys_of(path, table, options), reading)
+        add_table(collected, path, path.relative_to(folder).as_posix(), options, reading)
     return collected.listing(folder)
 
 

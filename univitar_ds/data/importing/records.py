@@ -15,6 +15,9 @@ class Embedded(NamedTuple):
     row: int
     name: str
 
+    def __repr__(self) -> str:
+        return "(an image or video)"
+
 
 class Unreadable(NamedTuple):
     """A value that is not read. `reason` follows the name of its column in messages."""

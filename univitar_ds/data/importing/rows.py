@@ -33,11 +33,23 @@ class Part(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """The media in a cell of a table: path of the table, name of the column, and number of the row."""
+    """The media in a cell of a table: path of the table, name of the column, and number of the row. `stamp`:
+    `table_stamp` of the table when its records were read; `start`: folder of relative paths in it."""
 
     file: str
     column: str
     row: int
+    stamp: tuple[int, int]
+    start: str
+
+
+def table_stamp(path: str | Path) -> tuple[int, int]:
+    """Returns size in bytes and modification time in ns of a table. Raises: DataError if it cannot be found."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: there is no such file; check the path") from error
+    return state.st_size, state.st_mtime_ns
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from univitar_ds.data.importing.rows import (
     file_inside,
     label_of,
     short,
+    table_stamp,
 )
 from univitar_ds.data.importing.table_files import EXTENSIONS, read_table
 from univitar_ds.errors import DataError
@@ -61,8 +62,8 @@ class Reading(NamedTuple):
     """Settings for turning the records of a table into rows.
 
     `start`: folder of relative paths; `above`: folder of those that begin with `..`; `default_split`: split of records
-    that name none; `split_folders`: whether a first folder with the name of a split is one; `table`: the path of a
-    table whose records may have `Embedded` media.
+    that name none; `split_folders`: whether a first folder with the name of a split is one; `table` and `stamp`: the
+    path of a table whose records may have `Embedded` media, and its `table_stamp` before they are read.
     """
 
     start: Path
@@ -70,6 +71,7 @@ class Reading(NamedTuple):
     default_split: str
     split_folders: bool = False
     table: Path | None = None
+    stamp: tuple[int, int] = (0, 0)
 
 
 def recognises(source: str) -> bool:
@@ -87,7 +89,7 @@ def rows(source: str, options: ReadOptions, form: str | None = None) -> Listing:
     if not root.is_dir():
         raise DataError(f"--images {root}: is not a folder; name the folder in which the paths of {path} start")
     collected = Collected(root)
-    _add_table(collected, path, path.name, options, Reading(root, path.parent, options.default_split), form)
+    add_table(collected, path, path.name, options, Reading(root, path.parent, options.default_split), form)
     return collected.listing(path)
 
 
@@ -122,7 +124,7 @@ def rows_of_parts(source: str, options: ReadOptions) -> Listing:
         name = path.relative_to(folder).as_posix()
         start = path.parent if options.images is None else root
         reading = Reading(start, path.parent, split_of_part(name) or options.default_split)
-        _add_table(collected, path, name, options, reading)
+        add_table(collected, path, name, options, reading)
     return collected.listing(folder)
 
 
@@ -147,11 +149,13 @@ def _parts(folder: Path, left_out: dict[str, str]) -> list[Path]:
     )
 
 
-def _add_table(
+def add_table(
     collected: Collected, path: Path, name: str, options: ReadOptions, reading: Reading, form: str | None = None
 ) -> None:
+    """Adds a row for each record of a table, or of media in it. `name`: name of the table in messages."""
+    reading = reading._replace(table=path, stamp=table_stamp(path))
     table = read_table(path, form)
-    add_records(collected, name, table, keys_of(path, table, options), reading._replace(table=path))
+    add_records(collected, name, table, keys_of(path, table, options), reading)
 
 
 def keys_of(path: Path, table: Table, options: ReadOptions) -> Keys:
@@ -213,7 +217,7 @@ def _row(root: Path, name: str, fields: dict[str, Any], keys: Keys, form: Readin
     part = None
     if isinstance(value, Embedded):
         assert form.table is not None
-        part = Cell(str(form.table.absolute()), keys.image, value.row)
+        part = Cell(str(form.table.absolute()), keys.image, value.row, form.stamp, str(form.start))
         file = _name_of(name, value)
     else:
         file = file_inside(root, value, form.start, form.above)
@@ -239,6 +243,8 @@ def _name_of(table: str, media: Embedded) -> str:
 
 def _label(value: Any, keys: Keys) -> str | None:
     """Returns the label of a record, by its name if it is the number of a class. Raises: Fault."""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes numbers beside missing ones
+        value = int(value)
     if keys.class_names is None or isinstance(value, bool) or not isinstance(value, int):
         return label_of(value)
     if value == -1:  # `datasets` writes it where the class is unknown

@@ -82,6 +82,12 @@ class ProgressLog:
         """Returns the number of bytes of the file of extracted media that are in use."""
         return max((e["offset"] + e["length"] for k, e in self._entries.items() if k.startswith("media ")), default=0)
 
+    def forget_extracted(self) -> None:
+        """Removes the entries of extracted media, whose file is gone or too short."""
+        entries = {key: entry for key, entry in self._entries.items() if not key.startswith("media ")}
+        if len(entries) < len(self._entries):
+            self._replace(entries)
+
     def add_extracted(self, file: str, stamp: list[Any], offset: int, length: int) -> None:
         self._add(f"media {file}", {"stamp": stamp, "offset": offset, "length": length})
 
@@ -119,7 +125,10 @@ class ProgressLog:
     def compact(self, files: set[str], shards: set[str]) -> None:
         """Keeps only the entries of these files and shards, sorted, so that the same packing gives the same file."""
         wanted = {f"file {file}" for file in files} | {f"shard {shard}" for shard in shards}
-        self._entries = {key: self._entries[key] for key in sorted(self._entries) if key in wanted}
+        self._replace({key: self._entries[key] for key in sorted(self._entries) if key in wanted})
+
+    def _replace(self, entries: dict[str, dict[str, Any]]) -> None:
+        self._entries = entries
         self.close()
         self._stream = self._rewritten()
 

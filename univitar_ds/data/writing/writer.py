@@ -28,7 +28,7 @@ from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.data.writing.build_manifest import build_manifest
 from univitar_ds.data.writing.destination import Destination, destination_of, shards_of
 from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
-from univitar_ds.data.writing.extract import extracted, stamp_of
+from univitar_ds.data.writing.extract import Extracted, extracted, stamp_of
 from univitar_ds.data.writing.progress_log import EXTRACTED, ProgressLog, open_progress_log
 from univitar_ds.data.writing.remote_source import RemoteSource, find_source, read_copied, remove_copies
 from univitar_ds.errors import DataError, writing
@@ -48,7 +48,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
 Sample = tuple[Row, MediaInfo]
-Extract = Callable[[Sequence[Row]], tuple[dict[str, Part], dict[str, str]]]
+Extract = Callable[[Sequence[Row]], Extracted]
 """`extract.extracted` of a source."""
 
 
@@ -195,11 +195,12 @@ def _examine(listing: Listing, progress_log: ProgressLog, extract: Extract, opti
             unknown.append(row)
         else:
             infos[row.file] = known
-    parts, faults = extract(unknown)
+    parts, faults, passing = extract(unknown)
     for row in unknown:
         if row.file in faults:
             infos[row.file] = MediaInfo(faults[row.file])
-            progress_log.add_info(row, stamps[row.file], verify, infos[row.file])
+            if row.file not in passing:
+                progress_log.add_info(row, stamps[row.file], verify, infos[row.file])
     unknown = [row for row in unknown if row.file not in faults]
     most = len(unknown) // _FILES_PER_WORKER + 1
     jobs = [Job(folder / row.file, row.kind, verify, parts.get(row.file, row.part)) for row in unknown]
@@ -208,7 +209,7 @@ def _examine(listing: Listing, progress_log: ProgressLog, extract: Extract, opti
     ) as bar:
         for index, info in examine_all(jobs, min(workers, most)):
             row = unknown[index]
-            if row.file in stamps and info.repeatable:
+            if row.file in stamps and info.repeatable and row.file not in passing:
                 progress_log.add_info(row, stamps[row.file], verify, info)
             infos[row.file] = info
             bar.update()
@@ -269,7 +270,7 @@ def _write_all(
         destination.remove(stale)
     entries = {shard.name: _written(destination, progress_log, shard) for shard in shards}
     missing = [row for shard in shards if entries[shard.name] is None for row, _ in shard.samples]
-    parts, _ = extract(missing)
+    parts = extract(missing).parts
     rows = []
     with progress_bar(total=len(samples), desc="write", unit="sample", disable=not options.progress) as bar:
         for shard in shards:

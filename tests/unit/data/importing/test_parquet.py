@@ -11,7 +11,7 @@ from tests.support.packing import contents, pack, samples_of
 from tests.support.runs import small_config
 from univitar_ds.data.importing.parquet import media
 from univitar_ds.data.importing.recognise import format_of, read_source
-from univitar_ds.data.importing.rows import Cell, ReadOptions
+from univitar_ds.data.importing.rows import Cell, ReadOptions, table_stamp
 from univitar_ds.data.importing.tables import split_of_part
 from univitar_ds.data.tools.survey import survey
 from univitar_ds.data.writing import extract, writer
@@ -78,9 +78,16 @@ def test_faulty_cells_are_left_out_with_their_reason_and_the_others_are_packed(t
         "manifest.json",
         "train-image-000000.tar",
     ]
-    monkeypatch.setattr(extract, "read_cells", None)  # what is known is not read again
+    read = []
+
+    def recorded(cells, *given):
+        read.extend(cell.row for cell in cells)
+        return media.read_cells(cells, *given)
+
+    monkeypatch.setattr(extract, "read_cells", recorded)
     again = contents(tmp_path / "out")
     assert pack(source, tmp_path / "out") == manifest
+    assert read == [4, 9]  # files that the table names; other rows are known
     assert contents(tmp_path / "out") == again
 
 
@@ -136,11 +143,18 @@ def test_the_column_of_media_is_found_or_named(tmp_path):
     source = parquet(
         tmp_path / "t.parquet", [{"thumbnail": image(1), "jpg": image(0), "caption": "x", "file": "0.jpg"}]
     )
-    assert listed(source, image_key="jpg").rows[0].part == Cell(str(source), "jpg", 0)
+    assert listed(source, image_key="jpg").rows[0].part == Cell(
+        str(source), "jpg", 0, table_stamp(source), str(tmp_path)
+    )
     assert listed(source, image_key="thumbnail").rows[0].file == "t.parquet/0"
     with pytest.raises(DataError, match=r"nothing to pack.*file '0\.jpg' is missing"):
         listed(source)  # a column of bytes may be anything, so paths have precedence
-    assert [one[1] for one in media.read_cells([Cell(str(source), "jpg", 0)], tmp_path, 1 << 20)] == [image(0)]
+    assert [
+        one[1]
+        for one in media.read_cells(
+            [Cell(str(source), "jpg", 0, table_stamp(source), str(tmp_path))], tmp_path, 1 << 20
+        )
+    ] == [image(0)]
 
     files = [{"bytes": image(0), "path": "0.jpg"}]
     parquet(source, [{"images": files, "left": files[0], "right": files[0], "caption": "x"}])
@@ -160,7 +174,9 @@ def test_a_large_cell_is_not_read_with_the_texts(tmp_path):
         stream.seek(column.dictionary_page_offset or column.data_page_offset)
         stream.write(bytes(64))
     assert [row.label for row in listed(source).rows] == ["cat"]
-    ((_, found),) = media.read_cells([Cell(str(source), "image", 0)], tmp_path, 1 << 20)
+    ((_, found),) = media.read_cells(
+        [Cell(str(source), "image", 0, table_stamp(source), str(tmp_path))], tmp_path, 1 << 20
+    )
     assert isinstance(found, SampleError)
 
 
@@ -236,3 +252,95 @@ def test_media_are_extracted_in_the_order_of_the_table(tmp_path, monkeypatch):
     pack(source, tmp_path / "out", shard_mb=0.002)
     assert len(list((tmp_path / "out").glob("*.tar"))) > 1
     assert groups == [0, 1, 2, 3]
+
+
+def test_files_that_a_table_names_are_read_again_when_they_come_or_change(tmp_path):
+    """The size and time of the table do not cover them."""
+    source = embedded(tmp_path / "t.parquet", [cell(0), cell(1, image={"bytes": None, "path": "1.jpg"})], NAMES)
+    out = tmp_path / "out"
+    assert list(reasons(pack(source, out))) == ["/1/1.jpg"]
+    for index in (2, 3):
+        write(tmp_path, {"1.jpg": image(index)})
+        manifest = pack(source, out)
+        assert not manifest["skipped"]
+        assert samples_of(out, manifest)["t.parquet/1/1.jpg"]["jpg"] == image(index)
+    write(tmp_path / "files", {"1.jpg": image(4)})
+    manifest = pack(source, out, images=tmp_path / "files")
+    assert samples_of(out, manifest)["t.parquet/1/1.jpg"]["jpg"] == image(4)
+
+
+@pytest.mark.parametrize("when", ["listed", "opened"])
+def test_a_table_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch, when):
+    """A row of the new table would get the caption of the old one."""
+    source = embedded(tmp_path / "t.parquet", [cell(index, caption=f"of {index}") for index in range(4)], NAMES)
+
+    def change(function):
+        def changed(*given):
+            result = function(*given)
+            embedded(source, [cell(index, caption=f"of {index}") for index in (3, 2, 1, 0)], NAMES)
+            os.utime(source, ns=(1, 1))
+            return result
+
+        return changed
+
+    module, name = (writer, "read_source") if when == "listed" else (media, "_check_size")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, change(getattr(module, name)))
+        with pytest.raises(DataError, match=r"t\.parquet changed while it was being read; try again"):
+            pack(source, tmp_path / "out")
+    for sample in samples_of(tmp_path / "out", pack(source, tmp_path / "out")).values():
+        (caption,) = json.loads(sample["json"])["captions"]
+        assert sample["jpg"] == image(int(caption.removeprefix("of ")))
+
+
+def test_extracted_media_that_are_gone_are_extracted_again(tmp_path, monkeypatch):
+    source = embedded(tmp_path / "t.parquet", [cell(index) for index in range(4)], NAMES)
+    whole = pack(source, tmp_path / "whole")
+    out = tmp_path / "out"
+
+    def stopped(*given):
+        yield from list(media.read_cells(*given))[:2]
+        raise KeyboardInterrupt
+
+    for patch in ((writer, "examine_all", None), (extract, "read_cells", stopped)):
+        with monkeypatch.context() as patched:
+            patched.setattr(*patch)
+            with pytest.raises((TypeError, KeyboardInterrupt)):
+                pack(source, out)
+        (out / ".pack.media").unlink() if patch[0] is writer else None
+    assert pack(source, out) == whole
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_columns_of_other_types_and_names_are_read_or_refused(tmp_path, caplog):
+    import pyarrow
+    from pyarrow import parquet as files
+
+    path = tmp_path / "t.parquet"
+    once = pyarrow.array([image(0), image(1)], pyarrow.binary())
+    files.write_table(pyarrow.table({"image": once.dictionary_encode(), "caption": ["a", "b"]}), path)
+    found = samples_of(tmp_path / "out", pack(path, tmp_path / "out"))
+    assert [found[f"t.parquet/{index}"]["jpg"] for index in range(2)] == [image(0), image(1)]
+
+    files.write_table(pyarrow.table([once, once, ["a", "b"]], names=["image", "image", "caption"]), path)
+    with pytest.raises(DataError, match="has column 'image' twice; give each column its own name"):
+        listed(path)
+
+    about = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "cat "]}}
+    about = {b"huggingface": json.dumps({"info": {"features": about}}).encode()}
+    for name, labels in (("label", ["cat", "cat"]), ("other", None)):
+        table = pyarrow.table({"image": once, name: [0.0, 1.0]}).replace_schema_metadata(about)
+        files.write_table(table, path)
+        if labels is None:  # the metadata name a column that the table does not have
+            with pytest.raises(DataError, match="name the one with captions or labels"):
+                listed(path)
+        else:
+            assert [row.label for row in listed(path).rows] == labels
+            assert "classes 0 and 1 have the same name, 'cat'" in caplog.text
+
+
+def test_images_in_the_metadata_of_an_image_folder_are_read(tmp_path):
+    embedded(tmp_path / "in/metadata.parquet", [cell(0)], NAMES)
+    manifest = pack(tmp_path / "in", tmp_path / "out", format="imagefolder", image_key="image")
+    assert list(samples_of(tmp_path / "out", manifest)) == ["metadata.parquet/0/0.jpg"]
+    assert [row.label for row in listed(tmp_path / "in", format="imagefolder", image_key="image").rows] == ["cat"]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from univitar_ds.data.importing.parquet.table import BYTES, PATH, batch_rows, open_parquet
-from univitar_ds.data.importing.rows import Cell, Fault, file_inside, short
+from univitar_ds.data.importing.rows import Cell, Fault, file_inside, short, table_stamp
 from univitar_ds.data.storage.local import read_file
 from univitar_ds.errors import DataError, SampleError
 
 _MOST_GROUP_BYTES = 8 << 30
 """Maximum bytes of a column in a row group. Many writers make one page of it, which is decoded as a whole."""
+
+
+class PassingError(SampleError):
+    """A fault that may be gone although the table is the same: of a file that it names, or of the storage."""
 
 
 def read_cells(
@@ -22,21 +27,24 @@ def read_cells(
     """Yields the media of cells, or why it cannot be read, in the order of tables and rows.
 
     The memory is about twice the column in a row group. A cell without bytes, but with a path, names a file inside
-    `root`, as in a table of paths. Contents are valid until the next one is taken.
+    `root`, as in a table of paths; its content is `bytes`, that of a cell a `memoryview`. Contents are valid until the
+    next one is taken.
 
     Args: max_bytes: maximum size of a file.
-    Raises: DataError if a table is no longer there, or a row group is too large.
+    Raises: DataError if a table is no longer there or has changed, or a row group is too large.
     """
-    for (path, column), some in groupby(sorted(cells), key=lambda cell: (cell.file, cell.column)):
+    for (path, column, stamp), some in groupby(sorted(cells), key=lambda cell: (cell.file, cell.column, cell.stamp)):
+        _check_unchanged(path, stamp)
         file = open_parquet(Path(path))
         first, wanted = 0, list(some)
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            inside = [cell for cell in wanted if first <= cell.row < first + rows]
-            if inside:
+            start, end = (bisect_left(wanted, row, key=lambda cell: cell.row) for row in (first, first + rows))
+            if start < end:
                 _check_size(path, file, group, column)
-                yield from _of_group(file, group, first, inside, root, max_bytes)
+                yield from _of_group(file, group, first, wanted[start:end], root, max_bytes)
             first += rows
+        _check_unchanged(path, stamp)
 
 
 def _of_group(
@@ -64,13 +72,15 @@ def _of_group(
         problem = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     for one in (cell, *left):
         detail = f"row group {group} of its table cannot be read from row {start} on ({problem}); restore the table"
-        yield one, SampleError("corrupt", detail)
+        yield one, PassingError("corrupt", detail)
 
 
 def _columns(batch: Any) -> tuple[Any, Any]:
     """Returns the bytes and the paths of a batch of one column. The paths are None if there are none."""
     column = batch.column(0)
     column = getattr(column, "storage", column)
+    if hasattr(column, "dictionary_decode"):
+        column = column.dictionary_decode()
     if not str(column.type).startswith("struct<"):
         return column, None
     names = [column.type.field(index).name for index in range(column.type.num_fields)]
@@ -90,14 +100,26 @@ def _content(value: Any, path: Any, cell: Cell, root: Path, max_bytes: int) -> b
         name = None if path is None else path.as_py()
         if name is None:
             return SampleError("no_media", f"column {cell.column} is null in this row")
-        folder = Path(cell.file).parent
-        return read_file(root / file_inside(root, name, folder, folder), max_bytes, f" (limit {max_bytes})")
-    except SampleError as error:
-        return error
-    except Fault as fault:
-        return SampleError("no_media", f"column {cell.column} has a path but no bytes: {fault}")
+        return _outside(name, cell, root, max_bytes)
     except UnicodeDecodeError:
         return SampleError("no_media", f"column {cell.column} has no bytes, and a path that is not UTF-8")
+
+
+def _outside(name: str, cell: Cell, root: Path, max_bytes: int) -> bytes | PassingError:
+    """Returns the content of a file that a cell names."""
+    try:
+        file = file_inside(root, name, Path(cell.start), Path(cell.file).parent)
+        return read_file(root / file, max_bytes, f" (limit {max_bytes})")
+    except SampleError as error:
+        return PassingError(error.kind, str(error))
+    except Fault as fault:
+        return PassingError("no_media", f"column {cell.column} has a path but no bytes: {fault}")
+
+
+def _check_unchanged(path: str, stamp: tuple[int, int]) -> None:
+    """Raises DataError if a table has changed since its records were read: a row may have other media now."""
+    if table_stamp(path) != stamp:
+        raise DataError(f"{path} changed while it was being read; try again when nothing writes to the table")
 
 
 def _check_size(path: str, file: Any, group: int, column: str) -> None:

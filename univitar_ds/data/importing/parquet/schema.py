@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.data.shards.class_names import shared_names
+
 _log = logging.getLogger(__name__)
 _KEY = b"huggingface"
 _MAX_BYTES = 64 << 20
@@ -45,4 +47,6 @@ def class_names(path: Path, features: Mapping[str, dict[str, Any]]) -> dict[str,
             _log.warning("%s: the class names of column %r are not a list of texts and are ignored", path, column)
             continue
         found[column] = [name.strip() for name in names]
+        if shared := shared_names(found[column]):
+            _log.warning("%s: column %r: %s", path, column, shared)
     return found

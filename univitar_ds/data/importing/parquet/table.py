@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from univitar_ds.data.importing.parquet.schema import MEDIA, class_names, features_of
 from univitar_ds.data.importing.records import Embedded, Record, Table, Unreadable
+from univitar_ds.data.importing.rows import short
 from univitar_ds.errors import DataError
 from univitar_ds.extras import extra
 
@@ -40,6 +42,9 @@ def read_parquet(path: Path) -> Table:
     """
     file = open_parquet(path)
     schema = file.schema_arrow
+    twice = next((name for name, count in Counter(schema.names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: has column {short(twice)} twice; give each column its own name")
     features = features_of(path, schema.metadata)
     kinds = {field.name: _kind(field.type) for field in schema}
     types = {name: features.get(name, {}).get("_type") for name in kinds}
@@ -50,7 +55,8 @@ def read_parquet(path: Path) -> Table:
     ]
     binary = [name for name, kind in kinds.items() if kind == "binary" and name not in files]
     records = _records(path, file, kinds, [*files, *binary])
-    return Table(list(schema.names), records, files, binary, class_names(path, features))
+    named = class_names(path, {name: feature for name, feature in features.items() if name in kinds})
+    return Table(list(schema.names), records, files, binary, named)
 
 
 def batch_rows(file: Any, groups: Sequence[int]) -> int:
@@ -66,6 +72,7 @@ def _kind(type_: Any) -> str:
     """Returns "file" for a struct with the bytes of a file, "binary", "holds binary" for other columns with binary
     data, and "value"."""
     type_ = getattr(type_, "storage_type", type_)
+    type_ = getattr(type_, "value_type", type_) if str(type_).startswith("dictionary<") else type_
     if _is_binary(type_):
         return "binary"
     children = [type_.field(index) for index in range(type_.num_fields)]
