@@ -112,7 +112,7 @@ def test_adam_reach_is_a_whole_step_for_rounding_errors_and_almost_0_for_a_real_
 def test_no_test_has_a_bound_of_its_own_and_tests_that_compare_sums_have_the_marker_numeric():
     for path in set(TESTS.rglob("test_*.py")) - {Path(__file__)}:
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(TESTS))
-        own = re.search(r"torch\.testing|allclose|[^_]rtol|\.norm\(\) <=", text)
+        own = re.search(r"torch\.testing(?!\._internal\.distributed)|allclose|[^_]rtol|\.norm\(\) <=", text)
         assert not own, f"{name} has a bound of its own: {own[0]}"
         if re.search(r"assert_(sums|all)_close\(", text) and name not in LEFT_OUT:
             # Triton's interpreter computes with numpy, whatever torch takes.
