@@ -13,7 +13,7 @@ from torch import Tensor
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.errors import ConfigError
+from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.geometry import PATCH, Modality, Resolution, token_count
 from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.models import OpenedModel
@@ -57,7 +57,7 @@ def pooled(
     """Yields the pooled features of all items that have a label."""
     for tokens, lengths, labels in encoded(opened, source, modality, resolution, progress=progress):
         with torch.no_grad():
-            yield Encoded(opened.model.pool(tokens, lengths).float().cpu(), lengths, labels)
+            yield Encoded(checked(opened.model.pool(tokens, lengths).float().cpu()), lengths, labels)
 
 
 def embedded(
@@ -69,7 +69,17 @@ def embedded(
             pixels = pack.pixels.to(opened.model.device)
             values = opened.whole.encode_vision(pixels, pack.frames, pack.grid_thw).float().cpu()
         some, lengths, labels = _labelled(pack)
-        yield Encoded(values[some], lengths, labels)
+        yield Encoded(checked(values[some]), lengths, labels)
+
+
+def checked(values: Tensor) -> Tensor:
+    """Returns features (n, D). Raises: CheckpointError if one is not finite: NaN would be scored like a feature."""
+    if wrong := int((~values.isfinite().all(dim=1)).sum()):
+        raise CheckpointError(
+            f"the features of the model are not finite in {wrong} of {len(values)} rows; its weights or its "
+            "preprocessor_config.json are damaged, or its training has diverged: name another model"
+        )
+    return values
 
 
 def _labelled(pack: PackedBatch) -> tuple[list[int], list[int], list[str]]:

@@ -99,7 +99,8 @@ def dense(
     if unknown:
         notes.append(f"{unknown} pixels of scored images have a label that no training image has, and are left out.")
     if not len(images):
-        raise DataError(f"no image of the scored split can be used: {'; '.join(job.bad[:3]) or 'no pixel has a label'}")
+        why = f"{unknown} pixels have a label that no training image has" if unknown else "no pixel has a label"
+        raise DataError(f"no image of the scored split can be used: {'; '.join(job.bad[:3]) or why}")
     how = "native size" if views.window is None else f"windows of {views.window * PATCH} px"
     return _figures(images, f"dense probe ({how})", len(learned.classes)), notes
 

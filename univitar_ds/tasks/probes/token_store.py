@@ -18,6 +18,7 @@ from torch import Tensor
 
 from univitar_ds.errors import StorageError, writing
 from univitar_ds.geometry import cumulative
+from univitar_ds.tasks.packs import checked
 
 _SPARE_BYTES = 1 << 30
 """Space that is left free on the disk."""
@@ -105,7 +106,10 @@ class TokenStore:
         return len(self.lengths)
 
     def append(self, tokens: Tensor, lengths: Sequence[int]) -> None:
-        """Appends the tokens of items. Args: tokens: (T, D) on any device. Raises: StorageError."""
+        """Appends the tokens of items. Args: tokens: (T, D) on any device.
+
+        Raises: StorageError; CheckpointError if a token is not finite."""
+        tokens = checked(tokens)
         if self._rows is None or self._first is None:
             self._rows = RowStore(self._folder, tokens.shape[1], np.float16)
             self._sums, self._squares = torch.zeros(2, tokens.shape[1], dtype=torch.float64)

@@ -12,9 +12,11 @@ from PIL import Image
 from tests.support.datasets import write
 from tests.support.media import encoded
 from univitar_ds.cli.main import main
-from univitar_ds.errors import SampleError
+from univitar_ds.errors import CheckpointError, SampleError
 from univitar_ds.tasks.dense.files import MaskOptions, Pair, SegmentedImage, read_pair, split_pairs
 from univitar_ds.tasks.dense.probe import _Job, _Learned
+from univitar_ds.tasks.packs import checked
+from univitar_ds.tasks.probes.token_store import TokenStore
 
 SIZE = (56, 84)
 
@@ -165,3 +167,21 @@ def test_an_ignored_value_that_no_label_map_can_have_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "dense", "run", "--data", "data", "--ignore", "0,70000"])
     assert "70000 is not a value of a label map; give values from 0 to 65535" in capsys.readouterr().err
+
+
+def test_labels_that_no_training_image_has_are_named_as_the_reason(run, scenes, tmp_path, capsys):
+    write(
+        tmp_path, {"images/validation/0.png": png(halves(0)[0]), "annotations/validation/0.png": png(halves(0)[1] + 9)}
+    )
+    given = [run, "--train-data", scenes, "--data", tmp_path, "--cache", tmp_path / "cache", "--epochs", "1"]
+    assert main(["eval", "dense", *map(str, given)]) == 2
+    assert f"{SIZE[0] * SIZE[1]} pixels have a label that no training image has" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_are_an_error_and_no_figure(tmp_path):
+    tokens = torch.ones(3, 4)
+    tokens[1, 2] = torch.nan
+    with TokenStore(tmp_path) as store, pytest.raises(CheckpointError, match="not finite in 1 of 3 rows"):
+        store.append(tokens, [3])
+    with pytest.raises(CheckpointError, match="training has diverged: name another model"):
+        checked(tokens)
