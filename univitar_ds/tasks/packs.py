@@ -13,10 +13,11 @@ from torch import Tensor
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import PATCH, Modality, Resolution, token_count
 from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.models import OpenedModel
+from univitar_ds.tasks.probes.token_store import checked
 
 
 class Encoded(NamedTuple):
@@ -70,16 +71,6 @@ def embedded(
             values = opened.whole.encode_vision(pixels, pack.frames, pack.grid_thw).float().cpu()
         some, lengths, labels = _labelled(pack)
         yield Encoded(checked(values[some]), lengths, labels)
-
-
-def checked(values: Tensor) -> Tensor:
-    """Returns features (n, D). Raises: CheckpointError if one is not finite: NaN would be scored like a feature."""
-    if wrong := int((~values.isfinite().all(dim=1)).sum()):
-        raise CheckpointError(
-            f"the features of the model are not finite in {wrong} of {len(values)} rows; its weights or its "
-            "preprocessor_config.json are damaged, or its training has diverged: name another model"
-        )
-    return values
 
 
 def _labelled(pack: PackedBatch) -> tuple[list[int], list[int], list[str]]:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from univitar_ds.errors import StorageError, writing
+from univitar_ds.errors import CheckpointError, StorageError, writing
 from univitar_ds.geometry import cumulative
-from univitar_ds.tasks.packs import checked
 
 _SPARE_BYTES = 1 << 30
 """Space that is left free on the disk."""
@@ -72,6 +71,16 @@ class RowStore:
                 raise StorageError(f"{self._folder}: tokens that were written cannot be read back; check the disk")
             left, place = left[got:], place + got
         return found
+
+
+def checked(values: Tensor) -> Tensor:
+    """Returns features (n, D). Raises: CheckpointError if one is not finite: NaN would be scored like a feature."""
+    if wrong := int((~values.isfinite().all(dim=1)).sum()):
+        raise CheckpointError(
+            f"the features of the model are not finite in {wrong} of {len(values)} rows; its weights or its "
+            "preprocessor_config.json are damaged, or its training has diverged: name another model"
+        )
+    return values
 
 
 class TokenStore:

@@ -15,8 +15,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.errors import CheckpointError, SampleError
 from univitar_ds.tasks.dense.files import MaskOptions, Pair, SegmentedImage, read_pair, split_pairs
 from univitar_ds.tasks.dense.probe import _Job, _Learned
-from univitar_ds.tasks.packs import checked
-from univitar_ds.tasks.probes.token_store import TokenStore
+from univitar_ds.tasks.probes.token_store import TokenStore, checked
 
 SIZE = (56, 84)
 
