@@ -33,7 +33,7 @@ from univitar_ds.training.distributed.launchers import forget_launchers, is_rank
 from univitar_ds.training.distributed.ports import free_ports
 from univitar_ds.training.distributed.preemption import SAVED, Stop
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("univitar_ds.launch")  # of a rank, which runs this module as a program, too
 _RANK_BYTES = 0.6e9
 """Host memory of a rank after its imports, measured by `benchmarks/bench_plan_memory.py`."""
 _RANKS_PER_CORE = 8
@@ -194,7 +194,7 @@ def finish_run(run: Path) -> None:
         with timed(seconds, "export"):
             still_ours(run)
             export_run(run, run / EXPORT)
-        logger.info("model exported to %s", run / EXPORT)
+        logger.info("model exported to %s; `univitar-ds report %s` shows the run", run / EXPORT, run)
     finally:
         try:
             if config.evaluation.sources:

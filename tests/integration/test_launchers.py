@@ -67,6 +67,7 @@ def test_a_run_is_trained_evaluated_and_exported_by(launcher, run_file):
     assert set(summary["seconds"]) == {"training", "evaluation", "export"}
     assert (run / "export" / "model.safetensors").is_file()
     assert "x chance" in done.stdout
+    assert done.stderr.count("INFO model exported to") == 1
     chosen = [line.split(" INFO ")[1] for line in done.stderr.splitlines() if " INFO attention on" in line]
     assert len(chosen) == len(set(chosen)) > 0, "only one rank logs what all ranks do"
 

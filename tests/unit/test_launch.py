@@ -6,10 +6,12 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import univitar_ds
 from tests.support.finished import run_config, write_run
 from univitar_ds import launch, screen
 from univitar_ds.config.load import config_fingerprint, dump_config
@@ -25,6 +27,16 @@ from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.watch import flight_recorder
 
 ELSEWHERE = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def test_the_log_of_a_module_that_runs_as_a_program_is_that_of_the_package():
+    """There `__name__` is "__main__", whose log has only warnings."""
+    programs = [
+        path
+        for path in Path(univitar_ds.__file__).parent.rglob("*.py")
+        if "\nif __name__ ==" in (text := path.read_text(encoding="utf-8")) and "getLogger(__name__)" in text
+    ]
+    assert programs == []
 
 
 class Launched(Exception):
