@@ -103,4 +103,6 @@ def _init(arguments: argparse.Namespace) -> None:
     machine = this_machine().with_gpus(arguments.gpus)
     text = draft(surveys, machine, size=arguments.size, hours=arguments.hours, s3=s3)
     show(text.removesuffix("\n"))
+    if "\nevaluation: {sources: []}" in text:
+        _log.warning("no split of held-out data was found, so the run will not be measured; the file says what to do")
     _log.info("saved as run.yaml, the run starts with: univitar-ds train --config run.yaml --nproc %d", processes(text))

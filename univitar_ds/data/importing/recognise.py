@@ -56,6 +56,7 @@ FORMATS: dict[str, Format] = {
     "webdataset": Format("WebDataset tars", tars.recognises, tars.rows, frozenset(["captions"])),
     # Nearly last: tables may lie beside the files or tars that they describe.
     "tables": Format("a folder of Parquet tables", tables.recognises_parts, tables.rows_of_parts, _KEYS | {"images"}),
+    "folder_table": Format("a folder with a table", tables.recognises_one, tables.rows_of_one, _KEYS | {"images"}),
     **{
         form: Format(f"a table ({form})", _never, partial(tables.rows, form=form), _KEYS | {"images"})
         for form in ("csv", "tsv", "jsonl", "json", "parquet")

@@ -42,6 +42,7 @@ _LABEL_KEYS = ("label", "class")
 _SPLIT_KEY, _SET_KEY = "split", "set"
 _PART = re.compile(r"(?:.*-)?([A-Za-z0-9_]+)-\d+-of-\d+")
 """The name of a part of a data set, `train-00000-of-00002`, with its split."""
+_TEXT_TABLES = (".csv", ".tsv", ".jsonl")
 _NAME_LENGTH = 100
 """Number of characters that are kept of the name of a file in a table."""
 
@@ -156,6 +157,24 @@ def add_table(
     reading = reading._replace(table=path, stamp=table_stamp(path))
     table = read_table(path, form)
     add_records(collected, name, table, keys_of(path, table, options), reading)
+
+
+def recognises_one(source: str) -> bool:
+    """Whether a source is a folder with exactly one table of texts, such as `captions.csv` beside the images."""
+    return _one_table(Path(source)) is not None
+
+
+def rows_of_one(source: str, options: ReadOptions) -> Listing:
+    """Returns the rows of the only table in a folder. Raises: DataError as `rows`, or if there is not exactly one."""
+    path = _one_table(Path(source))
+    if path is None:
+        raise DataError(f"{source} has not exactly one of *{', *'.join(_TEXT_TABLES)}; name the table to read")
+    return rows(str(path), options)
+
+
+def _one_table(folder: Path) -> Path | None:
+    found = [path for path in folder.iterdir() if path.suffix.lower() in _TEXT_TABLES] if folder.is_dir() else []
+    return found[0] if len(found) == 1 and found[0].is_file() else None
 
 
 def keys_of(path: Path, table: Table, options: ReadOptions) -> Keys:

@@ -33,6 +33,12 @@ SETS = {
         [None] * 3,
         ["val"] * 3,
     ),
+    "folder_table": (
+        lambda folder: datasets.table(folder, "tsv").parent,
+        [*CAPTIONS[:2], ()],
+        [None, None, "run"],
+        ["train"] * 3,
+    ),
     "folder": (datasets.labelled, [()] * 3, ["class 0", "class 1", "class 2"], ["train"] * 3),
 }
 for form in ("csv", "tsv", "jsonl", "json", "parquet"):
@@ -73,6 +79,14 @@ def listed(source, **options):
 
 def texts_of(listing):
     return {row.file: row.captions or row.label for row in listing.rows}
+
+
+def test_a_folder_with_two_tables_is_not_guessed(tmp_path):
+    source = datasets.table(tmp_path, "csv").parent
+    write(source, {"more.tsv": "file\tcaption\n"})
+    assert format_of(str(source)) is None
+    with pytest.raises(DataError, match=r"not exactly one of \*\.csv, \*\.tsv, \*\.jsonl; name the table"):
+        listed(source, format="folder_table")
 
 
 def test_every_format_has_a_form_of_data_set_here():
