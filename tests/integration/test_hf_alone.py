@@ -1,4 +1,5 @@
-"""A converted model in a new environment with transformers and without this package: same features and classes.
+"""A converted model in a new environment with transformers and without this package has the same features and classes,
+of images and of a video of the demo.
 
 The environment has torch, transformers, safetensors, Pillow and their requirements. The test is skipped if pip cannot
 install them.
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.support.progress import run_watched
-from tests.support.stored_models import CAPTIONS, CONTEXT, TOKENIZER, Made, make_model, textured
+from tests.support.stored_models import CAPTIONS, CONTEXT, TOKENIZER, Made, make_model
 from univitar_ds import Preprocessor
+from univitar_ds.demo.scenes import image_scene, render, video_scene
 from univitar_ds.formats import hf
 from univitar_ds.tokenization import encode
 
@@ -81,7 +84,9 @@ def test_a_new_environment_has_the_same_features_and_classes(python, tmp_path, f
     made = make_model(family, objective)
     hf.write(made.stored, tmp_path / "model", shard_bytes=100_000)
     hf.write(made.stored.encoder_only(), tmp_path / "model-encoder")
-    frames = [textured(50, 90), textured(30, 20, seed=1), textured(40, 40, seed=2), textured(40, 40, seed=3)]
+    scenes = [image_scene(0, "test", 0), image_scene(0, "test", 1), video_scene(0, "test", 0)]
+    drawn = [render(scene) for scene in scenes]
+    frames = [Image.fromarray(frame) for frame in (drawn[0][0], drawn[1][0], *drawn[2][:2])]
     for number, frame in enumerate(frames):
         frame.save(tmp_path / f"{number}.png")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
