@@ -84,25 +84,27 @@ def recognised(folder: Path) -> str:
                 f"{folder} holds {name}, which --to {kind} has written and nothing here reads; name the model that it "
                 "was converted from"
             )
-    if (kind := _model_type(folder)) is not None:
+    if (kind := model_type(folder)) is not None:
         known = f"only models of this project are read ({', '.join(FORMATS)})"
         remedy = "name one of them, or the folder of a run"
         if kind.startswith(PEERS):
             remedy = f"to compare this one with them, measure it: univitar-ds eval knn {folder} --data SOURCE"
-        raise CheckpointError(f"{folder} holds a model of transformers with model_type {kind!r}; {known}; {remedy}")
+        raise CheckpointError(
+            f"{folder} holds a model of transformers with model_type {kind[:60]!r}; {known}; {remedy}"
+        )
     raise CheckpointError(
         f"{folder} holds no model in a known format ({', '.join(FORMATS)}); name a folder with config.json and "
         "weights, or the folder of a run"
     )
 
 
-def _model_type(folder: Path) -> str | None:
-    """Returns the `model_type` in a folder's config.json; None without one."""
+def model_type(folder: Path) -> str | None:
+    """Returns the `model_type` that transformers writes into a folder's config.json; None without one."""
     try:
         kind = read_object(folder / CONFIG_FILE).get("model_type")
     except CheckpointError:
         return None
-    return kind[:60] if isinstance(kind, str) else None
+    return kind if isinstance(kind, str) else None
 
 
 def module_of(name: str) -> ModuleType:

@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from univitar_ds.config.encoder import CONFIG_FILE, read_object
 from univitar_ds.errors import CheckpointError
 from univitar_ds.regular_files import open_regular
 
@@ -40,15 +39,6 @@ FAMILIES = {
 """Families by `model_type` of transformers. SigLIP 2 models with a fixed size have the type siglip."""
 _HASHED = (".json", ".safetensors", ".bin", ".txt", ".model")
 _READ = 1 << 22
-
-
-def model_type(folder: Path) -> str | None:
-    """Returns the `model_type` in a folder's config.json, a key of `FAMILIES` for a peer; None without one."""
-    try:
-        kind = read_object(folder / CONFIG_FILE).get("model_type")
-    except CheckpointError:
-        return None
-    return kind if isinstance(kind, str) else None
 
 
 def digest(folder: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.evaluation.embed import embed_texts
-from univitar_ds.formats.recognise import FORMATS, recognised
+from univitar_ds.formats.recognise import FORMATS, model_type, recognised
 from univitar_ds.inference.embed_files import (
     ModelOptions,
     Opened,
@@ -26,7 +26,7 @@ from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.reading import Reading
 from univitar_ds.inference.workers import Setup, open_placed
 from univitar_ds.model.contrastive import ContrastiveModel
-from univitar_ds.peers.families import FAMILIES, model_type
+from univitar_ds.peers.families import FAMILIES
 from univitar_ds.tasks.feature_cache import PART_ROWS
 from univitar_ds.tasks.peers import OpenedPeer, open_peer
 from univitar_ds.tokenization import tokenizer_of
