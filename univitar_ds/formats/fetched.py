@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from univitar_ds.config.run_folder import CHECKPOINTS, CONFIG
+from univitar_ds.data.storage.address import is_path_below
 from univitar_ds.data.storage.base import Storage, StorageSettings
 from univitar_ds.data.storage.session import session_folder
 from univitar_ds.errors import CheckpointError, DataError, first_line, writing
@@ -75,12 +76,12 @@ def _copy(storage: Storage, urls: Iterable[str], prefix: str, folder: Path) -> i
     """
     count = 0
     for url in urls:
-        parts = url.removeprefix(prefix).split("/")
-        if not parts[-1]:  # the mark of a folder
+        name = url.removeprefix(prefix)
+        if not name or name.endswith("/"):  # the mark of a folder
             continue
-        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        if not is_path_below(name):
             raise CheckpointError(f"{url} would be written outside of a model's folder; rename the object")
-        path = folder.joinpath(*parts)
+        path = folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with storage.open(url) as stream, path.open("wb") as file:

@@ -35,6 +35,11 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
     return LocalStorage()
 
 
+def is_path_below(name: str) -> bool:
+    """Whether the name of an object, below a prefix, is the path of a file below a folder."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
 def check_address(url: str) -> None:
     """Raises DataError if `url` is neither a local path nor an s3:// address."""
     if os.path.exists(url):  # the name of a local file may contain a colon

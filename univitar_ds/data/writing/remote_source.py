@@ -22,7 +22,7 @@ from univitar_ds.data.importing.rows import MEDIA, Listing, ReadOptions
 from univitar_ds.data.importing.table_files import EXTENSIONS
 from univitar_ds.data.shards.listing import COMPRESSED, expand_braces
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
-from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.address import is_path_below, storage_for
 from univitar_ds.data.storage.base import S3, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
 from univitar_ds.data.storage.parallel import AT_ONCE, at_once
@@ -127,10 +127,9 @@ def _found(url: str, base: str, storage: S3Storage) -> RemoteFile:
 
 def _fault(name: str) -> str | None:
     """Returns why the name of an object cannot be the path of a file below a folder; None if it can."""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\0" in name:
+    if not is_path_below(name):
         return "unreadable: its name is no path of a file; rename the object"
-    if any(len(os.fsencode(part)) > _NAME_BYTES for part in parts):
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in name.split("/")):
         return f"unreadable: a part of its name has more than {_NAME_BYTES} bytes; rename the object"
     return None
 
