@@ -89,7 +89,7 @@ def _table(arguments: argparse.Namespace) -> TableConfig | None:
 def _init(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.tools.survey import survey
-    from univitar_ds.drafting.draft import draft, processes
+    from univitar_ds.drafting.draft import draft, is_measured, processes
     from univitar_ds.drafting.machine import this_machine
 
     twice = next((source for source in arguments.sources if arguments.sources.count(source) > 1), None)
@@ -103,6 +103,6 @@ def _init(arguments: argparse.Namespace) -> None:
     machine = this_machine().with_gpus(arguments.gpus)
     text = draft(surveys, machine, size=arguments.size, hours=arguments.hours, s3=s3)
     show(text.removesuffix("\n"))
-    if "\nevaluation: {sources: []}" in text:
+    if not is_measured(text):
         _log.warning("no split of held-out data was found, so the run will not be measured; the file says what to do")
     _log.info("saved as run.yaml, the run starts with: univitar-ds train --config run.yaml --nproc %d", processes(text))

@@ -27,6 +27,7 @@ TEMPLATE = "a photo of a {}"
 """Caption of a sample that has only a label."""
 _SOFTMAX_BELOW = 1024
 """Pairs per step below which softmax converges faster than the sigmoid loss."""
+_NOT_MEASURED = "evaluation: {sources: []}"
 _WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*")
 
@@ -60,6 +61,11 @@ def draft(
     text = "".join(f"{_fitted(line)}\n" for lines in sections for line in lines)
     check_config(yaml.safe_load(text), "the drafted run file")
     return text
+
+
+def is_measured(text: str) -> bool:
+    """Returns whether a drafted run is evaluated on held-out data."""
+    return _NOT_MEASURED not in text.splitlines()
 
 
 def processes(text: str) -> int:
@@ -274,7 +280,7 @@ def _evaluation(basis: Basis) -> Iterator[str]:
         yield "# No split of held-out data was found. To measure the run, hold some data out (in another folder, in the"
         yield '# split "test" of a metadata.jsonl or table, in a folder test/ of class folders), and name them:'
         yield "# evaluation: {sources: [{path: HELD_OUT, split: test}]}"
-        yield "evaluation: {sources: []}"
+        yield _NOT_MEASURED
         return
     yield "evaluation:"
     yield "  sources:  # held-out data, measured after training"
