@@ -21,9 +21,9 @@ import yaml
 from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes, replace_text, replacing
 from univitar_ds.config.deepspeed import AUTO
+from univitar_ds.config.keys.places import anchored
 from univitar_ds.config.keys.unused import unused_parts
 from univitar_ds.config.load import changed_result, dump_config, dumped, extended, load_config
-from univitar_ds.config.places import anchored
 from univitar_ds.config.run_folder import (
     CHECKPOINTS,
     CLASSES,

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from univitar_ds import plugins
+from univitar_ds.config.keys.places import anchored
 from univitar_ds.config.load import check_config
-from univitar_ds.config.places import anchored
 from univitar_ds.errors import ConfigError, PluginError
 from univitar_ds.plugins import compare_with_saved, load_plugins, objective_named, optimizer_of, readers
 

@@ -10,8 +10,8 @@ import yaml
 
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
+from univitar_ds.config.keys.places import PATHS, anchored
 from univitar_ds.config.load import changed_result, check_config, dump_config, load_config
-from univitar_ds.config.places import PATHS, anchored
 from univitar_ds.config.run_folder import RUN_ENTRIES
 from univitar_ds.errors import ConfigError, StorageError, UserError
 from univitar_ds.owned import MARK, foreign

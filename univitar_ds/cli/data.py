@@ -227,7 +227,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from univitar_ds.config.load import load_config
-    from univitar_ds.data.shards.contents import faults_of_run
+    from univitar_ds.data.contents import faults_of_run
     from univitar_ds.data.tools.verify import verify
     from univitar_ds.data.writing.packed_sources import with_packed_sources
     from univitar_ds.plugins import load_plugins

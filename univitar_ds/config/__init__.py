@@ -7,7 +7,6 @@ __all__ = [
     "load",
     "model",
     "paths",
-    "places",
     "run_folder",
     "schema",
     "section",

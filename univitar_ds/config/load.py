@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.keys.faults import Fault, faults_of
+from univitar_ds.config.keys.places import unite_paths
 from univitar_ds.config.keys.renamed import present_key, rename_keys
 from univitar_ds.config.paths import expand
-from univitar_ds.config.places import unite_paths
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, shortened
 from univitar_ds.strict_yaml import parse_yaml

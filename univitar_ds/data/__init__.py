@@ -16,4 +16,4 @@ Sub-packages, from the lowest layer: `storage` and `media`, `shards` and `decodi
 `writing`, `tools`.
 """
 
-__all__ = ["batch", "caption_texts", "collate", "labels", "loader", "shared_listing", "usable_texts"]
+__all__ = ["batch", "caption_texts", "collate", "contents", "labels", "loader", "shared_listing", "usable_texts"]

@@ -18,7 +18,7 @@ from univitar_ds import startup
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.load import load_config
 from univitar_ds.config.run_folder import CONFIG, EVALUATION
-from univitar_ds.data.shards.contents import contents_of
+from univitar_ds.data.contents import contents_of
 from univitar_ds.data.shards.sources import SourceShard, find_shards
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.data.writing.packed_sources import with_packed_sources

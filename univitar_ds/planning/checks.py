@@ -279,7 +279,7 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
     Raises: DataError that names all sources that are missing or have no usable samples; SeveralFaults if several checks
         failed; StorageError.
     """
-    from univitar_ds.data.shards.contents import check_contents
+    from univitar_ds.data.contents import check_contents
     from univitar_ds.data.shards.sources import find_shards, validate_sources
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.usable_texts import check_texts

@@ -7,9 +7,9 @@ import pytest
 
 from tests.support.finished import run_config
 from univitar_ds.cli.main import build_parser, main
+from univitar_ds.config.keys.places import PATHS
 from univitar_ds.config.load import check_config, dump_config, load_config
 from univitar_ds.config.paths import expanded, written
-from univitar_ds.config.places import PATHS
 
 
 @pytest.fixture(autouse=True)

@@ -1,3 +1,3 @@
-"""The keys of the run file: descriptions, earlier names, names in other trainers, faults in values, unused keys."""
+"""The keys of the run file: descriptions, paths, earlier names, names in other trainers, faults, unused keys."""
 
-__all__ = ["describe", "faults", "foreign", "json_schema", "renamed", "tree", "unused"]
+__all__ = ["describe", "faults", "foreign", "json_schema", "places", "renamed", "tree", "unused"]

@@ -3,7 +3,6 @@
 __all__ = [
     "captions",
     "class_names",
-    "contents",
     "index_cache",
     "line_watch",
     "listing",

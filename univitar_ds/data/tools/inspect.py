@@ -12,9 +12,9 @@ from typing import Any
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.batch import PackedBatch
+from univitar_ds.data.contents import faults_of_stages
 from univitar_ds.data.loader import LaneSet, PackLoader
 from univitar_ds.data.sampler.packing import item_cost, predicted_time, scale_for_dropout
-from univitar_ds.data.shards.contents import faults_of_stages
 from univitar_ds.data.shards.sources import fingerprint, stage_modalities, validate_sources
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import DataError

@@ -8,8 +8,8 @@ import pytest
 from tests.support.finished import run_config
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.data.shards import contents
-from univitar_ds.data.shards.contents import check_contents, contents_of, faults_of_stages
+from univitar_ds.data import contents
+from univitar_ds.data.contents import check_contents, contents_of, faults_of_stages
 from univitar_ds.data.shards.sources import find_shards
 from univitar_ds.data.storage import streams
 from univitar_ds.errors import DataError
