@@ -10,6 +10,7 @@ from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from tests.unit.drafting import made
 from univitar_ds.cli.main import main
+from univitar_ds.config.load import load_config
 
 SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "logging.tensorboard=false")
 
@@ -17,7 +18,7 @@ SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "
 @pytest.mark.slow
 @pytest.mark.parametrize("form", made.SOURCES)
 def test_a_drafted_run_trains(form, tmp_path):
-    made.SOURCES[form](tmp_path / "here")
+    made.SOURCES[form](tmp_path / "here", 36)
     source = {"table": "here/t.csv", "coco": "here/annotations/captions_val2017.json"}.get(form, "here")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m", "univitar_ds"]
@@ -28,7 +29,11 @@ def test_a_drafted_run_trains(form, tmp_path):
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "packed-sources")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["samples"] >= 24
-    assert (run / "evaluation.json").exists() == (form in ("classes", "table"))
+    config = load_config(run / "config.yaml")
+    assert (config.evaluation.sources[0].split, load_config(tmp_path / "run.yaml").data.sources[0].hold_out) == (
+        ("val", None) if form == "classes" else ("test", None if form == "table" else 0.2)
+    )
+    assert json.loads((run / "evaluation.json").read_text())["figures"]
 
 
 def test_the_plan_of_a_drafted_run_on_shards_is_printed(tmp_path, monkeypatch, capsys):

@@ -125,6 +125,13 @@ def _add_pack(data) -> None:
     )
     pack.add_argument("--split", metavar="NAME", help="split of files for which SRC gives none (default train)")
     pack.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="share of the samples, such as 0.05, that get the split test, if SRC has no splits; a hash of each file "
+        "decides, so more files do not change the split of others (default: none)",
+    )
+    pack.add_argument(
         "--captions",
         choices=("one", "lines"),
         default="one",
@@ -204,6 +211,7 @@ def _pack(arguments: argparse.Namespace) -> None:
             shard_mb=arguments.shard_mb,
             workers=arguments.workers,
             verify=not arguments.no_verify,
+            hold_out=arguments.hold_out,
             reading=ReadOptions(
                 format=arguments.format,
                 captions=arguments.captions,

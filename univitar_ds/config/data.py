@@ -53,7 +53,11 @@ class SourceConfig(Section):
         "absent: labels are class names",
     )
     table: TableConfig | None = Field(None, description="columns of a table, which is packed when the run is created")
-
+    hold_out: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the samples that is held out for evaluation, such as 0.05, of data without splits: split "
+        "test reads these samples, split train the others; the same in data.sources and evaluation.sources",
+    )
     where: str | None = Field(
         None,
         description="condition that samples must meet, such as 'json.similarity > 0.3 and width >= 256'; other "
@@ -68,8 +72,10 @@ class SourceConfig(Section):
         return None if text is None else Condition(text).text
 
     @model_validator(mode="after")
-    def _templates_hold_the_label(self) -> SourceConfig:
+    def _templates_and_split_fit(self) -> SourceConfig:
         check_templates(self.templates)
+        if self.hold_out is not None and self.split is None:
+            raise ValueError("hold_out with split null would read both parts; set split to train or test")
         return self
 
     @property

@@ -314,6 +314,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_of_a_source_are_apart(self) -> RunConfig:
+        shares: dict[str, float | None] = {}
+        for source in (*self.data.sources, *self.evaluation.sources):
+            share = shares.setdefault(path := source.path.rstrip("/"), source.hold_out)
+            if share != source.hold_out:
+                one, other = ("null" if value is None else value for value in (share, source.hold_out))
+                raise ValueError(
+                    f"the sources at {shortened(path)} have hold_out {one} and {other}, so samples that are trained on "
+                    "could be evaluated; give all of them the same hold_out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _weights_name_sources(self) -> RunConfig:
         labels = [source.label for source in self.data.sources]
         faults = []

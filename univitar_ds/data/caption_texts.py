@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.shards import captions, tar_index
+from univitar_ds.data.shards.samples import is_read
 from univitar_ds.data.shards.sources import SourceShard, find_shards, spread
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.parallel import AT_ONCE
@@ -58,11 +59,14 @@ def _captions_of(shard: SourceShard, most_bytes: int) -> Iterator[str]:
 
 
 def texts_of(shard: SourceShard, ranges: RangeReader) -> Iterator[dict[str, bytes]]:
-    """Yields the texts of each sample as bytes by extension, for `captions.read_texts`. `ranges` reads the shard."""
+    """Yields the texts of each sample in the part of a shard that is read, as bytes by extension, for
+    `captions.read_texts`. `ranges` reads the shard."""
     with ranges.buffered() as stream:
         for found in tar_index.scan(stream, shard.name, shard.size):
             if isinstance(found, tar_index.Damage):
                 continue  # the training loader counts and reports damage
+            if not is_read(stream, shard, found):
+                continue
             yield {
                 member.extension: _content(stream, member)
                 for member in found.members

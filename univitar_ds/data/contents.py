@@ -18,7 +18,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.listing import INIT_HINT
-from univitar_ds.data.shards.samples import modality_of
+from univitar_ds.data.shards.samples import is_read, modality_of
 from univitar_ds.data.shards.sources import (
     SourceShard,
     find_shards,
@@ -77,10 +77,12 @@ def contents_of(
     Raises: DataError if a shard cannot be read.
     """
     listed: Counter[str] = Counter()
+    unknown = []
     for shard in shards:
-        if shard.modality is not None:
+        if shard.modality is None or shard.hold_out is not None:  # how many are held out is known only about
+            unknown.append(shard)
+        else:
             listed[shard.modality] += 1 if shard.samples is None else shard.samples
-    unknown = [shard for shard in shards if shard.modality is None]
 
     def enough(counts: Counter[str]) -> bool:
         return (any if one_is_enough else all)(counts[modality] for modality in wanted)
@@ -194,6 +196,8 @@ def _scan(shard: SourceShard, most_samples: int, most_fetched: int, enough: Call
                 return _Scan(counts, samples, fetched, whole=False)
             if isinstance(found, tar_index.Group):
                 samples += 1
+                if not is_read(stream, shard, found):
+                    continue
                 counts[modality_of(found) or NO_MEDIA] += 1
             fetched = 0 if ranges is None else ranges.fetched
     return _Scan(counts, samples, fetched, whole=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,8 @@ from univitar_ds.config.data import DataConfig
 from univitar_ds.config.load import check_config
 from univitar_ds.config.paths import written
 from univitar_ds.config.stage import ResolutionConfig
-from univitar_ds.data.tools.survey import Survey
+from univitar_ds.data.shards.hold_out import HELD_OUT
+from univitar_ds.data.tools.survey import Counts, Survey
 from univitar_ds.drafting.facts import Facts, facts_of
 from univitar_ds.drafting.lengths import Length, Stage, checkpoint_steps, length_of, stages_of, video_ratio
 from univitar_ds.drafting.machine import Machine
@@ -126,13 +128,20 @@ def _contents(survey: Survey) -> str:
     """Returns a sentence about the contents of a source."""
     about = "" if survey.exact else "about "
     parts = []
-    for split, kinds in survey.counts.items():
+    for split, kinds in _found(survey).items():
         numbers = {f"{kind}s" if count != 1 else kind: count for kind, count in kinds.items() if count}
         counted = ", ".join(f"{about}{count:,} {kind}" for kind, count in numbers.items())
         parts.append(f"{split}: {counted}" if split is not None else counted)
     captions = sum(bool(texts.captions) for texts in survey.texts)
     of = f"{captions} of {len(survey.texts)} seen have captions"
     return f"{survey.title}; {'; '.join(parts)}; {of}" + (f"; {len(survey.labels)} labels" if survey.labels else "")
+
+
+def _found(survey: Survey) -> Counts:
+    """Returns the counts of a source as it is, without the parts into which the run divides it."""
+    if survey.hold_out is None:
+        return survey.counts
+    return {None: Counter(dict(survey.counts[survey.training])) + Counter(dict(survey.counts[HELD_OUT]))}
 
 
 def _model(basis: Basis) -> Iterator[str]:
@@ -196,6 +205,8 @@ def _source(survey: Survey, split: str | None) -> str:
     found = f"path: {_quoted(written(survey.path))}"
     if split is not None:
         found += f", split: {_quoted(split)}"
+    if survey.hold_out is not None:
+        found += f", hold_out: {survey.hold_out:g}"
     if survey.table is not None:
         keys = survey.table.model_dump(exclude_defaults=True)
         shown = {k: _quoted(v) if isinstance(v, str) else f"[{', '.join(map(_quoted, v))}]" for k, v in keys.items()}
@@ -270,6 +281,17 @@ def _objective(basis: Basis) -> Iterator[str]:
     yield f"objective: {{kind: {kind}, same_caption_positive: true}}  # {why}; equal captions are no negatives"
 
 
+def _divided(evaluation: Sequence[tuple[Survey, str | None]]) -> Iterator[str]:
+    """Yields comments on the samples that are held out."""
+    held_out = sum(sum(survey.counts[split].values()) for survey, split in evaluation)
+    total = held_out + sum(sum(survey.counts[survey.training].values()) for survey, _ in evaluation)
+    about = "" if all(survey.numbers for survey, _ in evaluation) else "about "
+    count = f"{about}{held_out:,} of {total:,} samples"
+    yield f"  # The data have no split to evaluate on, so {count} are held out of the training."
+    yield "  # To hold out another share, change hold_out here and in data.sources; to train on all samples, remove it"
+    yield "  # there, and set evaluation to {sources: []}."
+
+
 def _evaluation(basis: Basis) -> Iterator[str]:
     facts: Facts = basis.facts
     kinds = [kind for kind, used in (("image", basis.images), ("video", basis.videos)) if used]
@@ -277,12 +299,14 @@ def _evaluation(basis: Basis) -> Iterator[str]:
         (survey, split) for survey, split in facts.evaluation if any(survey.counts[split].get(kind) for kind in kinds)
     ]
     if not usable:
-        yield "# No split of held-out data was found. To measure the run, hold some data out (in another folder, in the"
-        yield '# split "test" of a metadata.jsonl or table, in a folder test/ of class folders), and name them:'
+        yield "# No split of held-out data was found, and the data cannot be divided. To measure the run, hold some out"
+        yield '# (another folder, the split "test" of a metadata.jsonl or table, a folder test/), and name them:'
         yield "# evaluation: {sources: [{path: HELD_OUT, split: test}]}"
         yield _NOT_MEASURED
         return
     yield "evaluation:"
+    if any(survey.hold_out for survey, _ in usable):
+        yield from _divided(usable)
     yield "  sources:  # held-out data, measured after training"
     yield from (f"    - {{{_source(survey, split)}}}" for survey, split in usable)
     if facts.classes and not basis.classifies:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.tools.survey import Survey
+from univitar_ds.drafting.held_out import divided
 from univitar_ds.errors import DataError
 from univitar_ds.geometry import Modality, Resolution, token_count
 
@@ -98,7 +99,8 @@ class Facts:
 
 
 def facts_of(surveys: Sequence[Survey]) -> Facts:
-    """Returns the facts. A source with only held-out data is used for evaluation if another has training data.
+    """Returns the facts. A source with only held-out data is used for evaluation if another has training data. If there
+    is nothing to evaluate on, a part of the sources without splits is held out.
 
     Raises: DataError if there is too little to train on.
     """
@@ -109,6 +111,9 @@ def facts_of(surveys: Sequence[Survey]) -> Facts:
     ]
     if training is not held_out:
         evaluation += [(survey, survey.training) for survey in held_out]
+    if not evaluation:
+        training = divided(training, FEWEST)
+        evaluation = [(survey, survey.evaluation) for survey in training if survey.hold_out is not None]
     facts = Facts(tuple(training), tuple(evaluation))
     named = ", ".join(survey.path for survey in training)
     if facts.samples < FEWEST:

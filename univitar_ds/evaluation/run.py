@@ -185,8 +185,9 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
 
 
 def _names(sources: Sequence[SourceConfig], shards: Sequence[SourceShard]) -> str:
-    """Returns the names of the sources. Only packed folders, which have a manifest with hashes, have splits."""
-    packed = {shard.source for shard in shards if shard.sha256}
+    """Returns the names of the sources. Packed folders, which have a manifest with hashes, and divided sources have
+    splits."""
+    packed = {shard.source for shard in shards if shard.sha256 or shard.hold_out is not None}
     return ", ".join(
         f"{source.label} (split {source.split})" if source.split and source.label in packed else source.label
         for source in sources

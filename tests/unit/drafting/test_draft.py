@@ -54,7 +54,8 @@ def test_the_numbers_fit_data_and_machine(surveys, machine):
 @pytest.mark.parametrize(("count", "samples"), [(5, 2), (300, 75), (766, 191), (768, 192), (50_000, 192)])
 def test_the_shuffle_buffer_is_at_most_half_of_an_epoch_of_a_lane(count, samples):
     """Two lanes, one for 5 samples; up to the default."""
-    assert loaded(draft([survey(count)], CPU)).data.pool_samples == samples
+    found = survey(count, counts={"train": {"image": count}, "test": {"image": 9}})
+    assert loaded(draft([found], CPU)).data.pool_samples == samples
 
 
 def test_the_file_has_the_reasons_in_comments_and_names_the_schema():
@@ -169,8 +170,40 @@ def test_a_held_out_split_is_evaluated(splits, train, evaluated):
     assert [source.split for source in config.evaluation.sources] == [evaluated]
 
 
-def test_without_a_split_there_is_no_evaluation_and_a_comment_explains_how_to_get_one():
-    text = draft([survey(300)], CPU)
+@pytest.mark.parametrize(
+    ("found", "share", "counts"),
+    [
+        (survey(20), 0.2, (16, 4)),
+        (survey(300, 40), 0.1, (306, 34)),
+        (survey(3_000), 0.05, (2_850, 150)),
+        (survey(4_000_000), 0.0003, (3_998_800, 1_200)),
+        (survey(300, counts={None: {"image": 300}}, training=None), 0.1, (270, 30)),
+    ],
+)
+def test_of_data_without_splits_some_are_held_out_with_a_comment(found, share, counts):
+    text = draft([found], NODE)
+    config = loaded(text)
+    (train,), (test,) = config.data.sources, config.evaluation.sources
+    assert (train.split, test.split) == ("train", "test")
+    assert (train.path, train.hold_out) == (test.path, test.hold_out) == ("data/here", share)
+    assert f"about {counts[1]:,} of {sum(counts):,} samples are held out" in text
+    assert "change hold_out here" in text
+    assert sum(stage.samples for stage in config.stages) % counts[0] == 0, "epochs are of the samples trained on"
+
+
+def test_a_share_of_tars_that_were_seen_whole_holds_out_at_least_one():
+    numbers = {"image": [0.31, *(0.5 + n / 100 for n in range(19))]}
+    found = survey(20, counts={None: {"image": 20}}, training=None, numbers=numbers)
+    text = draft([found], CPU)
+    assert loaded(text).evaluation.sources[0].hold_out == 0.35
+    assert "so 1 of 20 samples are held out" in text
+
+
+@pytest.mark.parametrize(
+    "found", [survey(4), survey(counts={name: {"image": 300} for name in ("fold1", "fold2")}, training="fold1")]
+)
+def test_data_that_cannot_be_divided_have_no_evaluation_and_a_comment_explains_how_to_get_one(found):
+    text = draft([found], CPU)
     assert loaded(text).evaluation.sources == []
     assert "# evaluation: {sources: [{path: HELD_OUT" in text
 
@@ -261,7 +294,7 @@ def test_gpus_that_are_asked_for_are_assumed():
 def test_a_source_of_each_form_gets_a_file_that_loads(name, tmp_path, capsys, monkeypatch):
     from univitar_ds.cli.main import main
 
-    source = made.SOURCES[name](tmp_path / name)
+    source = made.SOURCES[name](tmp_path / name, 36)
     monkeypatch.chdir(tmp_path)
     assert main(["init", str(source), "--gpus", "0"]) == 0
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
@@ -270,6 +303,7 @@ def test_a_source_of_each_form_gets_a_file_that_loads(name, tmp_path, capsys, mo
     assert config.data.sources[0].path == str(source)
     assert (stage.video_ratio > 0) == (name == "tars")
     assert (config.objective.kind == "classification") == (name == "classes")
-    assert len(config.evaluation.sources) == (name in ("classes", "table"))
+    assert len(config.evaluation.sources) == 1
+    assert (config.evaluation.sources[0].hold_out is None) == (name in ("classes", "table"))
     assert config.data.lanes in (1, 2)
-    assert stage.samples >= 24
+    assert stage.samples >= 15

@@ -195,8 +195,8 @@ def samples_in(shard: Shard, entry: Entry, ordinal: int) -> int:
     """
     if isinstance(entry, tar_index.Group):
         return 1
-    if shard.samples is not None:
-        held = shard.samples - ordinal if entry.end >= shard.size else 1
+    if shard.expected is not None:
+        held = shard.expected - ordinal if entry.end >= shard.size else 1
     else:
         held = (entry.end - entry.offset) * ordinal // max(entry.offset, 1)
     return max(1, held)

@@ -3,6 +3,7 @@
 __all__ = [
     "captions",
     "class_names",
+    "hold_out",
     "index_cache",
     "line_watch",
     "listing",

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.listing import Shard
-from univitar_ds.data.shards.samples import belongs
+from univitar_ds.data.shards.samples import belongs, is_read
 from univitar_ds.errors import DataError
 from univitar_ds.geometry import Modality
 
@@ -34,8 +34,10 @@ def shard_samples(shard: Shard, modality: Modality, offset: int = 0, number: int
                 yield found
             elif belongs(found, shard, modality):
                 number += 1
-                yield found
-    if shard.samples is not None and number < shard.samples and not damaged_end:
+                if is_read(stream, shard, found):
+                    yield found
+    counted = shard.hold_out is None or offset == 0  # else `number` has only the samples of a part
+    if counted and shard.samples is not None and number < shard.samples and not damaged_end:
         message = (
             f"shard {shard.name}: ends after {number} samples, its manifest says {shard.samples}; "
             "restore the shard or pack it again"
@@ -62,7 +64,7 @@ class IndexCache:
             yield from scan.part(stream, part, parts)
 
     def _of(self, shard: Shard, modality: Modality) -> _Scan:
-        key = shard.path, shard.modality, shard.samples, modality  # the manifest's entries determine the result
+        key = shard.path, shard.modality, shard.samples, shard.hold_out, modality  # all that determines the result
         scan = self._scans.get(key)
         if scan is None or scan.failure is not None:
             scan = self._scans[key] = _Scan(shard, modality)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.shards.hold_out import HELD_OUT, REST, HoldOut, check_splits
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE, read_manifest
 from univitar_ds.data.storage.address import check_address, storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, Storage, StorageSettings
@@ -40,8 +41,8 @@ class Shard:
     """A tar of samples. `name` is unique within the run and identifies the shard in keys and messages; `size`: bytes.
 
     `modality` is None if unknown: then streams of both modalities read the shard and skip samples of the other one.
-    `samples` and `sha256` come from a manifest. `caption_lines`: whether each line of a .txt is a caption.
-    `where`: the condition on the samples that are read.
+    `samples` and `sha256` come from a manifest, for the whole shard. `caption_lines`: whether each line of a .txt is a
+    caption. `where`: the condition on the samples that are read; `hold_out`: the part that is read, None: all samples.
     """
 
     name: str
@@ -53,6 +54,13 @@ class Shard:
     samples: int | None = None
     caption_lines: bool = False
     where: Condition | None = None
+    hold_out: HoldOut | None = None
+
+    @property
+    def expected(self) -> int | None:
+        """The number of samples that are read, about that if some are held out; None if it is unknown."""
+        known = self.samples is not None and self.hold_out is not None
+        return self.hold_out.expected(self.samples) if known else self.samples
 
 
 def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = LOCAL) -> list[Shard]:
@@ -66,6 +74,7 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
     if path.endswith(COMPRESSED):
         raise DataError(f"source {source.path}: is a compressed tar; {_DECOMPRESS}")
     if path.endswith(".tar"):
+        _check_hold_out(source)
         return _listed(expand_braces(path), storage, prefix, source.path)
     if _BRACES.search(path):
         raise DataError(f"source {source.path}: a brace range must name tars, e.g. train-{{000000..000127}}.tar")
@@ -88,8 +97,14 @@ def list_shards(source: SourceConfig, prefix: str, settings: StorageSettings = L
         if not tars:
             raise DataError(detail)
         warn_once(f"{detail}; they are left out")
+    _check_hold_out(source)
     names_of = _names(tars)
     return [Shard(prefix + names_of[file], file, storage, storage.size(file)) for file in tars]
+
+
+def _check_hold_out(source: SourceConfig, splits: Iterable[str] = (REST,)) -> None:
+    if source.hold_out is not None:
+        check_splits(f"source {source.path}", set(splits), source.split)
 
 
 def _warn_left_out(source: SourceConfig, names: Iterable[str]) -> None:
@@ -185,16 +200,19 @@ def _names_in(folder: str, storage: Storage) -> set[str]:
 
 def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage, prefix: str) -> list[Shard]:
     manifest = read_manifest(folder, storage)
-    rows = [row for row in manifest["shards"] if source.split in (None, row["split"])]
+    present = sorted({row["split"] for row in manifest["shards"]})
+    _check_hold_out(source, present)
+    wanted = [*present] if source.hold_out is not None or source.split is None else [source.split]
+    rows = [row for row in manifest["shards"] if row["split"] in wanted]
     if others := sorted({n for n in names if n.endswith(".tar")} - {row["file"] for row in manifest["shards"]}):
         warn_once(
             f"source {source.path}: its manifest does not list {others[0]} ({len(others)} in all), which are left out"
         )
     if not rows:
-        present = sorted({row["split"] for row in manifest["shards"]})
+        divide = "" if source.split != HELD_OUT or len(present) != 1 else ", divide it by hold_out in both sections"
         raise DataError(
             f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}; "
-            f"name one of these{OR_REMOVE}"
+            f"name one of these{divide}{OR_REMOVE}"
         )
     shards = []
     for row in rows:

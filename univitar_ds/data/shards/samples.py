@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from univitar_ds.data.media.augment import Augmentation
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, frames_of
@@ -186,6 +186,12 @@ def belongs(group: tar_index.Group, shard: Shard, modality: Modality) -> bool:
     not silently skipped. Otherwise the extensions decide; samples without media belong to images.
     """
     return (shard.modality or modality_of(group) or "image") == modality
+
+
+def is_read(stream: BinaryIO, shard: Shard, group: tar_index.Group) -> bool:
+    """Whether a sample is in the part of its source that is read. Args: stream: of the shard."""
+    part = shard.hold_out
+    return part is None or part.reads(stream, shard.path, group, packed=shard.modality is not None)
 
 
 class _Entry(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.shards.class_names import read_class_names, shared_names
+from univitar_ds.data.shards.hold_out import HELD_OUT, HoldOut
 from univitar_ds.data.shards.line_watch import LineWatch
 from univitar_ds.data.shards.listing import INIT_HINT, PACK_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.storage.address import storage_for
@@ -129,13 +130,14 @@ def groups_of(shards: Sequence[SourceShard], modality: Modality, weights: Mappin
 
 def fingerprint(shards: Sequence[SourceShard], content: str | None = None) -> str:
     """Returns a hash of the data in two parts separated by ":": of names, sizes and manifest hashes of all shards, and
-    `content`, by default `content_of` the shards. The hash does not depend on the location of the shards.
+    parts that are read, and `content`, by default `content_of` the shards. It does not depend on their location.
 
     Raises: DataError as `content_of` does.
     """
     state = hashlib.blake2b(digest_size=16)
     for shard in shards:
-        state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}\n".encode("utf-8", "surrogateescape"))
+        part = "" if shard.hold_out is None else f"\0{shard.hold_out}"
+        state.update(f"{shard.name}\0{shard.size}\0{shard.sha256 or ''}{part}\n".encode("utf-8", "surrogateescape"))
     return f"{state.hexdigest()}:{content_of(shards) if content is None else content}"
 
 
@@ -177,6 +179,7 @@ def of_source(
     about: dict[str, Any] = {"source": source.label, "watch": LineWatch(source), "templates": tuple(source.templates)}
     about |= {"class_names": tuple(names), "caption_lines": source.captions == "lines"}
     about["where"] = None if source.where is None else Condition(source.where, source.label)
+    about["hold_out"] = None if source.hold_out is None else HoldOut(source.hold_out, source.split == HELD_OUT)
     known = [part.name for part in fields(Shard) if part.name not in about]
     return [SourceShard(**{name: getattr(shard, name) for name in known}, **about) for shard in shards]
 

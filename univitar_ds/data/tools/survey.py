@@ -27,6 +27,7 @@ from univitar_ds.data.importing.rows import Cell, ReadOptions, Row
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.captions import BYTES_LIMIT, EXTENSIONS, Texts, read_texts
+from univitar_ds.data.shards.hold_out import identity, number_of
 from univitar_ds.data.shards.listing import place_of
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.shards.samples import media_member, modality_of
@@ -67,7 +68,8 @@ class Survey:
     `path`: of the source; `title`: its format, for comments; `counts`: samples by split (None: it has no splits) and
     modality, `exact` or estimated; `training`: the split to train on; `media`, `texts`: sizes and texts of some samples
     of that split; `labels`: pairs of data set and label of those samples; `packed`: whether it consists of shards;
-    `table`: the columns that were given.
+    `table`: the columns that were given; `numbers`: those of `hold_out.number_of`, by modality, if all samples of
+    shards were seen; `hold_out`: the share that a run holds out of data without splits, whose parts are in `counts`.
     """
 
     path: str
@@ -80,6 +82,8 @@ class Survey:
     packed: bool
     labels: frozenset[tuple[str | None, str]] = field(default=frozenset())
     table: TableConfig | None = None
+    numbers: Mapping[Modality, Sequence[float]] = field(default_factory=dict)
+    hold_out: float | None = None
 
     @property
     def evaluation(self) -> str | None:
@@ -248,6 +252,7 @@ class _Scan:
     media: list[MediaSize] = field(default_factory=list)
     covered: int = 0
     whole: bool = True
+    numbers: dict[Modality, list[float]] = field(default_factory=dict)
 
 
 def _of_shards(path: str, source: SourceConfig, shards: Sequence[SourceShard], settings: StorageSettings) -> Survey:
@@ -271,7 +276,9 @@ def _of_shards(path: str, source: SourceConfig, shards: Sequence[SourceShard], s
     title = "a packed folder" if packed else "WebDataset tars"
     labels = frozenset((one.set, one.label) for one in scan.texts if one.label is not None)
     texts = tuple(scan.texts)
-    return Survey(path, title, counts, packed or scan.whole, source.split, media, texts, packed=True, labels=labels)
+    numbers = scan.numbers if scan.whole else {}
+    found = Survey(path, title, counts, packed or scan.whole, source.split, media, texts, packed=True, labels=labels)
+    return replace(found, numbers=numbers)
 
 
 def _scanned(path: str, shards: Sequence[SourceShard], scratch: Path, packed: bool) -> tuple[_Scan, list[Job]]:
@@ -297,6 +304,8 @@ def _scanned(path: str, shards: Sequence[SourceShard], scratch: Path, packed: bo
                     if kind is None:
                         continue
                     scan.counts[kind] += 1
+                    number = number_of(identity(stream, shard.path, group, packed=packed))
+                    scan.numbers.setdefault(kind, []).append(number)
                     texts = _texts_of(stream, shard, group, packed) if number < SHARD_TEXTS else None
                     if texts is not None:
                         scan.texts.append(texts)

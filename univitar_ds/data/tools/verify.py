@@ -219,7 +219,8 @@ def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str,
     if folder.endswith(".tar") or not storage.exists(os.path.join(folder, MANIFEST)):
         return {}
     rows = read_manifest(folder, storage)["shards"]
-    return {row["file"]: row for row in rows if source.split in (None, row["split"])}
+    whole = source.hold_out is not None or source.split is None
+    return {row["file"]: row for row in rows if whole or row["split"] == source.split}
 
 
 def _existing_shards(

@@ -22,6 +22,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.importing import from_plugins
 from univitar_ds.data.importing.recognise import format_of, known_formats, read_source
 from univitar_ds.data.importing.rows import Listing, ReadOptions
+from univitar_ds.data.shards.hold_out import check_splits
 from univitar_ds.data.shards.listing import COMPRESSED, PACKED_SOURCES, place_of
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE, read_manifest
 from univitar_ds.data.writing.progress_log import InUseError, wait_until_free
@@ -36,6 +37,7 @@ _KEYS = {
     "--split-key": "table.split_key",
     "--images": "table.images",
     "--class-names": "class_names",
+    "--hold-out": "hold_out",
 }
 """The key of a source for each option of `data pack`."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -119,7 +121,7 @@ class _Packer:
 
     place: Path
     pack: bool
-    _targets: dict[tuple[str, ReadOptions], Path] = field(default_factory=dict)
+    _targets: dict[tuple[str, ReadOptions, float | None], Path] = field(default_factory=dict)
 
     def packed(self, source: SourceConfig) -> SourceConfig:
         """Returns the packed source, or `source` if it is shards. Raises: as `with_packed_sources`."""
@@ -128,21 +130,23 @@ class _Packer:
             return source
         path = source.path if "://" in source.path else os.path.abspath(place_of(source))
         options = reading_options(source, form)
-        target = self._targets.get((path, options))
+        wanted = path, options, source.hold_out
+        target = self._targets.get(wanted)
         if target is None:
-            target = self._targets[path, options] = self._target(path, options)
+            target = self._targets[wanted] = self._target(*wanted)
         # Packed labels of class folders are already class names.
         names = None if form == "classes" else source.class_names
-        return source.model_copy(
-            update={"path": str(target), "name": source.label, "class_names": names, "table": None}
-        )
+        done = {"path": str(target), "name": source.label, "class_names": names, "table": None, "hold_out": None}
+        return source.model_copy(update=done)
 
-    def _target(self, path: str, options: ReadOptions) -> Path:
+    def _target(self, path: str, options: ReadOptions, hold_out: float | None) -> Path:
         """Returns the folder of a packed source, and packs it if there is none."""
         listing = read_source(path, options)
+        if hold_out is not None:
+            check_splits(path, {row.split for row in listing.rows})
         title = known_formats()[str(options.format)].title
         name = _UNSAFE.sub("_", os.path.basename(path))[:60]
-        target = self.place / f"{name}-{_fingerprint(path, listing)}"
+        target = self.place / f"{name}-{_fingerprint(path, listing, hold_out)}"
         if _is_whole(target):
             _log.info("source %s is %s; it was packed before, and is read from %s", path, title, target)
         elif not self.pack:
@@ -152,18 +156,18 @@ class _Packer:
             )
         else:
             _log.info("source %s is %s; it is packed once, and then read from %s", path, title, target)
-            _pack_into(target, path, listing)
+            _pack_into(target, path, listing, hold_out)
         return target
 
 
-def _pack_into(target: Path, path: str, listing: Listing) -> None:
+def _pack_into(target: Path, path: str, listing: Listing, hold_out: float | None) -> None:
     """Packs a source into `target`. If another process is packing it, waits for it and uses its result.
 
     Args: listing: the listing of the source from which the name of `target` was computed.
     """
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    options = PackOptions(progress=sys.stderr.isatty())
+    options = PackOptions(progress=sys.stderr.isatty(), hold_out=hold_out)
     while not _is_whole(target):
         try:
             manifest = pack_folder(path, target, options, listing=listing)
@@ -202,8 +206,8 @@ def reading_options(source: SourceConfig, form: str) -> ReadOptions:
     return ReadOptions(**about)
 
 
-def _fingerprint(path: str, listing: Listing) -> str:
-    """Returns a hash of the rows, and of the sizes and times of their files."""
+def _fingerprint(path: str, listing: Listing, hold_out: float | None) -> str:
+    """Returns a hash of the rows, of the sizes and times of their files, and of the share that is held out."""
     state = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8)
     for row in listing.rows:
         try:
@@ -213,4 +217,5 @@ def _fingerprint(path: str, listing: Listing) -> str:
             stamp = []
         state.update(json.dumps([row.file, row.kind, row.captions, row.label, row.split, row.set, stamp]).encode())
     state.update(json.dumps(list(listing.left_out.items())).encode())
+    state.update(b"" if hold_out is None else f"hold_out {hold_out!r}".encode())
     return state.hexdigest()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from univitar_ds.data.importing import from_plugins
 from univitar_ds.data.importing.recognise import read_source
 from univitar_ds.data.importing.rows import Cell, Listing, Part, ReadOptions, Row, check_split
+from univitar_ds.data.shards.hold_out import check_splits
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
 from univitar_ds.data.storage.local import LocalStorage
@@ -29,6 +30,7 @@ from univitar_ds.data.writing.build_manifest import build_manifest
 from univitar_ds.data.writing.destination import Destination, destination_of, shards_of
 from univitar_ds.data.writing.examine import Job, MediaInfo, examine_all
 from univitar_ds.data.writing.extract import Extracted, extracted, stamp_of
+from univitar_ds.data.writing.held_out import Sample, divided
 from univitar_ds.data.writing.progress_log import EXTRACTED, ProgressLog, open_progress_log
 from univitar_ds.data.writing.remote_source import RemoteSource, find_source, read_copied, remove_copies
 from univitar_ds.errors import DataError, writing
@@ -47,7 +49,6 @@ _TAR_FIELDS: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _FILES_PER_WORKER = 128
 
-Sample = tuple[Row, MediaInfo]
 Extract = Callable[[Sequence[Row]], Extracted]
 """`extract.extracted` of a source."""
 
@@ -73,7 +74,8 @@ class PackOptions:
 
     `shard_mb`: size of a shard in 10^6 bytes; a larger sample gets its own shard. `workers`: processes that examine
     files (None: as many as are useful). `verify`: decode every file once, instead of reading only headers. `progress`:
-    show bars on stderr. `reading`: the format of the source, and how its texts are found.
+    show bars on stderr. `reading`: the format of the source, and how its texts are found. `hold_out`: share of the
+    samples of a source without splits that get the split `test`; None: none.
     """
 
     shard_mb: float = 64.0
@@ -81,6 +83,7 @@ class PackOptions:
     verify: bool = True
     progress: bool = True
     reading: ReadOptions = field(default_factory=ReadOptions)
+    hold_out: float | None = None
 
 
 def pack_folder(
@@ -114,6 +117,8 @@ def pack_folder(
     options = options or PackOptions()
     if not 0 < options.shard_mb < math.inf:
         raise DataError(f"--shard-mb {options.shard_mb}: shards need a finite size above 0, in 10^6 bytes")
+    if options.hold_out is not None and not 0 < options.hold_out < 1:
+        raise DataError(f"--hold-out {options.hold_out}: give a share of the samples above 0 and below 1, such as 0.05")
     remote = None
     if listing is None and str(folder).startswith(S3) and not from_plugins.reads(str(folder)):
         check_split(options.reading.split)
@@ -160,6 +165,8 @@ def _pack(
     folder: str, listing: Listing, destination: Destination, progress_log: ProgressLog, options: PackOptions
 ) -> dict[str, Any]:
     """Examines the media of a listing, and writes the shards and the manifest. `folder`: the source, for messages."""
+    if options.hold_out is not None:
+        check_splits(folder, {row.split for row in listing.rows})
     workspace = destination.workspace
     extract = partial(extracted, listing.root, workspace, progress_log, options.progress)
     found = _examine(listing, progress_log, extract, options)
@@ -170,6 +177,8 @@ def _pack(
             f"{folder}: none of its {len(skipped)} media files can be read; the first: "
             f"{skipped[0]['file']}: {skipped[0]['reason']}"
         )
+    if options.hold_out is not None:
+        samples = divided(samples, options.hold_out)
     skipped += [{"file": file, "reason": reason} for file, reason in listing.left_out.items()]
     manifest = _write_all(listing.root, destination, samples, skipped, (progress_log, extract), options)
     if any(isinstance(row.part, Cell) for row in listing.rows):

@@ -33,8 +33,8 @@ def source_lines(shards: Sequence[SourceShard], sources: Sequence[SourceConfig])
         own = [shard for shard in shards if len(sources) == 1 or shard.name.startswith(f"{position}:")]
         counts: dict[str, int] = defaultdict(int)
         for shard in own:
-            if shard.modality is not None and shard.samples is not None:
-                counts[shard.modality] += shard.samples
+            if shard.modality is not None and shard.expected is not None:
+                counts[shard.modality] += shard.expected
         known = ", ".join(f"{count:,} {modality}s" for modality, count in sorted(counts.items()))
         size = sum(shard.size for shard in own)
         known = known or "samples not counted (no manifest)"
@@ -79,7 +79,7 @@ def _mean(
     counts: dict[str, float] = defaultdict(float)
     for shard in shards:
         if shard.modality in (None, modality) and (not stage.weights or stage.weights.get(shard.source)):
-            counts[shard.source] += shard.samples or 0
+            counts[shard.source] += shard.expected or 0
     total, weight = 0.0, 0.0
     for name, count in counts.items():
         mean = _mean_of(stage, modality, histograms.get(name, {}).get(modality, {}))

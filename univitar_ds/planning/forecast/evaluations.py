@@ -54,9 +54,9 @@ def evaluated_items(config: RunConfig) -> dict[Modality, int]:
         return {}
     with suppress(UserError, OSError):
         for shard in find_shards(sources, StorageSettings.of(config.data)) if sources else ():
-            if shard.modality is None or shard.samples is None:
+            if shard.modality is None or shard.expected is None:
                 return {}
-            counts[shard.modality] += shard.samples
+            counts[shard.modality] += shard.expected
     return dict(counts)
 
 
