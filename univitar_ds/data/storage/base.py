@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO, Protocol
 
 from univitar_ds.data.storage.session import session_folder
+from univitar_ds.errors import DataError
 
 S3 = "s3://"
 SCHEMES = "a local path or an s3:// address"
@@ -62,6 +63,10 @@ class StorageSettings:
 
 LOCAL = StorageSettings()
 """Default settings. They suffice for local files, and for S3 if boto3 finds its own configuration."""
+
+
+class ReplacedError(DataError):
+    """An object has another version than the one that was found at first, or is no longer there."""
 
 
 class Storage(Protocol):

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.base import S3, ReplacedError, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
 from univitar_ds.data.storage.s3_client import Connection, address, changed, refused, status_of
 from univitar_ds.data.storage.session import Pins, session_folder
@@ -132,11 +132,17 @@ class S3Storage:
     def copy(self, version: Version, path: Path) -> None:
         """Writes an object to a local file, which is on the disk when this returns.
 
-        Raises: DataError if the object cannot be read or was replaced; OSError if the file cannot be written.
+        Raises: ReplacedError if the object was replaced or removed; DataError if it cannot be read; OSError if the file
+            cannot be written.
         """
         with path.open("wb") as stream:
-            for piece in self.connection.stream(version, 0, version.size):
-                stream.write(piece)
+            try:
+                for piece in self.connection.stream(version, 0, version.size):
+                    stream.write(piece)
+            except DataError as error:
+                if status_of(error) == 404:
+                    raise ReplacedError(str(error)) from error
+                raise
             stream.flush()
             os.fsync(stream.fileno())
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
-from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.base import S3, ReplacedError, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
 from univitar_ds.data.storage.retry import Failure, RateLimiter, RetryPolicy
 from univitar_ds.errors import DataError
@@ -187,9 +187,9 @@ def address(url: str) -> dict[str, str]:
     return {"Bucket": bucket, "Key": key}
 
 
-def changed(url: str) -> DataError:
+def changed(url: str) -> ReplacedError:
     """Returns the error for an object that was replaced."""
-    return DataError(
+    return ReplacedError(
         f"{url}: the object was replaced during this run; restore the shard that this run was started with, or start "
         "a new run"
     )

@@ -23,7 +23,7 @@ from univitar_ds.data.importing.table_files import EXTENSIONS
 from univitar_ds.data.shards.listing import COMPRESSED, expand_braces
 from univitar_ds.data.shards.manifest import MANIFEST, PROGRESS_FILE
 from univitar_ds.data.storage.address import is_path_below, storage_for
-from univitar_ds.data.storage.base import S3, StorageSettings
+from univitar_ds.data.storage.base import S3, ReplacedError, StorageSettings
 from univitar_ds.data.storage.cache_dir import Version
 from univitar_ds.data.storage.parallel import AT_ONCE, at_once
 from univitar_ds.data.storage.s3 import S3Storage
@@ -185,7 +185,13 @@ def _copy(source: RemoteSource, folder: Path, progress_log: ProgressLog, progres
 
     def fetch(file: RemoteFile) -> RemoteFile:
         path = folder / file.name
-        source.storage.copy(file.version, path)
+        try:
+            source.storage.copy(file.version, path)
+        except ReplacedError as error:
+            raise DataError(
+                f"{file.version.url}: the object was replaced or removed since the source was listed; run the same "
+                "command again when nothing writes to the source (finished copies are kept), or pack a copy of it"
+            ) from error
         # The same object has the same time in every copy, so that its file is not examined again.
         odd = int.from_bytes(hashlib.sha256(file.version.etag.encode()).digest()[:4], "big") % 10**9
         os.utime(path, ns=(time := int(file.modified) * 10**9 + odd, time))

@@ -229,3 +229,30 @@ def test_the_same_object_is_not_examined_again(server, where, tmp_path, prefix, 
     monkeypatch.setattr(writer, "examine_all", noted)
     assert pack(url, tmp_path / "out", settings=where)["counts"]["train"] == {"image": 3}
     assert [os.path.basename(job.path) for job in examined] == ["3.jpg"]
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_an_object_that_changes_while_it_is_copied_is_an_error_and_the_next_call_continues(
+    server, tmp_path, prefix, change
+):
+    url = upload(server, datasets.class_folders(tmp_path / "source"), prefix)
+    key = f"{prefix}/train/dog/1.jpg"
+
+    def plan(request):
+        if request.method == "GET" and request.key == key and not changed:
+            changed.append(server.put(key, image(7)) if change == "replaced" else server.delete(key))
+        return None
+
+    changed = []
+    with faulty(server, plan) as proxy:
+        where = settings(proxy.url, tmp_path)
+        message = rf"^s3://{BUCKET}/{key}: the object was replaced or removed since .*; run the same command again when"
+        with pytest.raises(DataError, match=message):
+            pack(url, tmp_path / "out", settings=where)
+        assert changed
+        manifest = pack(url, tmp_path / "out", settings=where)
+        again = [one.key for one in proxy.requests if one.method == "GET" and one.range]
+    assert again.count(f"{prefix}/train/cat/0.jpg") == 1
+    assert manifest["counts"]["train"] == {"image": 2 if change == "replaced" else 1}
+    if change == "replaced":
+        assert samples_of(tmp_path / "out", manifest)["train/dog/1.jpg"]["jpg"] == image(7)
