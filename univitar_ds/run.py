@@ -37,6 +37,7 @@ from univitar_ds.config.run_folder import (
     RUN_ENTRIES,
     START,
     TOKENIZER,
+    not_a_run,
 )
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import ConfigError, writing
@@ -205,7 +206,7 @@ def _check_store_unused(config: RunConfig) -> None:
 
 def _check_is_run(run: Path) -> None:
     if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} holds no {CONFIG}, so it is not a run; give the folder that an earlier run wrote")
+        raise ConfigError(not_a_run(run))
 
 
 def _reopened(run: Path, overrides: Sequence[str], extension: Sequence[str] | None) -> tuple[RunConfig, str]:

@@ -150,7 +150,7 @@ def test_an_empty_folder_cannot_be_packed(capsys, tmp_path):
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed_evaluated_or_exported(capsys, tmp_path):
-    assert "so it is not a run" in fails(capsys, "train", "--resume", tmp_path)
+    assert "is not the folder of a run (it has no config.yaml)" in fails(capsys, "train", "--resume", tmp_path)
     assert "neither a run's folder" in fails(capsys, "eval", tmp_path)
     assert "neither a run's folder" in fails(capsys, "convert", "export", tmp_path, tmp_path / "out")
 

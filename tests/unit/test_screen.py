@@ -47,7 +47,7 @@ def test_letters_that_stderr_cannot_show_are_escaped():
     result = ended(["nowhere/köpek"], {"PYTHONIOENCODING": "ascii"})
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert r"nowhere/k\xf6pek holds neither" in result.stderr
+    assert r"nowhere/k\xf6pek does not exist" in result.stderr
 
 
 def test_a_closed_pipe_ends_a_command_without_a_message(run):

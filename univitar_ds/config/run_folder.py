@@ -1,6 +1,8 @@
 """Names of entries in a run's folder, and trees (`owned.Names`) of all entries that a run writes."""
 
 import re
+from contextlib import suppress
+from pathlib import Path
 
 from univitar_ds.owned import MARK, Names
 
@@ -68,3 +70,18 @@ RUN_ENTRIES: Names = {
 """All entries except the locks, which a new launch does not replace."""
 REPLACED: Names = {name: below for name, below in RUN_ENTRIES.items() if name != STACKS}
 """Entries that a new launch replaces if there is no checkpoint. STACKS stays, to show why the earlier launch ended."""
+
+MOST_NAMED = 5
+
+
+def not_a_run(folder: Path) -> str:
+    """Returns why a folder is not that of a run, and runs that are near: in it, beside it, or in `runs`."""
+    what = "is not the folder of a run (it has no config.yaml)" if folder.exists() else "does not exist"
+    for place in (folder, folder.parent, Path("runs")):
+        runs: list[str] = []
+        with suppress(OSError):
+            runs = sorted(path.name for path in place.iterdir() if (path / CONFIG).is_file())
+        if runs:
+            more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
+            return f"{folder} {what}; the runs in {place} are {', '.join(runs[:MOST_NAMED])}{more}"
+    return f"{folder} {what}; name a folder that `univitar-ds train` wrote, runs/NAME"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.config.run_folder import EVALUATION, SUMMARY
+from univitar_ds.config.run_folder import CONFIG, EVALUATION, SUMMARY, not_a_run
 from univitar_ds.errors import UserError
 from univitar_ds.evaluation.results import read_evaluation, read_summary
 
@@ -19,7 +19,12 @@ def render_run(run: str | Path) -> str:
     run = Path(run)
     summary, evaluation = read_summary(run), read_evaluation(run)
     if not evaluation and not summary:
-        raise UserError(f"{run} holds neither {EVALUATION} nor {SUMMARY}; name the folder of a run that has ended")
+        if not (run / CONFIG).is_file():
+            raise UserError(not_a_run(run))
+        raise UserError(
+            f"{run} has no results yet ({EVALUATION} and {SUMMARY}), because its training has not ended; "
+            f"`univitar-ds report {run} --out report.html` draws its curves"
+        )
     return render_results(evaluation, summary)
 
 

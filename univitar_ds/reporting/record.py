@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, EVENTS, METRICS
+from univitar_ds.config.run_folder import CONFIG, EVENTS, METRICS, not_a_run
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import UserError
 from univitar_ds.evaluation.results import int64, read_evaluation, read_summary
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> RunRecord:
         is invalid.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}; name one, such as runs/photos")
+        raise UserError(not_a_run(folder))
     config = load_config(folder / CONFIG)
     lines, stride = _subsampled(_objects(folder / METRICS))
     examples = {kind: folder / f"examples-{kind}.png" for kind in MODALITIES}

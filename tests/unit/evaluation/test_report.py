@@ -53,7 +53,7 @@ def test_times_end_with_their_sum():
 
 
 def test_a_run_is_reported_from_its_files_and_an_empty_folder_is_an_error_message(tmp_path: Path):
-    with pytest.raises(UserError, match="name the folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         render_run(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 70, "loss": 0.123456, "seconds": {"training": 5.0}}))
     assert "0.1235" in render_run(tmp_path)
@@ -63,3 +63,21 @@ def test_a_run_is_reported_from_its_files_and_an_empty_folder_is_an_error_messag
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match="evaluate the run again"):
         render_run(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_runs_that_are_near(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^photos does not exist; name a folder that `univitar-ds train` wrote, runs/NAME$"
+    ):
+        render_run("photos")
+    for name in ("pets", "few"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    for name in ("runs/photos", "photos"):
+        with pytest.raises(UserError, match=f"^{name} does not exist; the runs in runs are few, pets$"):
+            render_run(name)
+    with pytest.raises(UserError, match=r"^runs is not the folder of a run .*; the runs in runs are few, pets$"):
+        render_run("runs")
+    with pytest.raises(UserError, match=r"^runs/few has no results yet .*`univitar-ds report runs/few --out"):
+        render_run("runs/few")

@@ -155,7 +155,7 @@ def test_a_resumed_run_is_described_from_its_checkpoint(capsys, shards, tmp_path
 
 def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
     assert main(["train", "--dry-run", "--resume", str(tmp_path)]) == 2
-    assert "holds no config.yaml" in capsys.readouterr().err
+    assert "it has no config.yaml" in capsys.readouterr().err
 
 
 def test_memory_per_rank_depends_on_the_size_of_its_sharding_group(capsys, run_file, tmp_path, monkeypatch):
