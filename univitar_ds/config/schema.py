@@ -8,6 +8,7 @@ working directory in which the run was started. See `config/paths.py`.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -317,12 +318,13 @@ class RunConfig(Section):
     def _parts_of_a_source_are_apart(self) -> RunConfig:
         shares: dict[str, float | None] = {}
         for source in (*self.data.sources, *self.evaluation.sources):
-            share = shares.setdefault(path := source.path.rstrip("/"), source.hold_out)
+            path = source.path.rstrip("/") if "://" in source.path else os.path.abspath(source.path)
+            share = shares.setdefault(path, source.hold_out)
             if share != source.hold_out:
                 one, other = ("null" if value is None else value for value in (share, source.hold_out))
                 raise ValueError(
-                    f"the sources at {shortened(path)} have hold_out {one} and {other}, so samples that are trained on "
-                    "could be evaluated; give all of them the same hold_out"
+                    f"the sources at {shortened(source.path)} have hold_out {one} and {other}, so samples that are "
+                    "trained on could be evaluated; give all of them the same hold_out"
                 )
         return self
 
