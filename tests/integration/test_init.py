@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.support.progress import run_watched
 from tests.unit.drafting import made
 from univitar_ds.cli.main import main
 from univitar_ds.config.load import load_config
+from univitar_ds.data.tools import survey
 
 SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "logging.tensorboard=false")
 
@@ -36,11 +39,53 @@ def test_a_drafted_run_trains(form, tmp_path):
     assert json.loads((run / "evaluation.json").read_text())["figures"]
 
 
-def test_the_plan_of_a_drafted_run_on_shards_is_printed(tmp_path, monkeypatch, capsys):
-    made.tars(tmp_path / "here")
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Headers are read to the end, on a busy machine too."""
+    monkeypatch.setattr(survey, "MEDIA_S", 3600.0)
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("form", made.SOURCES)
+def test_the_plan_of_a_drafted_run_is_printed_and_nothing_is_written(form, tmp_path, monkeypatch, capsys):
+    """Also if the run would pack its source first."""
+    made.SOURCES[form](tmp_path / "here", 36)
+    source = {"table": "here/t.csv", "coco": "here/annotations/captions_val2017.json"}.get(form, "here")
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", source, "--gpus", "0"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    before = files_below(tmp_path)
+    assert main(["train", "--config", "run.yaml", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "1 process, ZeRO-3" in plan
+    assert "evaluation: none" not in plan
+    assert files_below(tmp_path) == before
+    if form != "tars":
+        assert re.search(rf"{re.escape(source)}: .*, about 2\d images; the run packs them when it starts, into", plan)
+        assert re.search(r"native: [\d,]+ samples, about \d+ steps", plan), "the sizes of the items are known"
+    if form == "classes":
+        assert "(3 classes)" in plan
+
+
+@pytest.mark.parametrize(
+    ("form", "override", "message"),
+    [
+        ("classes", "data.sources.0.split=other", "data.sources.0: source here: has no split 'other'; it has train"),
+        ("classes", "objective.kind=softmax", "a contrastive run needs captions, and none was found in"),
+        ("folder", "objective.kind=classification", "classification needs labels, and none was found in"),
+        ("folder", "stages.0.video_ratio=0.5", "stage native needs video samples, but the sources (here) hold only"),
+        ("classes", "data.sources.0.table={image_key: x}", "data.sources.0.table.image_key"),
+    ],
+)
+def test_the_plan_of_a_source_that_is_not_packed_has_its_faults(form, override, message, tmp_path, monkeypatch, capsys):
+    made.SOURCES[form](tmp_path / "here", 36)
     monkeypatch.chdir(tmp_path)
     assert main(["init", "here", "--gpus", "0"]) == 0
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
-    assert main(["train", "--config", "run.yaml", "--dry-run"]) == 0
-    assert "1 process, ZeRO-3" in capsys.readouterr().out
+    assert main(["train", "--config", "run.yaml", "--dry-run", override]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

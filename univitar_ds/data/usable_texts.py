@@ -44,12 +44,16 @@ def faults_of_texts(config: RunConfig, shards: Sequence[SourceShard]) -> list[st
     for some in by_source.values():
         looked = _unusable(some, classifies)
         if looked:
-            needs = "objective.kind classification needs labels" if classifies else "a contrastive run needs captions"
-            remedy = _LABELS if classifies else _CAPTIONS
-            samples = f"{looked:,} sample{'s' if looked > 1 else ''}"
-            about = f"source {some[0].source}: {needs}, and none was found in {samples}"
-            faults.append(f"{about}; {remedy}; {INIT_HINT}")
+            faults.append(nothing_usable(some[0].source, looked, classifies))
     return faults
+
+
+def nothing_usable(source: str, looked: int, classifies: bool) -> str:
+    """Returns the error message for a source of which none of `looked` samples can be used."""
+    needs = "objective.kind classification needs labels" if classifies else "a contrastive run needs captions"
+    remedy = _LABELS if classifies else _CAPTIONS
+    samples = f"{looked:,} sample{'s' if looked > 1 else ''}"
+    return f"source {source}: {needs}, and none was found in {samples}; {remedy}; {INIT_HINT}"
 
 
 def _unusable(shards: Sequence[SourceShard], classifies: bool) -> int:

@@ -28,6 +28,7 @@ from univitar_ds.planning import checks
 from univitar_ds.planning.checks import Inputs
 from univitar_ds.planning.counts.batch import kept_checkpoints
 from univitar_ds.planning.counts.samples import expected_tokens
+from univitar_ds.planning.counts.unpacked import UnpackedShard
 from univitar_ds.planning.sizes import checkpoint_bytes, count_parameters
 from univitar_ds.tokenization import load_tokenizer, special_ids
 
@@ -187,12 +188,13 @@ def _sources(context: Context, config: RunConfig, rows: list[Row]) -> None:
     found = None if packed is None else _tried(rows, "sources", lambda: checks.check_sources(packed))
     if found is None:
         return
-    context.config, (context.shards, evaluation) = packed, found
-    context.checkpoints = kept_checkpoints(
-        packed, encoder_config(packed.model), expected_tokens(packed, context.shards)
-    )
+    context.config, (shards, evaluation) = packed, found
+    context.checkpoints = kept_checkpoints(packed, encoder_config(packed.model), expected_tokens(packed, shards))
+    context.shards = [shard for shard in shards if not isinstance(shard, UnpackedShard)]
     plural = "" if len(packed.data.sources) == 1 else "s"
     text = f"{len(context.shards)} shards of {len(packed.data.sources)} source{plural} fit the stages"
+    if len(context.shards) < len(shards):
+        text += "; folders and tables are packed when the run starts"
     rows.append(Row("sources", OK, text + (f", {len(evaluation)} of the evaluation" if evaluation else "")))
 
 

@@ -55,6 +55,9 @@ class Faults:
             self._errors += error.errors if isinstance(error, SeveralFaults) else [error]
             return None
 
+    def add(self, error: UserError) -> None:
+        self._errors.append(error)
+
     def __bool__(self) -> bool:
         return bool(self._errors)
 
@@ -96,7 +99,7 @@ def check_run(config: RunConfig, recipe: str, world_size: int, *, pack: bool = F
     """Checks everything that a new run on `world_size` ranks reads.
 
     Args: recipe: name of the run file in messages; pack: whether to pack sources that are not shards, after everything
-        else was checked. Without it such a source is an error, unless it was packed before.
+        else was checked. Without it their shards are predicted, unless they were packed before.
     Returns: the inputs. Their `config` names the packed sources, and has the joint embedding of `model.init_from` if
         `model.init_part` is "model".
     Raises: the UserError of the check that failed, such as DataError or CheckpointError; SeveralFaults if several
@@ -192,7 +195,8 @@ def foreseen_model(found: Inputs) -> Model:
 
     config = found.config
     if config.objective.classifies:
-        return {"encoder": described_encoder(config.model, found.start).to_dict()}, len(find_classes(config))
+        classes = find_classes(config, found.shards)
+        return {"encoder": described_encoder(config.model, found.start).to_dict()}, len(classes)
     special = {"vocab_size": config.model.text.vocab_size, "eos_id": 1, "pad_id": 0}
     given = given_tokenizer(config)
     if given is not None and found.joint is None:
@@ -211,15 +215,19 @@ def saved_model(run: Path, config: RunConfig, saved: Mapping[str, Any] | None = 
     return run_description(run, config, saved), classes
 
 
-def find_classes(config: RunConfig) -> ClassList:
+def find_classes(config: RunConfig, shards: Sequence[SourceShard] = ()) -> ClassList:
     """Returns the classes of a classification run, from the labels of all samples of its sources.
 
+    Args: shards: of the sources, of which some may not be packed yet.
     Raises: DataError if a source cannot be read, or no data set has two labels.
     """
     from univitar_ds.data.labels import iterate_labels
     from univitar_ds.data.storage.base import StorageSettings
+    from univitar_ds.planning.counts.unpacked import UnpackedShard, labels_of
 
-    return class_list(iterate_labels(config.data.sources, StorageSettings.of(config.data)))
+    predicted = {shard.path for shard in shards if isinstance(shard, UnpackedShard)}
+    ready = [source for source in config.data.sources if source.path not in predicted]
+    return class_list([*labels_of(shards), *iterate_labels(ready, StorageSettings.of(config.data))])
 
 
 def _sources(
@@ -280,25 +288,34 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
         failed; StorageError.
     """
     from univitar_ds.data.contents import check_contents
-    from univitar_ds.data.shards.sources import find_shards, validate_sources
+    from univitar_ds.data.shards.sources import check_stages
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.usable_texts import check_texts
+    from univitar_ds.planning.counts.unpacked import UnpackedShard, faults_of_texts, find_or_predict
 
     startup.phase("reading the sources")
     settings = StorageSettings.of(config.data)
 
     def find_evaluation() -> list[SourceShard]:
         try:
-            return find_shards(config.evaluation.sources, settings)
+            return find_or_predict(config.evaluation.sources, settings, "evaluation.sources")
         except DataError as error:
             raise DataError(f"evaluation.sources: {error}") from error
 
     faults = Faults()
-    shards = faults.of(validate_sources, config.data.sources, config.stages, settings)
+
+    def find_training() -> list[SourceShard]:
+        found = find_or_predict(config.data.sources, settings, "data.sources")
+        check_stages(found, config.data.sources, config.stages)
+        return found
+
+    shards = faults.of(find_training)
     evaluation = faults.of(find_evaluation)
     faults.raise_all()
     faults.of(check_contents, config, shards or [], evaluation or [])
-    faults.of(check_texts, config, shards or [])
+    faults.of(check_texts, config, [shard for shard in shards or () if not isinstance(shard, UnpackedShard)])
+    for fault in faults_of_texts(config, shards or ()):
+        faults.add(DataError(fault))
     faults.raise_all()
     return shards or [], evaluation or []
 

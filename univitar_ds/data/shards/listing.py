@@ -209,11 +209,7 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
             f"source {source.path}: its manifest does not list {others[0]} ({len(others)} in all), which are left out"
         )
     if not rows:
-        divide = "" if source.split != HELD_OUT or len(present) != 1 else ", divide it by hold_out in both sections"
-        raise DataError(
-            f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}; "
-            f"name one of these{divide}{OR_REMOVE}"
-        )
+        raise no_split(source, present)
     shards = []
     for row in rows:
         path = os.path.join(folder, row["file"])
@@ -229,6 +225,15 @@ def _packed(source: SourceConfig, folder: str, names: set[str], storage: Storage
             )
         shards.append(Shard(prefix + _stem(path), path, storage, size, row["kind"], row.get("sha256"), row["samples"]))
     return shards
+
+
+def no_split(source: SourceConfig, present: Sequence[str]) -> DataError:
+    """Returns the error for a source without its split. Args: present: the splits that it has."""
+    divide = "" if source.split != HELD_OUT or len(present) != 1 else ", divide it by hold_out in both sections"
+    return DataError(
+        f"source {source.path}: has no split {source.split!r}; it has {', '.join(present) or 'no shard at all'}; "
+        f"name one of these{divide}{OR_REMOVE}"
+    )
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:

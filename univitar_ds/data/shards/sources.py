@@ -71,11 +71,16 @@ def validate_sources(
     no shards for one of its modalities.
     """
     shards = find_shards(sources, settings)
+    check_stages(shards, sources, stages)
+    return shards
+
+
+def check_stages(shards: Sequence[SourceShard], sources: Sequence[SourceConfig], stages: Sequence[StageConfig]) -> None:
+    """Raises DataError if a stage has no shards for one of its modalities."""
     for stage in stages:
         for modality in sorted(stage_modalities(stage)):
             if not groups_of(shards, modality, stage.weights):
                 raise _lacking(shards, sources, stage, modality)
-    return shards
 
 
 def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOCAL) -> list[SourceShard]:

@@ -22,8 +22,8 @@ from typing import Any
 from univitar_ds.config.data import SourceConfig, TableConfig
 from univitar_ds.config.paths import written
 from univitar_ds.data.importing.parquet.media import read_cells
-from univitar_ds.data.importing.recognise import FORMATS, read_source
-from univitar_ds.data.importing.rows import Cell, ReadOptions, Row
+from univitar_ds.data.importing.recognise import known_formats, read_source
+from univitar_ds.data.importing.rows import Cell, Listing, ReadOptions, Row
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaSize
 from univitar_ds.data.shards import tar_index
 from univitar_ds.data.shards.captions import BYTES_LIMIT, EXTENSIONS, Texts, read_texts
@@ -69,7 +69,8 @@ class Survey:
     modality, `exact` or estimated; `training`: the split to train on; `media`, `texts`: sizes and texts of some samples
     of that split; `labels`: pairs of data set and label of those samples; `packed`: whether it consists of shards;
     `table`: the columns that were given; `numbers`: those of `hold_out.number_of`, by modality, if all samples of
-    shards were seen; `hold_out`: the share that a run holds out of data without splits, whose parts are in `counts`.
+    shards were seen; `hold_out`: the share that a run holds out of data without splits, whose parts are in `counts`;
+    `bytes`: about that many of all media files, 0 for shards.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Survey:
     table: TableConfig | None = None
     numbers: Mapping[Modality, Sequence[float]] = field(default_factory=dict)
     hold_out: float | None = None
+    bytes: int = 0
 
     @property
     def evaluation(self) -> str | None:
@@ -114,7 +116,14 @@ def survey(path: str, settings: StorageSettings = LOCAL, table: TableConfig | No
         if shards:
             return _of_shards(path, source, shards, settings)
     options = ReadOptions() if form is None else replace(reading_options(source, form), format=None)
-    return replace(_of_rows(path, FORMATS[form or "folder"].title, options), table=table)
+    return replace(_of_rows(path, known_formats()[form or "folder"].title, options), table=table)
+
+
+def survey_files(source: SourceConfig, form: str) -> Survey:
+    """Surveys a source that is packed when a run starts. Its split, if it has that, is the one whose media and texts
+    are seen. Args: form: `packed_sources.format_to_pack` of it. Raises: DataError as `survey`."""
+    path = source.path if "://" in source.path else place_of(source)
+    return _of_rows(path, known_formats()[form].title, reading_options(source, form), source.split)
 
 
 def training_split(counts: Iterable[str | None]) -> str | None:
@@ -132,9 +141,10 @@ def _may_be_shards(source: SourceConfig) -> bool:
     return not os.path.isdir(path) or any(name.endswith(".tar") or name == MANIFEST for name in os.listdir(path))
 
 
-def _of_rows(path: str, title: str, options: ReadOptions) -> Survey:
+def _of_rows(path: str, title: str, options: ReadOptions, wanted: str | None = None) -> Survey:
     listing = _within(LISTING_S, path, lambda: read_source(path, options))
-    split = training_split(dict.fromkeys(row.split for row in listing.rows))
+    splits = dict.fromkeys(row.split for row in listing.rows)
+    split = wanted if wanted in splits else training_split(splits)
     rows = [row for row in listing.rows if row.split == split]
     with tempfile.TemporaryDirectory() as scratch:
         media = _sizes(path, _jobs(rows, listing.root, Path(scratch)))
@@ -144,7 +154,19 @@ def _of_rows(path: str, title: str, options: ReadOptions) -> Survey:
         counts.setdefault(row.split, Counter())[_kind_of(row, unnamed)] += 1
     texts = tuple(Texts(row.captions, row.label, row.set) for row in _some(rows, TEXTS))
     labels = frozenset((row.set, row.label) for row in rows if row.label is not None)
-    return Survey(path, title, counts, True, split, media, texts, packed=False, labels=labels)
+    found = Survey(path, title, counts, True, split, media, texts, packed=False, labels=labels)
+    return replace(found, bytes=_bytes_of(listing))
+
+
+def _bytes_of(listing: Listing) -> int:
+    """Returns about how many bytes the media of a listing have, from some of them, or of the tables that hold them."""
+    if tables := {row.part.file for row in listing.rows if isinstance(row.part, Cell)}:
+        return sum(os.path.getsize(table) for table in tables)
+    sizes = []
+    for row in _some(listing.rows, MEDIA):
+        with suppress(OSError):
+            sizes.append(os.path.getsize(listing.root / row.file) if row.part is None else row.part.length)
+    return round(sum(sizes) * len(listing.rows) / len(sizes)) if sizes else 0
 
 
 def _jobs(rows: Sequence[Row], root: Path, scratch: Path) -> list[Job]:

@@ -55,9 +55,8 @@ def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool 
     process before the others start. A source keeps its name in `stages.N.weights`.
 
     Args: training: whether `data.sources` are packed, besides `evaluation.sources`; pack: whether sources may be
-        packed now; if not, they must have been packed before.
-    Raises: DataError as `writer.pack_folder`, with the source, or if a source would have to be packed although `pack`
-        is False; StorageError if the folder cannot be written.
+        packed now; if not, those that were not packed before stay as they are.
+    Raises: DataError as `writer.pack_folder`, with the source; StorageError if the folder cannot be written.
     """
     packer = _Packer(Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute(), pack)
     if training:
@@ -75,7 +74,7 @@ def _packed(sources: Sequence[SourceConfig], packer: _Packer, key: str) -> list[
                 raise DataError(f"{source.path} is not a table, so remove {key}.{number}.table")
             found.append(packer.packed(source))
         except DataError as error:
-            raise DataError(f"{key}.{number}: {_in_run_file(str(error), f'{key}.{number}')}") from error
+            raise DataError(f"{key}.{number}: {in_run_file(str(error), f'{key}.{number}')}") from error
     return found
 
 
@@ -88,7 +87,7 @@ def packed_sources(sources: Sequence[SourceConfig], folder: Path) -> list[Source
     return [packer.packed(source) for source in sources]
 
 
-def _in_run_file(text: str, place: str) -> str:
+def in_run_file(text: str, place: str) -> str:
     """Replaces the options of `data pack` in a message by the keys of the source at `place`."""
     for option, key in _KEYS.items():
         text = text.replace(option, f"{place}.{key}")
@@ -121,26 +120,28 @@ class _Packer:
 
     place: Path
     pack: bool
-    _targets: dict[tuple[str, ReadOptions, float | None], Path] = field(default_factory=dict)
+    _targets: dict[tuple[str, ReadOptions, float | None], Path | None] = field(default_factory=dict)
 
     def packed(self, source: SourceConfig) -> SourceConfig:
-        """Returns the packed source, or `source` if it is shards. Raises: as `with_packed_sources`."""
+        """Returns the packed source, or `source` if it is shards or not packed. Raises: as `with_packed_sources`."""
         form = format_to_pack(source)
         if form is None:
             return source
         path = source.path if "://" in source.path else os.path.abspath(place_of(source))
         options = reading_options(source, form)
         wanted = path, options, source.hold_out
-        target = self._targets.get(wanted)
+        if wanted not in self._targets:
+            self._targets[wanted] = self._target(*wanted)
+        target = self._targets[wanted]
         if target is None:
-            target = self._targets[wanted] = self._target(*wanted)
+            return source
         # Packed labels of class folders are already class names.
         names = None if form == "classes" else source.class_names
         done = {"path": str(target), "name": source.label, "class_names": names, "table": None, "hold_out": None}
         return source.model_copy(update=done)
 
-    def _target(self, path: str, options: ReadOptions, hold_out: float | None) -> Path:
-        """Returns the folder of a packed source, and packs it if there is none."""
+    def _target(self, path: str, options: ReadOptions, hold_out: float | None) -> Path | None:
+        """Returns the folder of a packed source, and packs it if there is none; None if it may not be packed now."""
         listing = read_source(path, options)
         if hold_out is not None:
             check_splits(path, {row.split for row in listing.rows})
@@ -150,10 +151,7 @@ class _Packer:
         if _is_whole(target):
             _log.info("source %s is %s; it was packed before, and is read from %s", path, title, target)
         elif not self.pack:
-            raise DataError(
-                f"{path} is {title}, which a run packs when it starts; to see the plan of a run before, pack it with "
-                "`univitar-ds data pack`, and name the result as the source"
-            )
+            return None
         else:
             _log.info("source %s is %s; it is packed once, and then read from %s", path, title, target)
             _pack_into(target, path, listing, hold_out)

@@ -18,6 +18,7 @@ from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import UserError
 from univitar_ds.geometry import Modality
 from univitar_ds.planning.counts.batch import tokens_of_item
+from univitar_ds.planning.counts.unpacked import UnpackedShard, histograms_of
 from univitar_ds.planning.sizes import amount
 
 Histogram = Mapping[str, int]
@@ -29,14 +30,23 @@ _MOST_ITEMS = 10**15
 
 def source_lines(shards: Sequence[SourceShard], sources: Sequence[SourceConfig]) -> Iterator[str]:
     """Yields a line for each source: shards, bytes, and the samples of each modality if a manifest has them."""
-    for position, source in enumerate(sources):
-        own = [shard for shard in shards if len(sources) == 1 or shard.name.startswith(f"{position}:")]
+    by_source: dict[int, list[SourceShard]] = {}
+    for shard in shards:
+        by_source.setdefault(id(shard.watch), []).append(shard)
+    for source, own in zip(sources, by_source.values(), strict=False):  # none if a check of the sources failed
         counts: dict[str, int] = defaultdict(int)
         for shard in own:
             if shard.modality is not None and shard.expected is not None:
                 counts[shard.modality] += shard.expected
         known = ", ".join(f"{count:,} {modality}s" for modality, count in sorted(counts.items()))
         size = sum(shard.size for shard in own)
+        if isinstance(own[0], UnpackedShard):
+            assert own[0].survey is not None
+            yield (
+                f"{source.path}: {own[0].survey.title}, about {known}; the run packs them when it starts, into about "
+                f"{amount(size)} (from the listing and the headers of {len(own[0].survey.media)} files)"
+            )
+            continue
         known = known or "samples not counted (no manifest)"
         yield f"{source.path}: {len(own):,} shard{'s' if len(own) != 1 else ''}, {amount(size)}, {known}"
 
@@ -47,7 +57,9 @@ def expected_tokens(config: RunConfig, shards: Sequence[SourceShard]) -> dict[tu
     A stage and modality are absent if a source that the stage reads has no histogram.
     """
     settings = StorageSettings.of(config.data)
-    histograms = {source.label: _histograms(source, settings) for source in config.data.sources}
+    unpacked = histograms_of(shards)
+    packed = [source for source in config.data.sources if source.label not in unpacked]
+    histograms = unpacked | {source.label: _histograms(source, settings) for source in packed}
     found = {}
     for stage in config.stages:
         for modality in stage_modalities(stage):

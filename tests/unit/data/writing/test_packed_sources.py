@@ -86,8 +86,7 @@ def test_a_packed_folder_that_lost_a_part_is_repaired_from_its_source(tmp_path, 
     before = contents(folder)
     damaged = next(folder.glob("train-*.tar")) if "shard" in harm else folder / "manifest.json"
     damaged.unlink() if harm == "shard" else os.truncate(damaged, 100)
-    with pytest.raises(DataError, match="which a run packs when it starts"):
-        with_packed_sources(config, pack=False)
+    assert with_packed_sources(config, pack=False) == config
     assert source_of(with_packed_sources(config)).path == str(folder)
     assert contents(folder) == before
 
