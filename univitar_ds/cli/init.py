@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from univitar_ds.cli.common import add_command, add_storage, add_table, expand_place
@@ -90,7 +91,7 @@ def _init(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.tools.survey import survey
     from univitar_ds.drafting.draft import draft, is_measured, processes
-    from univitar_ds.drafting.machine import this_machine
+    from univitar_ds.drafting.machine import measured_core_flops, this_machine
 
     twice = next((source for source in arguments.sources if arguments.sources.count(source) > 1), None)
     if twice is not None:
@@ -101,6 +102,8 @@ def _init(arguments: argparse.Namespace) -> None:
     table = _table(arguments)
     surveys = [survey(source, settings, table) for source in arguments.sources]
     machine = this_machine().with_gpus(arguments.gpus)
+    if not machine.gpus:
+        machine = replace(machine, core_flops=measured_core_flops())
     text = draft(surveys, machine, size=arguments.size, hours=arguments.hours, s3=s3)
     show(text.removesuffix("\n"))
     if not is_measured(text):

@@ -21,8 +21,9 @@ from univitar_ds.data.tools.survey import Counts, Survey
 from univitar_ds.drafting.facts import Facts, facts_of
 from univitar_ds.drafting.lengths import Length, Stage, checkpoint_steps, length_of, stages_of, video_ratio
 from univitar_ds.drafting.machine import Machine
-from univitar_ds.drafting.sizes import Basis, basis_of, mean_of
+from univitar_ds.drafting.sizes import Basis, basis_of, mean_of, tokens_of_share, wanted_tokens
 from univitar_ds.drafting.text import text_of
+from univitar_ds.geometry import Modality
 from univitar_ds.planning.sizes import amount
 
 TEMPLATE = "a photo of a {}"
@@ -57,7 +58,7 @@ def draft(
         _data(basis, s3 or {}),
         _stages(basis, length, stages),
         _objective(basis),
-        [f"checkpoint: {{every_steps: {checkpoint_steps(basis, length)}}}  # five minutes, or a quarter of the run"],
+        _checkpoint(basis, length),
         _evaluation(basis),
     ]
     text = "".join(f"{_fitted(line)}\n" for lines in sections for line in lines)
@@ -113,7 +114,7 @@ def _head(basis: Basis, length: Length) -> Iterator[str]:
     yield f"# Machine: {machine.cores} cores, {amount(machine.memory)} of memory, {gpus}{assumed}."
     yield f"# Save it as run.yaml, then: univitar-ds train --config run.yaml --nproc {basis.budget.processes}"
     if not all(survey.packed for survey in facts.training):
-        yield "# The first start packs the files into runs/; --dry-run works then, or after `univitar-ds data pack`."
+        yield "# The first start packs the files into runs/; with --dry-run it only prints what it would do."
     yield f"name: {_quoted(run_name(facts.training[0].path))}  # its folder is runs/NAME; another name starts a new run"
     here = {
         "zero3_cpu": "fp32 on a CPU",
@@ -193,10 +194,11 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
     workers = max(1, min(8, int(cores) - 1))
     available = "there is 1 core" if cores == 1 else f"there are {cores:.3g} cores"
     yield f"  workers: {workers}  # decoding processes of each process, for which {available}"
-    per_lane = basis.facts.count(basis.modality) // budget.lanes
+    fewest: Modality = min(basis.modalities, key=basis.facts.count)
+    per_lane = basis.facts.count(fewest) // budget.lanes
     if per_lane < 2 * DataConfig.model_fields["pool_samples"].default:
         # A buffer of more than an epoch waits for its last samples, and packs before an epoch's end are not full.
-        yield f"  pool_samples: {max(1, per_lane // 2)}  # half of a lane's epoch, so that all packs are full"
+        yield f"  pool_samples: {max(1, per_lane // 2)}  # half of a lane's epoch of {fewest}s, so that packs are full"
     if s3:
         yield f"  s3: {{{', '.join(f'{key}: {_quoted(value)}' for key, value in s3.items())}}}"
 
@@ -265,6 +267,8 @@ def _budget_reason(basis: Basis, stage: Stage) -> str:
     pairs = max(1, round(basis.budget.tokens / mean))
     count = basis.facts.count(basis.modality)
     few = f", of {count:,}: an epoch has several steps" if pairs * basis.budget.lanes * 8 > count else ""
+    if basis.images and basis.videos and tokens_of_share(basis, "video") < wanted_tokens(basis):
+        few += f"; larger packs would not be full of {basis.facts.count('video'):,} videos"
     return f"about {pairs:,} {unit} a pack, so {pairs * basis.budget.lanes:,} a step{few}"
 
 
@@ -281,6 +285,11 @@ def _objective(basis: Basis) -> Iterator[str]:
     yield f"objective: {{kind: {kind}, same_caption_positive: true}}  # {why}; equal captions are no negatives"
 
 
+def _checkpoint(basis: Basis, length: Length) -> Iterator[str]:
+    every = checkpoint_steps(basis, length)
+    yield f"checkpoint: {{every_steps: {every}}}  # about five minutes or a quarter of the run, not just before its end"
+
+
 def _divided(evaluation: Sequence[tuple[Survey, str | None]]) -> Iterator[str]:
     """Yields comments on the samples that are held out."""
     held_out = sum(sum(survey.counts[split].values()) for survey, split in evaluation)
@@ -294,7 +303,7 @@ def _divided(evaluation: Sequence[tuple[Survey, str | None]]) -> Iterator[str]:
 
 def _evaluation(basis: Basis) -> Iterator[str]:
     facts: Facts = basis.facts
-    kinds = [kind for kind, used in (("image", basis.images), ("video", basis.videos)) if used]
+    kinds = basis.modalities
     usable = [
         (survey, split) for survey, split in facts.evaluation if any(survey.counts[split].get(kind) for kind in kinds)
     ]

@@ -13,8 +13,9 @@ ONE_STAGE = 10_000
 """Below this number of samples a run has one stage."""
 CPU_HOURS = 1.0
 """Maximum length of a run on a CPU, unless another is given."""
-_CORE_FLOPS, _GPU_FLOPS = 2e10, 1e14
-"""FLOP/s of a core (measured: `tiny` trains about 1,000 tokens a second on one) and of a GPU (assumed)."""
+_CORE_SHARE, _GPU_FLOPS = 0.55, 1e14
+"""Share of a core's speed in large matrix products with which `tiny` trains (measured: 0.58 in packs of 2,640 tokens,
+by the CPU time of all processes, so with decoding; less in small packs), and FLOP/s of a GPU (assumed)."""
 _WARMUP = 0.08
 _EPOCHS = ((100_000, 30), (1_000_000, 15), (10_000_000, 5), (100_000_000, 2))
 """Epochs by number of samples: small data needs many passes, and overfits after them."""
@@ -50,7 +51,7 @@ def length_of(basis: Basis, hours: float | None) -> Length:
     samples, rate = epochs * count, samples_per_second(basis)
     least = 4 * basis.budget.pairs
     limit = hours or (None if basis.on_gpu else CPU_HOURS)
-    takes = f"about {duration(samples / rate)}" + (" (assumed, not measured)" if basis.on_gpu else "")
+    takes = f"about {duration(samples / rate)}" + (" (assumed, not measured)" if basis.on_gpu else " on idle cores")
     if limit is None or samples <= limit * 3600 * rate:
         why = f"{epochs} epochs of {count:,} samples, {takes}; more epochs of little data overfit"
         return Length(max(samples, least), epochs, why)
@@ -65,16 +66,15 @@ def samples_per_second(basis: Basis) -> float:
     linear, square = cost_coefficients(basis.encoder)
     tokens = _mean_sample(basis)
     machine = basis.machine
-    speed = machine.gpus * _GPU_FLOPS if basis.on_gpu else machine.cores * _CORE_FLOPS
+    speed = machine.gpus * _GPU_FLOPS if basis.on_gpu else machine.cores * _CORE_SHARE * machine.core_flops
     repeated = 4 / 3 if basis.budget.lanes > basis.budget.processes or basis.budget.checkpointing else 1.0
     return speed / (repeated * (linear * tokens + square * tokens**2))
 
 
 def _mean_sample(basis: Basis) -> float:
     """Returns the expected tokens of a sample of any modality."""
-    kinds = [kind for kind, used in (("image", basis.images), ("video", basis.videos)) if used]
-    total = sum(basis.facts.count(kind) for kind in kinds)
-    return sum(basis.facts.count(kind) * mean_of(basis, kind) for kind in kinds) / total
+    total = sum(basis.facts.count(kind) for kind in basis.modalities)
+    return sum(basis.facts.count(kind) * mean_of(basis, kind) for kind in basis.modalities) / total
 
 
 def video_ratio(basis: Basis) -> float:
@@ -132,7 +132,12 @@ def _stage(
 
 
 def checkpoint_steps(basis: Basis, length: Length) -> int:
-    """Returns the steps between checkpoints: about five minutes or a quarter of the run, within 10 to 1,000 steps."""
+    """Returns the steps between checkpoints: about five minutes or a quarter of the run, within 10 to 1,000 steps.
+
+    The last one within the run is about half an interval before its end, where one more is written, so that this does
+    not wait for the other.
+    """
     seconds = basis.budget.pairs / samples_per_second(basis)
     steps = length.samples / basis.budget.pairs
-    return max(10, min(1000, round(300 / seconds), round(steps / 4)))
+    every = max(10.0, min(1000.0, 300 / seconds, steps / 4))
+    return max(1, round(steps / (max(0, round(steps / every - 0.5)) + 0.5)))

@@ -21,8 +21,12 @@ _PROCESS_BYTES = 1.5 * GB
 """Memory of a process and its decoding process before the model (measured on a CPU)."""
 _CAPTIONED_PAIRS = 40
 """Pairs of a step on a CPU, as in the recipe photos, whose results are measured."""
-_STEPS_PER_EPOCH = 4
-"""Minimum number of steps per epoch. With fewer, larger steps the same negatives would repeat."""
+_STEPS_PER_EPOCH = 5
+"""Minimum number of steps per epoch, and of packs of each modality in an epoch of a lane. With fewer, larger ones the
+same negatives would repeat, and packs would not be full, because a pack has each sample once (simulated: with 2, up to
+an eighth of the packs are less than 90 % full; with 4, 1 of 13,000, but more if lanes take turns with few tars)."""
+_SMALLER_PACKS = 1 / 3
+"""Minimum size of packs that are smaller for the sake of few videos, as a share of those without videos."""
 _LARGEST_STEP = 32_768
 """Pairs of a step in the full recipes."""
 
@@ -90,9 +94,17 @@ class Basis:
 
     @cached_property
     def videos(self) -> bool:
-        """Whether the run reads videos: only if there are enough for every lane, or no images."""
+        """Whether the run reads videos: only if they fill packs of about the size of those of images, or there are no
+        images."""
         count = self.facts.count("video")
-        return count > 0 and (count >= _STEPS_PER_EPOCH * processes_of(self) or not self.images)
+        if not self.images or count < _STEPS_PER_EPOCH * processes_of(self):
+            return count > 0 and not self.images
+        return tokens_of_share(self, "video") >= _SMALLER_PACKS * wanted_tokens(self)
+
+    @property
+    def modalities(self) -> list[Modality]:
+        """The modalities that the run reads."""
+        return [kind for kind, used in (("image", self.images), ("video", self.videos)) if used]
 
     @property
     def images(self) -> bool:
@@ -113,7 +125,7 @@ def basis_of(facts: Facts, machine: Machine, size: str | None) -> Basis:
 
 
 def processes_of(basis: Basis) -> int:
-    """Returns the number of processes: one for a GPU; on a CPU two, or more for many cores; at most a quarter of the
+    """Returns the number of processes: one for a GPU; on a CPU two, or more for many cores; at most a fifth of the
     samples."""
     cores = basis.machine.cores
     wanted = basis.machine.gpus or (min(2, cores) if cores < 16 else min(cores // 8, 8))
@@ -149,11 +161,15 @@ def video_frames(basis: Basis) -> int:
 
 
 def video_rule(basis: Basis) -> ResolutionConfig:
-    """Returns the size rule of videos over all their frames."""
+    """Returns the size rule of videos over all their frames, with a lower maximum for small videos."""
     if not basis.small:
-        return ResolutionConfig(min_tokens=576, max_tokens=5832, divisor_px=112)
-    cell = 28 if basis.on_gpu else 14
-    return ResolutionConfig(min_tokens=64, max_tokens=1024 if basis.on_gpu else 256, divisor_px=cell)
+        least, most, cell = 576, 5832, 112
+    else:
+        least, most, cell = (64, 1024, 28) if basis.on_gpu else (64, 256, 14)
+    seen = basis.facts.native_tokens("video", 0.95)
+    if seen is not None:
+        most = min(most, max(least, math.ceil(seen * basis.frames / TUBELET)))
+    return ResolutionConfig(min_tokens=least, max_tokens=most, divisor_px=cell)
 
 
 def mean_of(basis: Basis, modality: Modality) -> float:
@@ -169,6 +185,20 @@ def largest_item(basis: Basis) -> int:
     return max(rule.largest_item(frames) for rule, used, frames in rules if used)
 
 
+def tokens_of_share(basis: Basis, modality: Modality) -> float:
+    """Returns the tokens of a pack of which an epoch of a process has `_STEPS_PER_EPOCH`."""
+    share = max(1, basis.facts.count(modality) // _STEPS_PER_EPOCH) / processes_of(basis)
+    return share * mean_of(basis, modality)
+
+
+def wanted_tokens(basis: Basis) -> float:
+    """Returns the tokens of a pack that the images are enough for, or the videos if there are no images."""
+    mean = mean_of(basis, basis.modality)
+    on_gpu = 16_384.0 if basis.small else 32_768.0
+    wanted = on_gpu if basis.on_gpu else _CAPTIONED_PAIRS / processes_of(basis) * mean
+    return min(wanted, tokens_of_share(basis, basis.modality))
+
+
 def budget_of(basis: Basis) -> Budget:
     """Returns the budget of a pack and the lanes.
 
@@ -176,10 +206,8 @@ def budget_of(basis: Basis) -> Budget:
     """
     processes, mean = processes_of(basis), mean_of(basis, basis.modality)
     least = largest_item(basis)
-    most_pairs = max(1, basis.facts.count(basis.modality) // _STEPS_PER_EPOCH)
-    on_gpu = 16_384.0 if basis.small else 32_768.0
-    wanted = on_gpu if basis.on_gpu else _CAPTIONED_PAIRS / processes * mean
-    wanted = max(least, min(wanted, most_pairs / processes * mean))
+    wanted = min(wanted_tokens(basis), *(tokens_of_share(basis, modality) for modality in basis.modalities))
+    wanted = max(least, wanted)
     deepspeed, free = _states(basis, processes)
     per_token = _bytes_per_token(basis, every=0)
     checkpointing = wanted * per_token > free
@@ -193,7 +221,8 @@ def budget_of(basis: Basis) -> Budget:
     if basis.on_gpu and not basis.classifies:
         step = max(1, round(tokens / mean)) * processes
         target = min(_LARGEST_STEP, basis.facts.samples // 50)
-        lanes *= max(1, min(8, target // step))
+        packs = min(tokens_of_share(basis, modality) for modality in basis.modalities) / tokens
+        lanes *= max(1, min(8, target // step, int(packs)))
     return Budget(tokens, lanes, processes, checkpointing, mean, deepspeed)
 
 
