@@ -23,7 +23,7 @@ NEEDS = {
     "a cluster": r"\b(sbatch|enroot)\b|^--container-",
     "a bucket": r"s3://",
     "Docker": r"^docker ",
-    "the network": r"^hf download |facebook/|hub-model",
+    "the network": r"^hf download |facebook/|hub-model|^python3\.11 -m venv |^pip install ",
     "hours of CPU time": r"^python benchmarks/bench_recipe\.py ",
 }
 """What some commands need that no test has, with a pattern of these commands: they are checked here and not run."""
