@@ -149,6 +149,8 @@ def test_siglip_sees_rows_padded_to_full_length_with_its_own_padding(siglip, tmp
     pooled = tower(CAPTIONS, LENGTHS)
     assert pooled.shape == (3, tower.width) == (3, 24)
     assert_sums_close(pooled, wanted, TERMS)
+    alone = siglip.text_model(input_ids=padded[:1, :4]).pooler_output
+    assert (alone - wanted[:1]).norm() > 0.1 * wanted[:1].norm(), "tokens attend to padding, so it cannot be left out"
     assert tower(CAPTIONS[:0], LENGTHS[:0]).shape == (0, 24)
 
 
