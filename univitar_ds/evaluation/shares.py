@@ -59,10 +59,11 @@ def _rows(own: Tensor, counts: Sequence[int], world: World) -> Tensor | None:
         sent = torch.zeros(min(step, most - begin), own.shape[1], device=world.device)
         some = own[begin : begin + len(sent)]
         sent[: len(some)].copy_(some)
-        received = [torch.empty_like(sent) for _ in counts] if world.is_main else None
-        dist.gather(sent, received, dst=0)
-        for part, rows, count in zip(parts, received or [], counts, strict=False):
-            part.append(rows[: max(0, count - begin)].cpu())
+        received = sent.new_empty(world.size if world.is_main else 0, *sent.shape)
+        dist.gather(sent, list(received) if world.is_main else None, dst=0)
+        # On a GPU one copy for all ranks, since the host waits for each.
+        for part, rows, count in zip(parts, received.cpu(), counts, strict=False):
+            part.append(rows[: max(0, count - begin)])
     return torch.cat([rows for part in parts for rows in part]) if world.is_main else None
 
 

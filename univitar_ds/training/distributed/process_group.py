@@ -161,11 +161,12 @@ def gather_json_to_main(value: Any, world: World) -> list[Any] | None:
     data = _encoded(value, world)
     lengths = _lengths(data, world)
     padded = _padded(data, max(lengths))
-    rows = [torch.empty_like(padded) for _ in lengths] if world.is_main else None
-    dist.gather(padded, rows, dst=0)
-    if rows is None:
+    received = padded.new_empty(world.size if world.is_main else 0, len(padded))
+    dist.gather(padded, list(received) if world.is_main else None, dst=0)
+    if not world.is_main:
         return None
-    return [_decoded(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+    # On a GPU one copy for all ranks, since the host waits for each.
+    return [_decoded(row[:length]) for row, length in zip(received.cpu(), lengths, strict=True)]
 
 
 def broadcast_json(value: Any, world: World) -> Any:
@@ -186,12 +187,15 @@ def scatter_json(values: Sequence[Any] | None, world: World) -> Any:
     ranks."""
     if world.size == 1:
         return values[0]
-    encoded = [_encoded(value, world) for value in values] if world.is_main else []
+    encoded = [json.dumps(value).encode() for value in values] if world.is_main else []
     lengths = torch.tensor([len(data) for data in encoded] or [0] * world.size, device=world.device)
     dist.broadcast(lengths, src=0)
     lengths = lengths.tolist()
     mine = torch.empty(max(lengths), dtype=torch.uint8, device=world.device)
-    dist.scatter(mine, [_padded(data, max(lengths)) for data in encoded] or None, src=0)
+    content = bytearray(b"".join(data.ljust(len(mine)) for data in encoded))
+    # On a GPU one copy for all ranks, since the host waits for each.
+    parts = torch.frombuffer(content, dtype=torch.uint8).to(world.device).split(len(mine)) if encoded else None
+    dist.scatter(mine, None if parts is None else list(parts), src=0)
     return _decoded(mine[: lengths[world.rank]])
 
 

@@ -352,8 +352,8 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Returns the optimizer's state without tensors: the number of updates and the settings of the groups."""
-        state = self._optimizer.optimizer.state
-        updates = {float(state[flat]["step"]) + group["began"] for flat, group in self._masters_and_groups()}
+        groups = [group for _, group in self._masters_and_groups()]
+        updates = {count + group["began"] for count, group in zip(self._counted(), groups, strict=True)}
         assert len(updates) == 1, f"parameter groups disagree on the number of updates: {updates}"
         groups = [settings(group) for group in self._optimizer.param_groups]
         return {"updates": updates.pop(), "groups": groups, "global_steps": self.global_steps}
@@ -445,8 +445,11 @@ class Engine:
         self.module.exact = dict(zip(self._exact, values.split(1), strict=True))
 
     def _counted(self) -> list[float]:
-        """Returns the number of Adam's updates of each master tensor, which is read from the device."""
-        return [float(self._optimizer.optimizer.state[flat]["step"]) for flat, _ in self._masters_and_groups()]
+        """Returns the number of Adam's updates of each master tensor. Waits for the device once."""
+        steps = [self._optimizer.optimizer.state[flat]["step"] for flat, _ in self._masters_and_groups()]
+        devices = {step.device for step in steps}  # groups that are not fused count on the host
+        read = {at: iter(torch.stack([step for step in steps if step.device == at]).tolist()) for at in devices}
+        return [next(read[step.device]) for step in steps]
 
     def _make_moments(self) -> None:
         """Creates the optimizer's state. Adam creates it at the first update, but a checkpoint may be loaded or saved

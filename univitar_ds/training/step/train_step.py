@@ -188,7 +188,7 @@ def not_finite(loss: float, lr: float) -> str:
 def _suspects(outputs: Sequence[Sequence[Tensor]]) -> list[int]:
     """Returns the positions of the items whose embeddings are not finite. Synchronizes with the device."""
     finite = [torch.isfinite(vision).all(1) & torch.isfinite(text).all(1) for vision, text, *_ in outputs]
-    return (~torch.cat(finite)).nonzero()[:, 0].tolist()
+    return (~torch.cat(finite)).cpu().nonzero()[:, 0].tolist()  # the number of rows would be another wait
 
 
 def encoded_before_first(packs: int) -> int:
