@@ -56,3 +56,9 @@ def test_what_a_gpu_does_is_done_and_small_values_from_the_host_stay_known(answe
 @pytest.mark.parametrize("name", WAITS)
 def test_a_wait_is_recorded_and_nothing_else_is(answers, name):
     assert answers[name]["waits"] == WAITS[name]
+
+
+@pytest.mark.parametrize(("loss_of", "kernels"), [("sigmoid_loss", 4), ("softmax_loss", 7)])
+def test_a_chunk_of_texts_takes_few_kernels(answers, loss_of, kernels):
+    """Two matrix products of the gradients, one of the logits, and the loss; softmax has normalizers too."""
+    assert answers[loss_of]["kernels_of_a_chunk"] == kernels

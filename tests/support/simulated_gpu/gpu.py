@@ -5,7 +5,7 @@ error as on a GPU. It records where the host waits for the device, the collectiv
 
 Small tensors that come from the host keep their values (`_Storage.values`), so that counts, flags and messages between
 ranks are correct: all ranks of the fake process group are assumed to do what this one does. For other tensors, the host
-reads 1 in floating-point numbers, and 0 in integers and flags.
+reads `SimulatedGPU.unknown` in floating-point numbers, and 0 in integers and flags.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-KNOWN_BYTES = 1 << 18
-"""Tensors up to this size keep their values."""
+KNOWN_BYTES = 1 << 22
+"""Tensors up to this size keep their values: messages of 256 ranks to one fit."""
 UNKNOWN_RESULT = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided)
 WRITES_ALL = (aten.zero_, aten.fill_, aten.copy_)
 OWN_FILES = ("/univitar_ds/", "/kernels/", "/deepspeed/", "/transformers/", "/tests/simulated_gpu/")
@@ -65,6 +65,8 @@ class SimulatedGPU(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.phase = "build"
+        self.unknown = 1.0
+        """What the host reads from floating-point tensors whose values are not known."""
         self.live: Counter[str] = Counter()
         self._storages: dict[int, _Storage] = {}
         self.reset()
@@ -98,11 +100,12 @@ class SimulatedGPU(TorchDispatchMode):
         self.record.waits[f"{kind} {_place()}"] += 1
 
     def host(self, tensor: Tensor) -> Tensor:
-        """Returns the values of a tensor of the device as a new tensor on the host; 1 or 0 if they are not known."""
+        """Returns the values of a tensor of the device as a new tensor on the host; `unknown` or 0 if they are not
+        known."""
         known = self._known(tensor)
         if known is not None:
             return known.clone()
-        return torch.full(tensor.shape, 1 if tensor.is_floating_point() else 0, dtype=tensor.dtype)
+        return torch.full(tensor.shape, self.unknown if tensor.is_floating_point() else 0, dtype=tensor.dtype)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,11 +215,13 @@ class SimulatedGPU(TorchDispatchMode):
         made = [leaf for leaf in results if leaf.device.type == "cuda" and leaf.untyped_storage()._cdata not in old]
         for leaf in made:
             self._storage(leaf)
+        names = [argument.name for argument in function._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}  # `out` is a keyword
         written = [
             leaf
-            for argument, value in zip(function._schema.arguments, args, strict=False)
+            for argument in function._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
-            for leaf in tree_leaves(value)
+            for leaf in tree_leaves(given.get(argument.name))
             if isinstance(leaf, FakeTensor)
         ]
         if made or written:

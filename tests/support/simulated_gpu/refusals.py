@@ -1,4 +1,5 @@
-"""A program that tries wrong and correct uses of a simulated GPU, and prints the results as one JSON object."""
+"""A program that tries wrong and correct uses of a simulated GPU, and prints the results as one JSON object. It also
+counts the kernels of the contrastive losses."""
 
 from __future__ import annotations
 
@@ -68,7 +69,28 @@ def main() -> None:
                 attempt(f"{name}, bounds in int64", partial(flash, q, k, v, **{**right, "cu_seqlens_q": bounds.long()}))
                 longest = {**right, "max_seqlen_q": counts.max()}
                 attempt(f"{name}, longest on the device", partial(flash, q, k, v, **longest))
+        answers |= kernels_of_losses(gpu)
     print(json.dumps(answers))
+
+
+def kernels_of_losses(gpu: SimulatedGPU) -> dict[str, Any]:
+    """Returns by loss the kernels that each chunk of texts adds, and the bytes at the peak with 2 and 6 chunks."""
+    from univitar_ds.objectives.sigmoid import sigmoid_loss
+    from univitar_ds.objectives.softmax import softmax_loss
+
+    width, chunk = 96, 128
+    found = {}
+    scale, bias = (torch.ones(1, device="cuda") for _ in range(2))
+    for loss_of in (sigmoid_loss, softmax_loss):
+        kernels, peaks = [], []
+        for size in (chunk * 2 // 8, chunk * 6 // 8):
+            vision, text = (torch.empty(size, width, device="cuda") for _ in range(2))
+            before, record = gpu.live.total(), gpu.reset()
+            loss_of(vision, text, scale, bias, torch.arange(size), chunk=chunk, same_caption_positive=True)
+            kernels.append(record.launches.total())
+            peaks.append(sum(record.peak.values()) - before)
+        found[loss_of.__name__] = {"kernels_of_a_chunk": (kernels[1] - kernels[0]) / 4, "peaks": peaks}
+    return found
 
 
 if __name__ == "__main__":
