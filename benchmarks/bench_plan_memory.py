@@ -4,12 +4,12 @@
 
 A case trains for two steps with the real engine, losses and both towers, on drawn packs without a loader, in one or two
 processes (`plan_memory_rank.py`). `measured_gb` is the peak resident memory since the engine was
-built, minus the memory of the process after a step of a small model, which has imported and compiled everything; of two
-ranks the larger one. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are 64 KiB, so that glibc returns freed memory
+built, minus the memory of the process after a step of a small model, which has imported and compiled everything
+(`subtracted_gb`); of two ranks the larger one. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are 64 KiB, so that glibc returns freed memory
 at once: otherwise the peak would include freed blocks. `foreseen_gb` is the prediction of `planning.memory`, in which
 no number was fitted to these measurements.
-The case without an engine runs the model forward and backward once, with weights and gradients in bf16: AdamW's states
-of 0.6B would take 12 GB. Rows replace those of the same cases in results/bench_plan_memory.csv.
+The case without an engine runs the model forward and backward once, with weights and gradients in bf16. The largest
+case with an engine, 0.6B, takes 15 GB. Rows replace those of the same cases in results/bench_plan_memory.csv.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "0.3B, every block recomputed": {
         "encoder": "0.3b", "tokens": 256, "sub_group": 50_000_000, "recompute": 1, "steps": 1,
     },
+    "0.6B": {"encoder": "0.6b", "tokens": 256, "sub_group": 50_000_000},
     "0.6B, bf16, no engine": {"encoder": "0.6b", "tokens": 512, "bf16": True, "zero": None},
 }  # fmt: skip
 
@@ -123,6 +124,7 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
             "case": name,
             **{key: case[key] for key in ("zero", "ranks", "packs", "recompute", "bf16", "tokens")},
             "parameters_m": rounded(seen["parameters"] / 1e6),
+            "subtracted_gb": rounded(seen["imports"] / 1e9),
             "measured_gb": rounded(seen["peak"] / 1e9),
             "foreseen_gb": rounded(plan.bytes / 1e9),
             "error_pct": round(100 * (plan.bytes / seen["peak"] - 1), 1),
