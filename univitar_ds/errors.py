@@ -90,8 +90,12 @@ _REMEDIES = {
     errno.ETIMEDOUT: "check the disk and its connection",
     errno.ENOTCONN: "check the disk and its connection",
     errno.EREMOTEIO: "check the disk and its connection",
+    errno.ESHUTDOWN: "check the disk and its connection",
+    errno.EHOSTDOWN: "check the disk and its connection",
 }
-_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
+_TRANSIENT = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.EHOSTDOWN,
+}  # fmt: skip
 """What network file systems return while a server is down or fails over."""
 
 

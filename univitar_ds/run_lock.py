@@ -11,7 +11,6 @@ compare the modification time of this file with that of a new file, so that only
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -145,9 +144,7 @@ class RunLock:
         try:
             with open(self._path(self.number), "rb") as file:  # opening a file makes NFS read its state from the server
                 record = _parsed(file.read())
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
+        except FileNotFoundError:  # only another launch removes it
             record = {}
         if record.get("token") != self._record["token"] or os.path.exists(self._path(self.number + 1)):
             raise LockLost(

@@ -1,5 +1,7 @@
 """Checkpoints on S3: a run that is interrupted and resumed with a faulty store equals the uninterrupted run."""
 
+import errno
+import json
 import os
 
 import pytest
@@ -10,7 +12,7 @@ from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.s3 import BUCKET, ENVIRONMENT, faulty, s3_server, some_of
 from tests.support.shards import write_demo_shards
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CHECKPOINTS
+from univitar_ds.config.run_folder import CHECKPOINTS, METRICS
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.checkpoint.store import store_of
@@ -45,18 +47,18 @@ def config_of(shards, output, url=None, endpoint=None):
 def trained(run, last=None):
     """Trains as one rank. Returns the result or the error of the run. `last`: the step at which its log fails."""
     from univitar_ds.data.storage import retry
-    from univitar_ds.training.logging import writers
+    from univitar_ds.training.logging.kept_log import JsonLines
 
     os.environ.update(ENVIRONMENT)
     retry.FIRST_PAUSE_S = 0.005
-    append = writers.append_line
+    append = JsonLines.append
 
-    def failing(file, line):
-        if last is not None and line.get("step") == last and "lr" in line:
-            raise OSError(5, "Input/output error")
-        append(file, line)
+    def failing(log, line):
+        if last is not None and log.path.name == METRICS and json.loads(line)["step"] == last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(log, line)
 
-    writers.append_line = failing
+    JsonLines.append = failing
     try:
         return train_rank(run)
     except UserError as error:

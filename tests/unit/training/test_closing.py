@@ -1,7 +1,6 @@
 """The end of a run after an error: everything is closed, and the user sees that error."""
 
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +8,13 @@ import torch
 
 from tests.support.runs import small_config
 from univitar_ds.config.model import ModelConfig, ObjectiveConfig
-from univitar_ds.config.run_folder import METRICS
 from univitar_ds.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig
 from univitar_ds.config.watch import WatchdogConfig
 from univitar_ds.errors import CheckpointError, DataError, StorageError
 from univitar_ds.training import loop
 from univitar_ds.training.distributed.process_group import World
 from univitar_ds.training.logging import run_logs, writers
+from univitar_ds.training.logging.kept_log import JsonLines
 from univitar_ds.training.logging.writers import MetricLog
 from univitar_ds.training.step.curriculum import Progress
 
@@ -29,6 +28,9 @@ class Part:
         self.broken, self.closings = broken, 0
 
     def add_text(self, *given):
+        pass
+
+    def flush(self):
         pass
 
     def close(self):
@@ -54,32 +56,12 @@ def test_an_error_that_occurs_only_in_closing_is_raised():
         pass
 
 
-class BrokenFile(Part):
-    """An open file."""
-
-    def __init__(self, file, broken):
-        super().__init__(broken)
-        self.file = file
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def close(self):
-        self.file.close()
-        super().close()
-
-
 @pytest.mark.parametrize("broken", ["file", "board", "tracker"])
 def test_all_parts_of_a_log_are_closed_if_one_cannot_be(tmp_path, monkeypatch, broken):
     parts = {name: Part(broken=name == broken) for name in ("board", "tracker")}
 
-    def opened(path, mode="r", *given, real=Path.open, **named):
-        file = real(path, mode, *given, **named)
-        if (path.name, mode) == (METRICS, "a"):
-            file = parts["file"] = BrokenFile(file, broken == "file")
-        return file
-
-    monkeypatch.setattr(Path, "open", opened)
+    parts["file"] = Part(broken=broken == "file")
+    monkeypatch.setattr(JsonLines, "close", lambda log, real=JsonLines.close: real(log) or parts["file"].close())
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: parts["board"])
     monkeypatch.setattr(writers, "open_trackers", lambda cfg, run: [parts["tracker"]])
     log = MetricLog(small_config(tmp_path, tmp_path, logging={"tensorboard": True}), tmp_path, Progress())

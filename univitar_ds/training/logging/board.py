@@ -6,7 +6,8 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from univitar_ds.config.run_folder import BOARD, METRICS
 from univitar_ds.extras import extra
+from univitar_ds.training.logging.kept_log import KeptLog
 
 GROUPS = (
     ("loss", r"loss(_.+)?|teacher_agreement"),
@@ -27,6 +29,8 @@ GROUPS = (
 """Groups of metrics with a pattern of their names."""
 EVALUATED, OF_TRAINED = "eval", "eval/trained"
 """Groups of evaluation figures: of the weights that are exported, and, if those are an average, of the trained ones."""
+POINT_BYTES = 200
+"""Bytes that a point takes while it is kept, about."""
 RESTING = (0.0, 1.0)
 """A metric that has had only one of these values, such as 0 bad samples, is not drawn."""
 
@@ -63,25 +67,24 @@ def code_block(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-class Board:
+class Board(KeptLog):
     """TensorBoard's files of a run, in its folder `tb`."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, check: Callable[[], None] = lambda: None) -> None:
         """Opens an event file that continues after `step`. TensorBoard no longer shows later points of earlier
-        files."""
-        with extra("train"):
-            from torch.utils.tensorboard import SummaryWriter
-
+        files. Args: check: see `KeptLog`."""
+        super().__init__(run / BOARD, "points", check)
         self._moving = _moving(run / METRICS, step)
         self._resting: dict[str, tuple[int, float]] = {}
         self._step = step
-        self._board = SummaryWriter(str(run / BOARD), purge_step=step + 1)
+        self._board: Any = _opened(self.path, step + 1)
         _quiet()
 
     def scalars(self, line: Mapping[str, Any]) -> None:
         """Writes the numbers of a line of metrics. A metric whose first value is one of RESTING is drawn once it
         changes."""
         step = self._step = line["step"]
+        points: list[tuple[str, float, int]] = []
         for name, value in numbers(line).items():
             if name not in self._moving:
                 before, first = self._resting.setdefault(name, (step, value))
@@ -90,30 +93,61 @@ class Board:
                 del self._resting[name]
                 self._moving.add(name)
                 if before < step:
-                    self._board.add_scalar(name, first, before)
-            self._board.add_scalar(name, value, step)
+                    points.append((name, first, before))
+            points.append((name, value, step))
+        self._write(step, lambda board: [board.add_scalar(*point) for point in points], POINT_BYTES * len(points))
 
     def points(self, values: Mapping[str, float], step: int) -> None:
         """Writes values by their names with groups."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        named = dict(values)
+        self._write(
+            step,
+            lambda board: [board.add_scalar(name, value, step) for name, value in named.items()],
+            POINT_BYTES * len(named),
+        )
 
     def text(self, name: str, text: str, step: int) -> None:
         """Writes a text in Markdown."""
-        self._board.add_text(name, text, step)
+        self._write(step, lambda board: board.add_text(name, text, step), len(text))
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Writes an image."""
-        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        pixels = np.asarray(image)
+        self._write(step, lambda board: board.add_image(name, pixels, step, dataformats="HWC"), pixels.nbytes)
 
     def close(self) -> None:
         """Writes the values that never changed as a text, and closes the file."""
         try:
             if self._resting:
                 table = "".join(f"| {name} | {value:g} |\n" for name, (_, value) in sorted(self._resting.items()))
-                self._board.add_text("unchanged", f"| metric | value |\n|---|---|\n{table}", self._step)
+                self.text("unchanged", f"| metric | value |\n|---|---|\n{table}", self._step)
+            super().close()
         finally:
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
+
+    def _write(self, step: int, call: Callable[[Any], object], size: int) -> None:
+        self._add((step, call), size)
+
+    def _put(self, entries: list[tuple[int, Callable[[Any], object]]]) -> None:
+        if self._board is None:  # in a further file, since the earlier one may end within an entry
+            self._board = _opened(self.path, min(step for step, _ in entries))
+        try:
+            for _, call in entries:
+                call(self._board)
+            self._board.flush()
+        except OSError:
+            board, self._board = self._board, None
+            with suppress(OSError):
+                board.close()
+            raise
+
+
+def _opened(folder: Path, purge_step: int) -> Any:
+    with extra("train"):
+        from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _moving(metrics: Path, step: int) -> set[str]:

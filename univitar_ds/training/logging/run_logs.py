@@ -15,7 +15,7 @@ from univitar_ds.errors import UserError, writing
 from univitar_ds.geometry import Modality
 from univitar_ds.run_lock import still_ours
 from univitar_ds.training.distributed.process_group import World, all_ranks_or_none
-from univitar_ds.training.logging.writers import MetricLog, SampleLog, cut_sample_logs, write_events
+from univitar_ds.training.logging.writers import EventLog, MetricLog, SampleLog, cut_sample_logs
 from univitar_ds.training.step.curriculum import Progress
 from univitar_ds.training.step.feature_snapshot import FeatureSnapshot
 from univitar_ds.viz.training_images import draw_pack
@@ -42,12 +42,14 @@ class RunLogs:
     """The logs of one rank: all logs on rank 0, only the sample log on other ranks. The logs are closed until `open`.
 
     An error while writing a log is not raised immediately, since other ranks would wait for this rank. It is kept
-    until all ranks call `raise_unwritten` in `all_ranks_or_none`.
+    until all ranks call `raise_unwritten` in `all_ranks_or_none`. An error that passes by itself is none: the log keeps
+    what it could not write (`KeptLog`).
     """
 
     def __init__(self, cfg: RunConfig, run: Path, world: World) -> None:
         self.unwritten: Exception | None = None
         self._cfg, self._run, self._world = cfg, run, world
+        self._events: EventLog | None = None
         self._metrics: MetricLog | None = None
         self._samples: SampleLog | None = None
         self._schedule: ImageSchedule | None = None
@@ -64,7 +66,8 @@ class RunLogs:
             if self._world.is_main:
                 still_ours(self._run)
                 cut_sample_logs(self._run, progress.step, keep_as=keep_as)
-                write_events(self._run, events)
+                self._events = EventLog(self._run)
+                self._events.write(events)
                 self._metrics = MetricLog(cfg, self._run, progress)
                 if cfg.logging.tensorboard:
                     self._schedule = ImageSchedule(cfg.logging.images_every_steps, progress.step)
@@ -73,8 +76,8 @@ class RunLogs:
 
     def close(self) -> None:
         """Closes the logs; can be called again. An error while closing is raised by `raise_unwritten`."""
-        logs = (self._metrics, self._samples)
-        self._metrics = self._samples = self._schedule = None
+        logs = (self._events, self._metrics, self._samples)
+        self._events = self._metrics = self._samples = self._schedule = None
         with ExitStack() as closing:
             for log in logs:
                 if log is not None:
@@ -88,7 +91,7 @@ class RunLogs:
     def write_event(self, events: Sequence[dict[str, Any]]) -> None:
         """Writes the last of `events`. They are all events of the run, since events.jsonl is rewritten as a whole."""
         if self._metrics is not None:
-            self._write(lambda: write_events(self._run, events))
+            self._write(lambda: self._events.write(events))
             self._write(lambda: self._metrics.mark(events[-1]))
 
     def write_samples(self, step: int, batches: Sequence[PackedBatch]) -> None:
@@ -104,6 +107,7 @@ class RunLogs:
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Writes the result of `Window.line`."""
         if self._metrics is not None:
+            self._write(self._events.flush)
             self._write(lambda: self._metrics.write(line))
 
     def write_evaluation(self, line: dict[str, Any], text: str) -> None:
@@ -138,7 +142,6 @@ class RunLogs:
 
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
-            still_ours(self._run, recently=True)
             with writing(self._run):
                 write()
         except (OSError, UserError) as error:

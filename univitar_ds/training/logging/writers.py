@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
 
@@ -17,9 +17,10 @@ from univitar_ds.config.load import dumped
 from univitar_ds.config.run_folder import EVENTS, METRICS
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.errors import writing
+from univitar_ds.run_lock import still_ours
 from univitar_ds.screen import has_terminal
 from univitar_ds.training.logging.board import EVALUATED, Board, code_block, numbers, results
+from univitar_ds.training.logging.kept_log import JsonLines, KeptLog
 from univitar_ds.training.logging.progress import Pace, ProgressLine, steps_text
 from univitar_ds.training.logging.trackers import open_trackers, without_credentials
 from univitar_ds.training.step.curriculum import Progress
@@ -44,12 +45,13 @@ class MetricLog:
         self._first = True
         """Whether no step has been done since the files were opened."""
         with ExitStack() as opened:
-            self._file = _open_after(run / METRICS, progress.step)
+            _cut_after(run / METRICS, progress.step)
+            self._lines = JsonLines(run / METRICS, ours(run))
+            opened.callback(self._lines.close)
             self._evaluated = _last_evaluated(run / METRICS)
-            opened.callback(self._file.close)
             self._board = None
             if cfg.logging.tensorboard:
-                self._board = Board(run, progress.step)
+                self._board = Board(run, progress.step, ours(run))
                 opened.callback(self._board.close)
                 self._board.text(
                     "config", code_block(without_credentials(dumped(cfg.model_dump(mode="json")))), progress.step
@@ -69,7 +71,7 @@ class MetricLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes a line to metrics.jsonl (with all digits), TensorBoard, trackers, and the status line or the log."""
-        append_line(self._file, line)
+        self._lines.append(json.dumps(line))
         if self._board is not None:
             self._board.scalars(line)
         for tracker in self._trackers:
@@ -94,7 +96,7 @@ class MetricLog:
 
         An evaluation that is repeated after a resume gets no second line in metrics.jsonl."""
         if line["step"] != self._evaluated:
-            append_line(self._file, line)
+            self._lines.append(json.dumps(line))
             self._evaluated = line["step"]
         values = {name: value for name, value in line.items() if name.startswith(f"{EVALUATED}/")}
         if self._board is not None:
@@ -127,7 +129,7 @@ class MetricLog:
                 closing.callback(self._line.close)
             if self._board is not None:
                 closing.callback(self._board.close)
-            closing.callback(self._file.close)
+            closing.callback(self._lines.close)
 
 
 def write_results(cfg: RunConfig, run: Path, figures: Sequence[Mapping[str, Any]], table: str, step: int) -> None:
@@ -142,7 +144,7 @@ def write_results(cfg: RunConfig, run: Path, figures: Sequence[Mapping[str, Any]
             closing.callback(tracker.close)
             tracker.log(values, step)
         if cfg.logging.tensorboard:
-            board = Board(run, step)
+            board = Board(run, step, ours(run))
             closing.callback(board.close)
             board.points(values, step)
             board.text("eval/results", code_block(table), step)
@@ -152,16 +154,37 @@ class SampleLog:
     """samples-rank*.jsonl: the keys of the samples of each step, per lane of this rank."""
 
     def __init__(self, run: Path, rank: int) -> None:
-        self._file = (run / f"samples-rank{rank}.jsonl").open("a", encoding="utf-8")
+        """Opens the file for appending. Raises: OSError."""
+        self._lines = JsonLines(run / f"samples-rank{rank}.jsonl", ours(run))
 
     def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
         """Writes a line for each pack of a step."""
         for batch in batches:
-            append_line(self._file, {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys})
+            line = {"step": step, "lane": batch.lane, "modality": batch.modality, "keys": batch.keys}
+            self._lines.append(json.dumps(line))
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        self._lines.close()
+
+
+class EventLog(KeptLog):
+    """events.jsonl: stages that began, skipped updates, rollbacks, slow ranks, failed evaluations and saves.
+
+    The file is written as a whole with each event, so only the last content is kept while it cannot be written."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run / EVENTS, "events", ours(run))
+
+    def write(self, events: Sequence[dict[str, Any]]) -> None:
+        """Writes all events of the run. Raises: as `KeptLog.flush`."""
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        self._kept.clear()
+        self._bytes = 0
+        self._add(text, len(text))
+
+    def _put(self, entries: list[str]) -> None:
+        replace_text(self.path, entries[-1])
 
 
 def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None:
@@ -174,7 +197,13 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
             with path.open("rb") as old, (run / path.name.replace("samples", keep_as, 1)).open("ab") as kept:
                 old.seek(_end_of(path, step))
                 kept.writelines(line for line in old if step < _step_of(line) < float("inf"))
-        _open_after(path, step).close()
+        _cut_after(path, step)
+
+
+def ours(run: Path) -> Callable[[], None]:
+    """Returns a function that raises LockLost if another launch has taken over the run, and OSError if that is not
+    known."""
+    return lambda: still_ours(run, recently=True)
 
 
 def mfu_text(line: dict[str, Any]) -> str:
@@ -217,16 +246,10 @@ def _save_text(event: dict[str, Any]) -> str:
     )
 
 
-def write_events(run: Path, events: Sequence[dict[str, Any]]) -> None:
-    """Writes events.jsonl: stages that began, skipped updates, rollbacks, slow ranks, failed evaluations and saves."""
-    replace_text(run / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
-
-
-def _open_after(path: Path, step: int) -> TextIO:
-    """Opens a file of JSON lines for appending after `step`. Removes later lines and a line truncated by a crash."""
+def _cut_after(path: Path, step: int) -> None:
+    """Removes the lines after `step` from a file of JSON lines, and a line truncated by a crash."""
     if path.exists():
         os.truncate(path, _end_of(path, step))
-    return path.open("a", encoding="utf-8")
 
 
 def _last_evaluated(path: Path) -> int | None:
@@ -264,10 +287,3 @@ def _step_of(line: bytes) -> float:
         return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def append_line(file: TextIO, line: dict[str, Any]) -> None:
-    """Appends a line of JSON and flushes it. Raises: StorageError if the file cannot be written."""
-    with writing(file.name):
-        file.write(json.dumps(line) + "\n")
-        file.flush()
