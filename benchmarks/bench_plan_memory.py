@@ -3,13 +3,13 @@
     python -m benchmarks.bench_plan_memory [--cases NAME ...]
 
 A case trains for two steps with the real engine, losses and both towers, on drawn packs without a loader, in one or two
-processes (`plan_memory_rank.py`). `measured_gb` is the peak resident memory since the engine was
-built, minus the memory of the process after a step of a small model, which has imported and compiled everything
-(`subtracted_gb`); of two ranks the larger one. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are 64 KiB, so that glibc returns freed memory
-at once: otherwise the peak would include freed blocks. `foreseen_gb` is the prediction of `planning.memory`, in which
-no number was fitted to these measurements.
-The case without an engine runs the model forward and backward once, with weights and gradients in bf16. The largest
-case with an engine, 0.6B, takes 15 GB. Rows replace those of the same cases in results/bench_plan_memory.csv.
+processes (`plan_memory_rank.py`). `measured_gb` is the peak resident memory since the engine was built, minus the
+memory of the process after a step of a small model, which has imported and compiled everything (`subtracted_gb`); of
+two ranks the larger one. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are 64 KiB, so that glibc returns freed
+memory at once: otherwise the peak would include freed blocks. `foreseen_gb` is the prediction of `planning.memory`, in
+which no number was fitted to these measurements. The case without an engine runs the model forward and backward once,
+with weights and gradients in bf16. The largest case with an engine, 0.6B, takes 15 GB. Rows replace those of the same
+cases in results/bench_plan_memory.csv.
 """
 
 from __future__ import annotations

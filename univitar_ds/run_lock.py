@@ -133,7 +133,7 @@ class RunLock:
             _known[os.path.realpath(self.run)] = self
 
     def check(self, *, recently: bool = False) -> None:
-        """Raises: LockLost if another launch has taken the run over.
+        """Raises: LockLost if another launch has taken the run over; StorageError if that cannot be read.
 
         Args: recently: whether to skip the check if the last one was less than `RECENT_S` ago, including time during
             which the machine was suspended.
@@ -141,8 +141,9 @@ class RunLock:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         if not self.number or (recently and now - self._seen < RECENT_S):
             return
+        path = self._path(self.number)
         try:
-            with open(self._path(self.number), "rb") as file:  # opening a file makes NFS read its state from the server
+            with writing(path, "read"), open(path, "rb") as file:  # opening makes NFS read the state from the server
                 record = _parsed(file.read())
         except FileNotFoundError:  # only another launch removes it
             record = {}

@@ -1,5 +1,6 @@
 """The lock of a run's folder, between real processes."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.progress import wait_until
 from univitar_ds import identity, run_lock
+from univitar_ds.errors import StorageError
 from univitar_ds.processes import Process
 from univitar_ds.run_lock import LockLost, RunLock, RunLocked, still_ours
 
@@ -232,6 +234,22 @@ def test_a_folder_without_its_lock_is_no_longer_ours(tmp_path):
             path.unlink()
         with pytest.raises(LockLost):
             still_ours(tmp_path)
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, monkeypatch, fault):
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        with monkeypatch.context() as broken:
+            broken.setattr(run_lock, "open", lambda *_: _raise(OSError(fault, os.strerror(fault))), raising=False)
+            with pytest.raises(StorageError, match="cannot be read") as raised:
+                still_ours(tmp_path)
+        assert raised.value.transient
+        still_ours(tmp_path)
+
+
+def _raise(error):
+    raise error
 
 
 @pytest.mark.parametrize("state", ["nothing", "released", "dead"])

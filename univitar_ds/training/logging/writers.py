@@ -201,8 +201,8 @@ def cut_sample_logs(run: Path, step: int, *, keep_as: str | None = None) -> None
 
 
 def ours(run: Path) -> Callable[[], None]:
-    """Returns a function that raises LockLost if another launch has taken over the run, and OSError if that is not
-    known."""
+    """Returns a function that raises LockLost if another launch has taken over the run, and StorageError if that cannot
+    be read."""
     return lambda: still_ours(run, recently=True)
 
 

@@ -142,7 +142,9 @@ def test_what_a_storage_has_lost_although_it_had_accepted_it_is_counted(tmp_path
 
 
 def test_nothing_is_written_while_it_is_unknown_whose_the_folder_is(tmp_path):
-    faults = [None, OSError(errno.ESTALE, ""), OSError(errno.EIO, ""), None, LockLost("taken over")]
+    unknown = StorageError("the lock cannot be read")
+    unknown.transient = True
+    faults = [None, unknown, unknown, None, LockLost("taken over")]
 
     def check():
         if (fault := faults.pop(0)) is not None:
