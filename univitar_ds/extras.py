@@ -21,5 +21,5 @@ def extra(name: str) -> Iterator[None]:
         if package == "univitar_ds":
             raise
         raise InstallationError(
-            f"this needs the package {package}, which is not installed: pip install 'univitar_ds[{name}]'"
+            f"this needs the package {package}, which is not installed; pip install 'univitar_ds[{name}]'"
         ) from error

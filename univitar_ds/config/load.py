@@ -71,7 +71,7 @@ def recipe_path(name: str) -> Path:
     if (shipped / f"{name}.yaml").is_file():
         return shipped / f"{name}.yaml"
     names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
-    raise ConfigError(f"no run file '{path}': give the path of a YAML file or one of the shipped recipes ({names})")
+    raise ConfigError(f"no run file '{path}'; give the path of a YAML file or one of the shipped recipes ({names})")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

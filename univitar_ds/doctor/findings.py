@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,26 @@ OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 WORDS = {OK: "ok", FAILED: "FAILED", SKIPPED: "-"}
 MOST_NAMES = 8
 """Maximum number of nodes or ranks that a row lists."""
+
+
+LISTED = "\n  - "
+"""Before each fault in a message that lists several."""
+REMEDIES = {
+    "run file": "edit the run file or the override; `univitar-ds config KEY` describes a key",
+    "installation": "install what is named in this environment, or leave out the key that needs it",
+    "plugins": "correct the code of this plugin, or leave the plugin out of `plugins`",
+    "lanes": "start another number of ranks, or give a new run other data.lanes",
+    "deepspeed": "edit this DeepSpeed JSON, or give deepspeed=auto",
+    "run folder": "restore this file from a copy, or start a new run under another name=...",
+    "teacher": "name another objective.teacher.path: a folder, an s3:// address or owner/name of the hub",
+    "text tower": "name another model.text.path or model.text.tokenizer",
+    "model.init_from": "name another model.init_from: a run, a folder, an s3:// address or owner/name of the hub",
+    "model": "change the keys below `model`, which `univitar-ds config model` describes",
+    "sources": "correct this entry of data.sources, or pack the folder again: univitar-ds data pack FOLDER OUT",
+    "storage": "restore the shard or pack it again; `univitar-ds data verify SOURCE` lists all damage",
+}
+"""Remedies of errors whose message has none, by check."""
+_OF_MACHINE = "see what this message names on the node, and run the check there alone: univitar-ds doctor"
 
 
 @dataclass(frozen=True)
@@ -75,12 +96,22 @@ class Answers:
 
 
 def from_error(check: str, error: UserError) -> list[Row]:
-    """Returns a failed row for an error, whose message has the remedy after the last semicolon; for a SeveralFaults, a
-    row for each of its errors."""
+    """Returns a failed row for an error, whose message has the remedy after the last semicolon; without one the remedy
+    is that of the check. For a SeveralFaults, and for a message that lists faults, there is a row for each."""
     if isinstance(error, SeveralFaults):
         return [row for each in error.errors for row in from_error(check, each)]
-    found, _, remedy = str(error).rpartition("; ")
-    return [Row(check, FAILED, found or remedy, remedy if found else "correct what this message names")]
+    head, *faults = str(error).split(LISTED)
+    if not faults:
+        return [_row(check, head)]
+    where = re.sub(r" has \d+ errors?:$", ":", head)
+    return [_row(check, f"{where} {fault}") for fault in faults]
+
+
+def _row(check: str, message: str) -> Row:
+    found, _, remedy = message.rpartition("; ")
+    if not found:
+        return Row(check, FAILED, message, REMEDIES.get(check, _OF_MACHINE))
+    return Row(check, FAILED, found, remedy)
 
 
 def from_any(check: str, error: Exception, remedy: str) -> list[Row]:

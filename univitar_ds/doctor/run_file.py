@@ -200,7 +200,7 @@ def _sources(context: Context, config: RunConfig, rows: list[Row]) -> None:
 
 def take_run(context: Context) -> None:
     """If `recipe` is the folder of a run, sets `run` to it and `recipe` to the run file in it."""
-    folder = None if context.recipe is None else Path(expand(context.recipe))
+    folder = None if not context.recipe else Path(expand(context.recipe))
     try:
         is_run = folder is not None and folder.is_dir()
     except OSError:  # a name that is too long, or no permission: the check of the run file reports it

@@ -14,7 +14,7 @@ from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import S3, StorageSettings
 from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.doctor.context import Check, Context
-from univitar_ds.doctor.findings import FAILED, OK, Answers, Found, Row
+from univitar_ds.doctor.findings import FAILED, OK, REMEDIES, Answers, Found, Row
 
 NAME = "storage"
 MOST_BYTES, PIECE, SHARDS = 64 << 20, 4 << 20, 8
@@ -46,8 +46,7 @@ def damaged(shards: Sequence[SourceShard], settings: StorageSettings) -> Row | N
         with RangeReader(storage_for(shard.path, settings), shard.path, shard.size).buffered() as stream:
             fault = _fault_of_edges(stream, shard.path, shard.size)
         if fault is not None:
-            remedy = "restore the shard or pack it again; `univitar-ds data verify SOURCE` lists all damage"
-            return Row(NAME, FAILED, fault, remedy)
+            return Row(NAME, FAILED, fault, REMEDIES[NAME])
     return None
 
 

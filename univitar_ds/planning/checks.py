@@ -350,7 +350,7 @@ def check_libraries(config: RunConfig) -> None:
     for name in ("wandb", "trackio"):
         if getattr(config.logging, name) is not None and find_spec(name) is None:
             raise InstallationError(
-                f"logging.{name} is set and the package {name} is not installed: pip install 'univitar_ds[{name}]', or "
+                f"logging.{name} is set and the package {name} is not installed; pip install 'univitar_ds[{name}]', or "
                 f"leave it out with logging.{name}=null"
             )
     if config.model.fp8:

@@ -3,7 +3,7 @@
 import pytest
 
 from univitar_ds.doctor import checkpoints, clocks, connection, network, speed, storage
-from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Answers, Row, from_error, merged
+from univitar_ds.doctor.findings import FAILED, OK, REMEDIES, SKIPPED, Answers, Row, from_error, merged
 from univitar_ds.errors import ConfigError
 from univitar_ds.planning.checks import SeveralFaults
 
@@ -165,3 +165,13 @@ def test_an_error_is_split_into_what_was_found_and_the_remedy():
     assert (row.check, row.state, row.found, row.remedy) == ("lanes", FAILED, "lanes is 3", "run 1, 3 ranks")
     assert [row.found for row in from_error("x", SeveralFaults([one, two]))] == ["lanes is 3", "a is b"]
     assert all(row.remedy for row in from_error("x", SeveralFaults([one, two])))
+
+
+def test_each_fault_of_a_list_is_a_row_with_its_own_remedy():
+    rows = from_error(
+        "run file", ConfigError("a.yaml has 2 errors:\n  - seed is 1, got x\n  - no key foo; leave it out")
+    )
+    assert [(row.found, row.remedy) for row in rows] == [
+        ("a.yaml: seed is 1, got x", REMEDIES["run file"]),
+        ("a.yaml: no key foo", "leave it out"),
+    ]

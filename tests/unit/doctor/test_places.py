@@ -21,10 +21,11 @@ from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.doctor import checkpoints, run, run_file, storage
 from univitar_ds.doctor.context import Context
-from univitar_ds.doctor.findings import FAILED, OK, SKIPPED, Row
+from univitar_ds.doctor.findings import FAILED, OK, REMEDIES, SKIPPED, Row
 from univitar_ds.doctor.ranks import Ranks
-from univitar_ds.errors import DataError, StorageError
+from univitar_ds.errors import ConfigError, DataError, StorageError
 from univitar_ds.model.config import PRESETS
+from univitar_ds.planning import checks
 from univitar_ds.planning.counts.batch import fewest_steps
 from univitar_ds.planning.counts.samples import expected_tokens
 from univitar_ds.run import create_run
@@ -85,6 +86,44 @@ def test_each_error_has_a_row_with_a_remedy_and_hides_no_other(folder, monkeypat
     assert remedy in failed[0].remedy
     if check != "run file":
         assert rows["run file"][0].state == OK
+
+
+@pytest.mark.parametrize(
+    ("override", "check"),
+    [
+        ("data.lanes", "run file"),
+        ("data.lanes.x=3", "run file"),
+        ("data.lanes=[", "run file"),
+        ("seed=x", "run file"),
+        ("model.text.tokenizer=.", "text tower"),
+        ("model.init_from=a b", "model.init_from"),
+        ("objective.teacher.path=a b", "teacher"),
+        ("data.sources.0.path=train-{0..3}", "sources"),
+        ("plugins=[a b]", "plugins"),
+    ],
+)
+def test_a_remedy_is_no_part_of_what_was_found_and_says_what_to_do(folder, monkeypatch, override, check):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    failed = [row for rows in found(folder, override).values() for row in rows if row.state == FAILED]
+    assert {row.check for row in failed} == {check}
+    for row in failed:
+        assert "\n" not in row.found
+        assert row.remedy not in row.found
+        assert re.match(r"(check|correct|edit|fetch|give|name|pack|restore|run|start|write) ", row.remedy), row
+
+
+def test_a_check_of_the_run_file_whose_error_has_no_remedy_gives_its_own(folder, monkeypatch):
+    names = {
+        "check_libraries": "installation", "check_plugins": "plugins", "check_zero_stage": "deepspeed",
+        "check_teacher": "teacher", "check_text": "text tower", "open_start": "model.init_from",
+        "check_shapes": "model", "check_sources": "sources",
+    }  # fmt: skip
+    for name in names:
+        monkeypatch.setattr(checks, name, lambda *_: _raise(ConfigError("this is wrong")))
+    monkeypatch.setattr(run_file, "packs_per_rank", lambda *_: _raise(ConfigError("this is wrong")))
+    rows = [row for row in read(context(folder, "deepspeed=zero1")) if row.state == FAILED]
+    assert {row.check for row in rows} == {*names.values(), "lanes"}
+    assert {row.check: row.remedy for row in rows} == {row.check: REMEDIES[row.check] for row in rows}
 
 
 DEEP = b"[" * 100_000
@@ -172,7 +211,7 @@ def test_the_folder_of_a_run_that_cannot_continue_is_a_row(folder, tmp_path, cap
         for how in (DEEP, IO_ERROR, b""):
             row = row_of(**{name: how})
             assert (row.check, row.state) == ("run folder", FAILED)
-            assert row.remedy != "correct what this message names"
+            assert row.remedy
     for how in (IO_ERROR, os.urandom(3000), DEEP):
         assert row_of(config_yaml=how).check == "run file"
     step = whole / CHECKPOINTS / "step-00000002"
