@@ -19,7 +19,8 @@ def add_table(commands) -> None:
         "collect the results of many evaluations in one table",
         "Collect the results of many evaluations: a row for each figure, a column for each model. Results are files\n"
         "with the output of `eval TASK MODEL --json` or `eval RUN --out FILE`, such as those of\n"
-        "slurm/eval_array.sbatch. A missing result is shown as -.\n\n"
+        "slurm/eval_array.sbatch. A missing result is shown as -. A damaged file is left out, with a warning and a\n"
+        "line below the table; if no file is left, the exit status is 2.\n\n"
         "  univitar-ds eval table evals/ --out evals/table.md\n"
         "  univitar-ds eval table evals/*.json --out all.csv      one line for each figure, with all digits",
         leaves_files=False,

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from univitar_ds.errors import DataError
+from univitar_ds.errors import DataError, UserError
 from univitar_ds.evaluation.report import name_of, percent, table
 from univitar_ds.evaluation.results import read_result
 from univitar_ds.owned import check_result, write_result
 from univitar_ds.regular_files import read_bytes
 
 CSV = ".csv"
+logger = logging.getLogger(__name__)
 _TITLE = "Results of univitar-ds eval"
 _ABOUT = ("data", "task", "measure", "chance", "n", "among")
 _CSV = ("model", "data", "task", "measure", "modality", "set", "value", "low", "high", "chance", "n", "candidates")
@@ -31,26 +33,40 @@ class Collected:
     cells: dict[tuple[str, ...], dict[str, Mapping[str, Any]]]
     repeated: int
     """Number of figures that a later file has replaced."""
+    damaged: list[str] = field(default_factory=list)
+    """Files that are left out since they cannot be read, each with the reason."""
 
 
 def collect(paths: Sequence[Path]) -> Collected:
     """Reads results: JSON files of `eval TASK --json` or `eval RUN --out`, and folders with such files.
 
-    Files are read in the order of the arguments, and in a folder in the order of their names.
-    Raises: UserError if a file is damaged, or if there is no file.
+    Files are read in the order of the arguments, and in a folder in the order of their names. A damaged file is left
+    out with a warning: one of the many jobs of an array must not hide the results of all others.
+    Raises: UserError if a file does not exist, there is none, or all are damaged.
     """
     models: dict[str, None] = {}
     cells: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     repeated = 0
-    for path in _files(paths):
-        result = read_result(path)
+    damaged: list[str] = []
+    files = _files(paths)
+    for path in files:
+        try:
+            result = read_result(path)
+        except UserError as error:
+            if len(files) == 1 or not path.exists():
+                raise
+            logger.warning("%s; it is left out", error)
+            damaged.append(str(error))
+            continue
         model, data = str(result.get("model") or result.get("checkpoint") or path.stem), _data_of(result)
         models[model] = None
         for figure in result["figures"]:
             row = cells.setdefault(_key(data, figure), {})
             repeated += model in row
             row[model] = figure
-    return Collected(list(models), cells, repeated)
+    if len(damaged) == len(files):
+        raise DataError(f"none of the {len(files)} results can be read: {damaged[0]}")
+    return Collected(list(models), cells, repeated, damaged)
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
@@ -89,6 +105,8 @@ def render(found: Collected) -> str:
     lines = [f"{_TITLE}: {len(found.models)} models, {len(found.cells)} figures", "", table(heads, rows, left=3)]
     if found.repeated:
         lines.append(f"{found.repeated} figures were in several files; those of the last file are shown.")
+    if found.damaged:
+        lines.append(f"{len(found.damaged)} files are left out: {'; '.join(found.damaged)}.")
     return "\n".join(lines)
 
 

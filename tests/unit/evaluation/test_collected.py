@@ -76,10 +76,19 @@ def test_results_of_a_run_are_collected_too(folder: Path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"figures": [{"task": "x"}]}', '{"model": 3, "figures": []}', ""])
-def test_a_damaged_file_is_an_error_message_with_its_name(folder: Path, content: str):
+def test_a_damaged_file_is_left_out_and_named(folder: Path, content: str, caplog):
     (folder / "b.json").write_text(content)
+    found = collect([folder])
+    assert [row[-1] for row in rows_of(render(found))[2:]] == ["-", "-", "10.0 %"]
+    assert "1 files are left out: " in render(found)
+    for text in (render(found), caplog.text):
+        assert f"{folder / 'b.json'} " in text
+        assert "measure it again, or remove it" in text
     with pytest.raises(UserError, match=r"b\.json .*measure it again, or remove it"):
-        collect([folder])
+        collect([folder / "b.json"])
+    (folder / "c.json").write_text("{")
+    with pytest.raises(DataError, match=r"none of the 2 results can be read: .*/b\.json "):
+        collect([folder / "b.json", folder / "c.json"])
 
 
 def test_no_result_and_a_file_of_others_are_error_messages(folder: Path, tmp_path: Path):
