@@ -96,12 +96,16 @@ def from_hub(name: str) -> Path:
 
     Args: name: owner/name. Raises: CheckpointError if it cannot be fetched.
     """
-    from huggingface_hub import snapshot_download  # a dependency of transformers
+    from huggingface_hub import errors, snapshot_download  # a dependency of transformers
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # of several libraries: no connection, no such model, no permission
+        remedy = "without a connection to the hub, fetch it elsewhere (hf download), and name its folder"
+        if isinstance(error, errors.GatedRepoError):
+            remedy = f"accept its terms on https://huggingface.co/{name}, and log in (hf auth login)"
+        elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+            remedy = "check the name; for a private model, log in (hf auth login)"
         raise CheckpointError(
-            f"{name} is no folder here, and cannot be fetched from the hub as a model ({first_line(error)}); check the "
-            "name"
+            f"{name} is no folder here, and cannot be fetched from the hub as a model ({first_line(error)}); {remedy}"
         ) from error
