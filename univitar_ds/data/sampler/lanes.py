@@ -16,6 +16,7 @@ from univitar_ds.data.sampler.bad_samples import BadSampleMonitor
 from univitar_ds.data.sampler.cursor import EPOCH_STRIDE, LaneCursor, ReadPosition, StreamCursor
 from univitar_ds.data.sampler.mixture import WeightedRoundRobin
 from univitar_ds.data.sampler.reader import BadSample, Held, Reader, held_by, read_again, scattered
+from univitar_ds.data.sampler.shuffle_buffer import ShuffleBuffer
 from univitar_ds.data.sampler.stream_config import StreamConfig
 from univitar_ds.data.shards.samples import FILTERED, Sample, SampleAddress
 from univitar_ds.data.shards.sources import EVERYTHING, ShardGroup
@@ -26,7 +27,6 @@ from univitar_ds.randomness import draw
 
 _log = logging.getLogger(__name__)
 
-_64_BITS = (1 << 64) - 1
 WELL_FILLED = 0.9
 """A warning is logged if a pack has less than this share of the token budget because a group has too few samples."""
 LONG_WAIT = 64
@@ -131,27 +131,25 @@ class Stream:
         self._filtered: Counter[str] = Counter()
         for reader in self._readers.values():
             reader.announce()
-        self._buffer = list(self._restore(start.pool))
+        self._buffer = ShuffleBuffer(self._restore(start.pool))
 
     def waiting_tokens(self) -> list[int]:
         """Fills the shuffle buffer. Returns the number of tokens of each of its samples."""
         self._fill()
-        return [sample.tokens for sample in self._buffer]
+        return list(self._buffer.tokens)
 
     def next_pack(self) -> tuple[list[Sample], dict[str, int]]:
         """Returns the samples of the next pack, and bad samples since the previous pack, by kind."""
         starved = self._fill()
         candidates = self._candidates(starved)
-        tokens = [self._buffer[index].tokens for index in candidates]
+        all_tokens = self._buffer.tokens
+        tokens = [all_tokens[index] for index in candidates]
         limit = self._config.cost_budget  # without it, `choose` does not use the costs
         costs = tokens if limit is None else [packing.item_cost(count, self._config.cost) for count in tokens]
         chosen = packing.choose(tokens, costs, self._config.token_budget, limit)
-        leaving = [candidates[number] for number in chosen]
         if starved is not None:
             self._warn_starved(starved, sum(tokens[number] for number in chosen))
-        samples = [self._buffer[index] for index in leaving]
-        for index in sorted(leaving, reverse=True):
-            del self._buffer[index]
+        samples = self._buffer.take([candidates[number] for number in chosen])
         self._packs += 1
         bad, self._bad = dict(self._bad), Counter()
         return samples, bad
@@ -170,7 +168,7 @@ class Stream:
         """Returns the position of the stream after the last pack."""
         credits = self._round_robin.credits
         read = {name: reader.place._replace(credit=credits[name]) for name, reader in self._readers.items()}
-        pool = tuple([sample.address for sample in self._buffer])
+        pool = tuple(self._buffer.addresses)
         return StreamCursor(self._packs, {**self._places, **read}, pool, tuple(self._monitor.to_json()), self._empty)
 
     def _round_robin_of(self, credits: Mapping[str, int]) -> WeightedRoundRobin:
@@ -182,7 +180,7 @@ class Stream:
         Returns: the starved group, if filling ended because the next group already has two epochs in the buffer.
         """
         config = self._config
-        tokens = sum([sample.tokens for sample in self._buffer])
+        budget = BUFFER_BUDGETS * config.token_budget
         oldest: dict[str, int] = {}
         for sample in self._buffer:
             if len(oldest) == len(self._readers):
@@ -191,7 +189,7 @@ class Stream:
             # A sample that an earlier stage read in another group has that group's epoch, which is not comparable.
             if name in self._readers and epoch // EPOCH_STRIDE == self._readers[name].place.epoch // EPOCH_STRIDE:
                 oldest.setdefault(name, epoch)
-        while len(self._buffer) < config.pool_samples or tokens < BUFFER_BUDGETS * config.token_budget:
+        while len(self._buffer) < config.pool_samples or self._buffer.total_tokens < budget:
             name = self._round_robin.next()
             reader = self._readers[name]
             if reader.place.epoch > oldest.get(name, reader.place.epoch) + 1:
@@ -200,7 +198,6 @@ class Stream:
             if sample is not None:
                 self._buffer.append(sample)
                 self._round_robin.taken()
-                tokens += sample.tokens
                 oldest.setdefault(name, sample.address.epoch)
         return None
 
@@ -255,25 +252,17 @@ class Stream:
         sample is in the buffer. After more than `LONG_WAIT` packs, the oldest sample of the buffer is first again.
         Samples that have waited longer tend to be earlier, so that sizes that fit badly do not accumulate.
         """
-        # Multiplying by an odd number gives each sample a new random number, ten times faster than a hash.
-        factor = draw(self._config.seed, "pool", self._config.modality, self._lane, self._packs) | 1
-        soon = 1 + self._packs
-        ranks = [(one.draw * factor & _64_BITS) / (soon - one.address.since) ** 2 for one in self._buffer]
-        waiting = self._deduplicated()
+        order = self._buffer.shuffled(
+            draw(self._config.seed, "pool", self._config.modality, self._lane, self._packs) | 1, self._packs
+        )
+        waiting = self._buffer.without_repeats()
         heads = [waiting[0]]
         if starved is not None and self._packs - self._buffer[waiting[0]].address.since <= LONG_WAIT:
             heads.insert(0, next((index for index in waiting if self._group_at(index) == starved), waiting[0]))
-        rest = [index for index in waiting if index not in heads]
-        return [*dict.fromkeys(heads), *sorted(rest, key=ranks.__getitem__)]
-
-    def _deduplicated(self) -> Sequence[int]:
-        """Returns indices of the shuffle buffer. If a sample is in it twice, from two epochs, leaves out the newer."""
-        if len({sample.address.epoch for sample in self._buffer}) == 1:
-            return range(len(self._buffer))
-        first: dict[tuple[int, int], int] = {}
-        for index, sample in enumerate(self._buffer):
-            first.setdefault((sample.address.shard, sample.address.offset), index)
-        return list(first.values())
+        if len(waiting) < len(order):
+            kept = set(waiting)
+            order = [index for index in order if index in kept]
+        return list(dict.fromkeys([*heads, *order]))
 
     def _group_at(self, index: int) -> str | None:
         """Returns the group of a sample in the shuffle buffer; None if the stage does not read it."""
