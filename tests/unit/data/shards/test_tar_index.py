@@ -319,3 +319,16 @@ def test_a_scan_reads_headers_but_no_content():
 )
 def test_the_key_ends_at_the_first_dot_of_the_file_name(path, named):
     assert split_name(path) == named
+
+
+def test_the_checksum_of_a_header_full_of_high_bytes_is_exact():
+    data = bytearray(make([("x.jpg", b"1")]))
+    data[157:257] = b"\xff" * 100  # the target of a link, which a regular file does not have
+    data[346:500] = b"\xff" * 154  # the prefix of the name, which is empty, after its first byte
+    total = sum(data[:148]) + 8 * 0x20 + sum(data[156:512])
+    assert total > 65521
+    data[148:156] = b"%06o\0 " % total
+    assert [group.key for group in scan(bytes(data))] == ["x"]
+    data[148:156] = b"%06o\0 " % (total - 65521)
+    with pytest.raises(DataError, match="byte 0"):
+        scan(bytes(data))
