@@ -163,7 +163,8 @@ def padded(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> tuple[torch.T
 
 def caption_id(caption: str) -> int:
     """Returns a 63-bit hash of a caption, equal on every machine. Ignores case and repeated whitespace."""
-    words = " ".join(unicodedata.normalize("NFC", _encodable(caption)).lower().split())
+    text = caption if caption.isascii() else unicodedata.normalize("NFC", _encodable(caption))
+    words = " ".join(text.lower().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -97,13 +97,13 @@ class DecodingMonitor:
         """
         plan = pack.plan
         monitor = self._of(plan)
-        reasons = {index: SampleError(kind, message) for index, kind, message in pack.failures}
-        for index, sample in enumerate(plan.samples):
-            error = reasons.get(index)
-            if error is None:
-                monitor.good()
-            else:
-                monitor.bad(f"{sample.name} at byte {sample.media_offset}", error)
+        counted = 0
+        for index, kind, message in sorted(pack.failures):
+            sample = plan.samples[index]
+            monitor.good(index - counted)
+            monitor.bad(f"{sample.name} at byte {sample.media_offset}", SampleError(kind, message))
+            counted = index + 1
+        monitor.good(len(plan.samples) - counted)
         if plan.cursor is None:
             return pack
         lane = {name: tuple(each.to_json()) for (lane, name), each in self._monitors.items() if lane == plan.lane}

@@ -87,10 +87,10 @@ def _turbo(
             raise SampleError("corrupt", f"the JPEG is damaged: {error}") from error
         return None
     eighths = round(8 * pixels.shape[0] / header.height)
+    if header.orientation == 1:
+        return pixels, (header.height * eighths / 8, header.width * eighths / 8)
     rotated = np.ascontiguousarray(upright(pixels, header.orientation))
-    if header.orientation > 1:
-        return rotated, rotated.shape[:2]
-    return rotated, (header.height * eighths / 8, header.width * eighths / 8)
+    return rotated, rotated.shape[:2]
 
 
 def _may_shrink(header: jpeg_header.JpegHeader) -> bool:

@@ -22,7 +22,9 @@ import numpy as np
 from univitar_ds.geometry import PATCH
 
 _OPERATOR = b"aten::_upsample_bicubic2d_aa"
-
+_FourNumbers = c_int64 * 4
+_FOUR, _NO_OFFSET = c_int64(4), c_int64(0)
+_CPU, _ANY_DEVICE = c_int32(0), c_int32(-1)
 
 Extent = tuple[float, float]
 """Height and width in pixels of an image, which may end within its last row or column."""
@@ -50,7 +52,9 @@ def resize(source: np.ndarray, out: np.ndarray, extent: Extent | None = None) ->
 
 
 def _call(source: np.ndarray, out: np.ndarray, image_height: float, image_width: float) -> None:
-    assert all(pixels.dtype == np.uint8 and pixels.flags.c_contiguous for pixels in (source, out))
+    assert source.dtype == out.dtype == np.uint8, (source.dtype, out.dtype)
+    assert source.flags.c_contiguous
+    assert out.flags.c_contiguous
     library, release = load()
     size = c_void_p()
     library.torch_new_list_reserve_size(c_size_t(2), byref(size))
@@ -70,14 +74,12 @@ def _call(source: np.ndarray, out: np.ndarray, image_height: float, image_width:
 def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
     """Returns a tensor (1, 3, H, W), channels last, that shares the memory of the array."""
     height, width, channels = pixels.shape
-    sizes = (c_int64 * 4)(1, channels, height, width)
-    strides = (c_int64 * 4)(height * width * channels, 1, width * channels, channels)
+    sizes = _FourNumbers(1, channels, height, width)
+    strides = _FourNumbers(height * width * channels, 1, width * channels, channels)
     handle = c_void_p()
-    data = c_void_p(pixels.ctypes.data)
-    uint8 = c_int32(library.aoti_torch_dtype_uint8())
-    no_offset, cpu, any_device = c_int64(0), c_int32(0), c_int32(-1)
+    # data, number of dimensions, sizes, strides, offset, type, kind and number of the device, result
     failed = library.aoti_torch_create_tensor_from_blob(
-        data, c_int64(4), sizes, strides, no_offset, uint8, cpu, any_device, byref(handle)
+        c_void_p(pixels.ctypes.data), _FOUR, sizes, strides, _NO_OFFSET, _uint8(), _CPU, _ANY_DEVICE, byref(handle)
     )
     if failed or handle.value is None:
         raise RuntimeError(f"torch cannot create a tensor of shape {pixels.shape}")
@@ -91,6 +93,11 @@ def _optional(library: ctypes.CDLL, value: float | None) -> int:
     address = library._Znwm(c_size_t(8))  # operator new
     c_double.from_address(address).value = value
     return address
+
+
+@cache
+def _uint8() -> c_int32:
+    return c_int32(load()[0].aoti_torch_dtype_uint8())
 
 
 @cache

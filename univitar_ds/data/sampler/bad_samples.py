@@ -71,10 +71,11 @@ class BadSampleMonitor:
         self._policy, self._name = policy, name
         self._seen, self._bad, self._in_a_row = state
 
-    def good(self) -> None:
-        """Counts a readable sample."""
-        self._in_a_row = 0
-        self._step()
+    def good(self, samples: int = 1) -> None:
+        """Counts readable samples."""
+        if samples:
+            self._in_a_row = 0
+            self._step(samples)
 
     def bad(self, where: str, error: SampleError, samples: int = 1) -> None:
         """Counts and logs a sample that is left out.
@@ -89,7 +90,7 @@ class BadSampleMonitor:
         reason = self._reason_to_end()
         if reason is not None:
             raise DataError(f"{self._name}: {reason}; the last one: {where}: {error} ({error.kind}); {REMEDY}")
-        self._step()
+        self._step(1)
 
     def ignored(self, where: str, texts: Iterable[Ignored]) -> None:
         """Logs the ignored content of a readable sample, which never ends the run."""
@@ -103,10 +104,11 @@ class BadSampleMonitor:
         """Returns [samples of the present window, bad samples in the window, bad samples in a row]."""
         return [self._seen, self._bad, self._in_a_row]
 
-    def _step(self) -> None:
-        self._seen += 1
+    def _step(self, samples: int) -> None:
+        self._seen += samples
         if self._seen >= WINDOW:
-            self._seen = self._bad = 0
+            self._seen %= WINDOW
+            self._bad = 0
 
     def _reason_to_end(self) -> str | None:
         policy = self._policy
