@@ -1,4 +1,4 @@
-"""Integer arithmetic of native resolution: sizes and grids of items.
+"""Integer arithmetic of native resolution: sizes and grids of items (images and videos).
 
 Symbols in shapes throughout the project
     T tokens of a pack      N items of a pack     D hidden width     H heads       K head width
@@ -17,12 +17,15 @@ PATCH = 14
 TUBELET = 2
 """Frames per token, as in the public release. An image is used as both frames of its tokens."""
 Modality = Literal["image", "video"]
-"""Modality of an item and of a pack, whose items have one modality."""
+"""Modality of an item, or of a pack: all items of a pack have the same modality."""
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Returns the size nearest to (height, width) with sides divisible by `factor` and an area within the limits.
+    """Returns the size rounded to multiples of `factor`, and scaled if its area would be outside of the limits.
+
+    A size with a side below `factor` is enlarged first. Scaling down rounds both sides down, and scaling up rounds them
+    up, so the area may miss the other limit if the two limits are close to each other.
 
     Gives the same size as the public release, unless the release returns a side of 0 (extreme aspect ratios). Then each
     side is at least `factor`, and the longer side is reduced so that the area is at most `max_pixels`.
@@ -55,10 +58,11 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class Resolution:
-    """Rule for the size with which items enter the encoder.
+    """Rule for the size to which items are resized for the encoder.
 
-    Native (`fixed_px` is None): the aspect ratio is kept, sides are divisible by `divisor_px`, and the whole item has
-    `min_tokens` to `max_tokens` tokens. Fixed: every frame becomes a square of `fixed_px`.
+    Native (`fixed_px` is None): the aspect ratio is kept up to rounding, sides are divisible by `divisor_px`, and the
+    whole item has `min_tokens` to `max_tokens` tokens, see `smart_resize`. Fixed: every frame becomes a square with
+    sides of `fixed_px`.
     """
 
     min_tokens: int

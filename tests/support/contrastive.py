@@ -15,11 +15,11 @@ from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.model.towers import build_text_tower
 
 GRIDS = [[(1, 2, 3), (1, 4, 2)], [(1, 5, 2), (1, 2, 2)], [(1, 3, 3)], [(1, 4, 4), (1, 1, 2)]]
-"""Items of each lane."""
+"""Grids (T, H, W) of the items in the pack of each lane."""
 
 
 def small_model(**settings: Any) -> ContrastiveModel:
-    """Args: settings: of `ModelConfig`."""
+    """Returns a model with the same random weights at every call. Args: settings: more fields of `ModelConfig`."""
     text = TextConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, context_length=8)
     shape = EncoderConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96)
     with torch.random.fork_rng(devices=[]):
@@ -30,6 +30,7 @@ def small_model(**settings: Any) -> ContrastiveModel:
 
 
 def captioned_pack(lane: int, seed: int) -> Pack:
+    """Returns random images with the grids of a lane, each with a caption of 5 random tokens."""
     pixels, frames, grids = drawn_pack(GRIDS[lane], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 50, (len(grids), 5), generator=generator)

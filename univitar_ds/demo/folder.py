@@ -1,4 +1,4 @@
-"""The folder of `make demo`: creates or reuses it, and removes the files that the demo wrote (`make clean`).
+"""Creates or reuses the folder of `make demo`, and removes the files that the demo wrote there (`make clean`).
 
 Needs no installed packages, because `make clean` must also work without the environment.
 """
@@ -30,15 +30,18 @@ _ENTRIES: Names = {
 def claim(folder: Path) -> None:
     """Creates or reuses the demo's folder. Removes the run of an earlier demo in it.
 
-    Raises: ConfigError if the folder contains files that no demo writes; RunLocked if a demo is training in it.
+    Raises: ConfigError if the folder or its run contains files that no demo writes, or is a link to a folder that is
+        not empty; RunLocked if a demo is training in it.
     """
     refuse_link(folder)
     if not is_marked(folder, KIND) and not is_empty(folder):
-        found = foreign(folder, _ENTRIES)  # None also for the folder of an earlier version, which has no marker file
-        if found is None and not (folder / "scenes" / "scenes.json").is_file():
-            found = "something, but no scenes.json"
-        if found is not None:
+        if (found := foreign(folder, _ENTRIES)) is not None:
             raise ConfigError(f"{folder} holds {found}, which no demo has written there; name another --folder")
+        if not (folder / "scenes" / "scenes.json").is_file():  # earlier versions wrote this file, but no marker file
+            raise ConfigError(
+                f"{folder} is not the folder of a demo: it is not empty and has no scenes/scenes.json; name another "
+                "--folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, KIND)
     run = folder / RUN
@@ -61,14 +64,16 @@ def remove_demo(folder: Path) -> str:
     """
     if is_empty(folder):
         return f"{folder}: nothing to remove"
-    if folder.is_symlink() or not is_marked(folder, KIND):
+    if folder.is_symlink():
+        return f"{folder} stays: it is a link"
+    if not is_marked(folder, KIND):
         return f"{folder} stays: it does not have the demo's marker file ({MARK})"
     run = folder / RUN
     if run.is_dir():
         RunLock(run).refuse()
     if remove(folder, _ENTRIES):
         return f"{folder}: removed"
-    mark(folder, KIND)  # the user may look at the rest and call `make clean` again
+    mark(folder, KIND)  # `remove` has removed the marker file, which the next `make clean` needs
     return f"{folder} stays: it holds {foreign(folder, _ENTRIES)}, which the demo did not write"
 
 

@@ -1,4 +1,4 @@
-"""Checks limits of each node: shared memory and open files."""
+"""Checks the limits of each node: shared memory and open files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SHM_OF_GPU_RANK = 128 << 20
 """Maximum bytes of /dev/shm that a rank on a GPU needs. NCCL uses it between GPUs of a node without peer-to-peer
 access, with buffers of 4 MiB (NCCL_BUFFSIZE) for up to 32 channels."""
 SHM_OF_CPU_RANK = 1 << 20
-"""The same for a rank on a CPU: only semaphores are there, since batches are in anonymous memory."""
+"""The same for a rank on a CPU: only semaphores are there, since batches are in anonymous files."""
 FILES = 4096
-"""Number of open files that a run may need: each lane keeps a shard of each source open, each rank has connections to
-the other ranks, and libraries open hundreds of files. Hundreds of sources need more."""
+"""Number of open files that a process of a run may need: each lane keeps a shard of each source open, a rank has
+connections to the other ranks, and libraries open hundreds of files. Hundreds of sources need more."""
 
 
 def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
@@ -33,29 +33,31 @@ def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
         return Row(SHARED_MEMORY, FAILED, f"{folder}: {error.strerror}", "mount a tmpfs there")
     text = f"{amount(usage.free)} of {amount(usage.total)} are free in {folder}"
     if not os.access(folder, os.W_OK | os.X_OK):
-        return Row(SHARED_MEMORY, FAILED, f"{folder} cannot be written", "chmod 1777 it, as root")
+        return Row(SHARED_MEMORY, FAILED, f"{folder} cannot be written", f"run chmod 1777 {folder} as root")
     if usage.free < needed:
         remedy = (
-            "remove what earlier jobs have left there, or make it larger (docker --shm-size, mount -o remount,size=)"
+            f"remove the files of earlier jobs in {folder}, or enlarge it (docker --shm-size, mount -o remount,size=)"
         )
-        return Row(SHARED_MEMORY, FAILED, f"{text}, {amount(needed)} are needed for {ranks} ranks", remedy)
-    return Row(SHARED_MEMORY, OK, f"{text}, at most {amount(needed)} are needed")
+        return Row(SHARED_MEMORY, FAILED, f"{text}, but {amount(needed)} are needed for {ranks} ranks", remedy)
+    return Row(SHARED_MEMORY, OK, f"{text}; at most {amount(needed)} are needed")
 
 
 def open_files(limits: tuple[int, int], needed: int = FILES) -> Row:
-    """Returns a row about the limits of open files. Only the hard limit can fail: a run raises the soft limit itself.
+    """Returns a row about the limits of open files.
+
+    It fails only if the hard limit is too low, because a run raises the soft limit itself.
 
     Args: limits: soft and hard limit, as `resource.getrlimit(RLIMIT_NOFILE)` returns them.
     """
-    soft, hard = (_written(value) for value in limits)
-    text = f"limits of open files {soft} (soft) and {hard} (hard)"
+    soft, hard = (_limit(value) for value in limits)
+    text = f"the limits of open files are {soft} (soft) and {hard} (hard)"
     if limits[1] != resource.RLIM_INFINITY and limits[1] < needed:
         remedy = "raise the hard limit (ulimit -Hn, limits.conf, or LimitNOFILE of slurmd, which its tasks inherit)"
-        return Row(OPEN_FILES, FAILED, f"{text}, {needed:,} are needed", remedy)
+        return Row(OPEN_FILES, FAILED, f"{text}, but {needed:,} are needed", remedy)
     return Row(OPEN_FILES, OK, f"{text}; a run raises the soft limit as far as it needs")
 
 
-def _written(value: int) -> str:
+def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
 
 

@@ -33,7 +33,7 @@ def test_only_the_hard_limit_of_open_files_has_to_be_high(hard, state):
     row = open_files((1024, hard), 4096)
     assert row.state == state
     if state == FAILED:
-        assert f"{hard:,} (hard), 4,096 are needed" in row.found
+        assert f"{hard:,} (hard), but 4,096 are needed" in row.found
         assert "LimitNOFILE of slurmd" in row.remedy
 
 

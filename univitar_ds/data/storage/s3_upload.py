@@ -2,12 +2,12 @@
 
 The SHA-256 of a file is stored in the metadata of its object, so that a later run can skip the upload.
 
-boto3's `upload_file` has four disadvantages (tried with boto3 1.44.5 on the store of the tests, benchmarks/LOG.md):
-- It rejects Content-MD5 and compares no ETag. Stores that do not support its checksums (CRC32, SHA256) ignore them: a
-  byte flipped in transit gave a damaged object and no error.
-- It gives up after a number of attempts, not after `give_up_s` without an answer.
+boto3's `upload_file` has four disadvantages (tried with boto3 1.44.5 on moto, the tests' store; benchmarks/LOG.md):
+- It rejects Content-MD5 and does not compare ETags. Stores that do not support its checksums (CRC32, SHA256) ignore
+  them: a byte flipped in transit gave a damaged object and no error.
+- It gives up after a number of attempts, not after `give_up_s` seconds of failures.
 - It reports a failure if the last answer is lost, although the object is complete.
-- It does not remove the parts of uploads whose process was killed.
+- It does not remove the parts of earlier uploads whose process was killed.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from univitar_ds.errors import DataError
 _log = logging.getLogger(__name__)
 
 PART_BYTES = 16 << 20
-"""Minimum size of a part."""
+"""Bytes of every part but the last; more if a file would otherwise have more than `_MAX_PARTS` parts."""
 _MAX_PARTS = 10_000
 _THREADS = 4
 _ATTEMPTS = 3
-"""Maximum number of attempts for a part that arrives damaged."""
+"""Maximum number of times that a part, or an object in one part, is sent if it arrives damaged."""
 
 
 class Conflict(DataError):
-    """Raised if another program has written the object."""
+    """Raised if another program has written or removed the object in the meantime."""
 
 
 def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
     """Uploads a local file to `url`. Returns when the object is complete.
 
     Args: sha256: SHA-256 of the file, in hex.
-    Raises: DataError if the store refuses the upload, does not answer in time, or lacks the uploaded bytes.
+    Raises: DataError if the store refuses the upload or does not answer in time, if the bytes arrive damaged again and
+        again, or if the store does not have the object afterwards.
     """
 
     def read(begin: int, end: int) -> bytes:
@@ -55,14 +56,16 @@ def put_file(storage: S3Storage, url: str, path: Path, sha256: str) -> None:
 
 
 def put_content(
-    storage: S3Storage, url: str, content: memoryview, sha256: str, wanted: Callable[[], None] = lambda: None
+    storage: S3Storage, url: str, content: memoryview, sha256: str, check_wanted: Callable[[], None] = lambda: None
 ) -> None:
-    """Uploads bytes in memory. Returns when the object is complete. Args: wanted: called before each part.
+    """Uploads bytes in memory. Returns when the object is complete.
 
-    Raises: as `put_file`, and the error of `wanted`."""
+    Args: check_wanted: called before each part; may raise an error, which cancels the upload.
+    Raises: as `put_file`, and the error of `check_wanted`.
+    """
 
     def read(begin: int, end: int) -> bytes:
-        wanted()
+        check_wanted()
         return bytes(content[begin:end])
 
     _put(storage, url, len(content), read, sha256)
@@ -86,35 +89,37 @@ def _put(storage: S3Storage, url: str, size: int, read: Callable[[int, int], byt
             parts = list(threads.map(send, range(-(-size // part_bytes))))
         _complete(storage, url, upload, parts, size, sha256)
     except BaseException:
-        with suppress(DataError):  # the first error is raised
+        with suppress(DataError):  # an error of the abort must not hide the first error
             storage.connection.call("abort_multipart_upload", url, **upload)
         raise
     _abort_abandoned(storage, url)
 
 
 def put_if(storage: S3Storage, url: str, content: bytes, etag: str | None) -> None:
-    """Uploads a small object if there is none (`etag` None), or instead of the version with this ETag.
+    """Uploads a small object, but only if no other program has changed it.
 
-    Raises: as `put_file`; Conflict if another program has written the object meanwhile."""
+    Args: etag: of the version that is replaced; None: there must be no object.
+    Raises: as `put_file`; Conflict if another program has written or removed the object in the meantime.
+    """
     digest = hashlib.sha256(content).hexdigest()
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
     try:
         _send(storage, "put_object", url, content, {**address(url), "Metadata": {"sha256": digest}, **condition})
     except DataError as error:
-        # A repeated request fails if the answer to the first one was lost. 404: the version was removed; 409: another
-        # write at the same time.
+        # 404: the version was removed; 409: another write at the same time; 412: there is another version, which this
+        # function may have written: if the answer to its first request is lost, the repeated request fails.
         if status_of(error) not in (404, 409, 412):
             raise
         if not holds(storage, url, len(content), digest):
             raise Conflict(
-                f"{url} was written by another program at the same time; let only one run write there, and resume it"
+                f"{url} was changed by another program at the same time; let only one run write there, and resume it"
             ) from error
     if not holds(storage, url, len(content), digest):
         raise _not_there(url, len(content))
 
 
 def put_bytes(storage: S3Storage, url: str, content: bytes, sha256: str | None = None) -> None:
-    """Uploads an object of a few megabytes. Raises: as `put_file`."""
+    """Uploads a small object in one request. Raises: as `put_file`."""
     digest = sha256 or hashlib.sha256(content).hexdigest()
     _send(storage, "put_object", url, content, {**address(url), "Metadata": {"sha256": digest}})
     if not holds(storage, url, len(content), digest):
@@ -129,7 +134,7 @@ def holds(storage: S3Storage, url: str, size: int, sha256: str) -> bool:
     except DataError as error:
         if status_of(error) != 403:
             raise
-        found = None  # S3 answers 403 for absent objects without ListBucket
+        found = None  # without the permission s3:ListBucket, S3 answers 403 for absent objects
     return found is not None and found["ContentLength"] == size and found["Metadata"].get("sha256") == sha256
 
 
@@ -140,16 +145,20 @@ def remove(storage: S3Storage, url: str) -> None:
 
 
 def _send(storage: S3Storage, operation: str, url: str, content: bytes, parameters: dict[str, Any]) -> str:
-    """Sends bytes with their MD5, which every store checks, and compares it with the ETag if not encrypted."""
+    """Sends bytes with their MD5, which every store checks, and returns the ETag.
+
+    Also compares the MD5 with the ETag, except if the object is encrypted with a key of KMS or of the client: then the
+    ETag is no MD5.
+    """
     digest = hashlib.md5(content, usedforsecurity=False)
     parameters = {**parameters, "Body": content, "ContentMD5": b64encode(digest.digest()).decode()}
     for _ in range(_ATTEMPTS):
         answer = storage.connection.call(operation, url, **parameters)
-        encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+        other_etag = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
         etag: str = answer["ETag"]
-        if encrypted or etag.strip('"') == digest.hexdigest():
+        if other_etag or etag.strip('"') == digest.hexdigest():
             return etag
-        _log.warning("%s: %d bytes arrived with another checksum, sending them again", url, len(content))
+        _log.warning("%s: %d bytes arrived with a wrong checksum; they are sent again", url, len(content))
     raise DataError(
         f"{url}: {len(content)} bytes arrived damaged {_ATTEMPTS} times; check the network and the store and run again"
     )
@@ -168,9 +177,9 @@ def _complete(
 
 
 def _abort_abandoned(storage: S3Storage, url: str) -> None:
-    """Aborts uploads of this object that a killed process began, because their parts cost storage."""
+    """Aborts all unfinished uploads of this object: killed processes left them, and their parts cost storage."""
     where = address(url)
-    with suppress(DataError):  # listing uploads is optional and may be forbidden
+    with suppress(DataError):  # this is optional, and listing uploads may be forbidden
         found = storage.connection.call("list_multipart_uploads", url, Bucket=where["Bucket"], Prefix=where["Key"])
         for row in found.get("Uploads", ()):
             if row["Key"] == where["Key"]:

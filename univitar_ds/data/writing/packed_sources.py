@@ -1,7 +1,7 @@
-"""Packs the sources of a run that are not shards: folders and tables as `data pack` reads them.
+"""Packs the sources of a run that are not shards, such as folders and tables, in any form that `data pack` reads.
 
-A source is packed once, into a folder whose name depends on its content. Later packings do not change this folder, so a
-change of the source does not affect runs that read it.
+A source is packed once, into a folder that is named after a fingerprint of the source. After a change of the source, it
+is packed into another folder. So the change does not affect runs that read the first folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _KEYS = {
     "--class-names": "class_names",
     "--hold-out": "hold_out",
 }
-"""The key of a source for each option of `data pack`."""
+"""Maps options of `data pack` to the keys of a source in the run file that have the same meaning."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -51,12 +51,13 @@ def all_are_shards(config: RunConfig) -> bool:
 def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool = True) -> RunConfig:
     """Packs sources that are not shards. Returns the configuration with the packed folders as their paths.
 
-    The folders are in `data.cache.folder`, or without it in the folder `output`, which all ranks reach. Call it in one
-    process before the others start. A source keeps its name in `stages.N.weights`.
+    The folders are in `data.cache.folder`, or in the folder `output` if the cache has none. All ranks must be able to
+    read them. Call this in one process, before the others start. A source keeps its name in `stages.N.weights`.
 
-    Args: training: whether `data.sources` are packed, besides `evaluation.sources`; pack: whether sources may be
+    Args: training: whether `data.sources` are packed too, or only `evaluation.sources`; pack: whether sources may be
         packed now; if not, those that were not packed before stay as they are.
-    Raises: DataError as `writer.pack_folder`, with the source; StorageError if the folder cannot be written.
+    Raises: DataError if a source cannot be read or packed (see `writer.pack_folder`), with its key in the run file;
+        StorageError if the folder cannot be written.
     """
     packer = _Packer(Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute(), pack)
     if training:
@@ -71,7 +72,9 @@ def _packed(sources: Sequence[SourceConfig], packer: _Packer, key: str) -> list[
     for number, source in enumerate(sources):
         try:
             if format_to_pack(source) is None and source.table is not None:
-                raise DataError(f"{source.path} is not a table, so remove {key}.{number}.table")
+                raise DataError(
+                    f"{source.path} is not a table on this machine; check the path, or remove {key}.{number}.table"
+                )
             found.append(packer.packed(source))
         except DataError as error:
             raise DataError(f"{key}.{number}: {in_run_file(str(error), f'{key}.{number}')}") from error
@@ -79,23 +82,27 @@ def _packed(sources: Sequence[SourceConfig], packer: _Packer, key: str) -> list[
 
 
 def packed_sources(sources: Sequence[SourceConfig], folder: Path) -> list[SourceConfig]:
-    """Returns sources that are not part of a run. Packs those that are not shards once into `folder`.
+    """Packs sources that come from no run file, below `folder`, and otherwise as `with_packed_sources`.
 
-    Raises: DataError or StorageError as `with_packed_sources`.
+    Returns: all sources, with the packed folders as their paths.
+    Raises: DataError if a source cannot be read or packed; StorageError if the folder cannot be written.
     """
     packer = _Packer((folder / PACKED_SOURCES).absolute(), True)
     return [packer.packed(source) for source in sources]
 
 
 def in_run_file(text: str, place: str) -> str:
-    """Replaces the options of `data pack` in a message by the keys of the source at `place`."""
+    """Returns a message in which the keys of a source replace the options of `data pack`.
+
+    Args: place: key of the source in the run file, such as "data.sources.0".
+    """
     for option, key in _KEYS.items():
         text = text.replace(option, f"{place}.{key}")
     return text
 
 
 def format_to_pack(source: SourceConfig) -> str | None:
-    """Returns the format of a source; None if the loader itself reads or rejects it."""
+    """Returns the format of a source that has to be packed; None if the loader reads it without that, or rejects it."""
     if from_plugins.reads(source.path):
         return format_of(source.path)
     path = place_of(source)
@@ -113,9 +120,10 @@ def format_to_pack(source: SourceConfig) -> str | None:
 
 @dataclass
 class _Packer:
-    """Packs sources into folders in `place`. Splits of one source are listed, packed and reported together.
+    """Packs sources into folders in `place`.
 
-    `pack`: whether sources may be packed now.
+    Sources that differ only in what packing does not use, such as the split, share one folder, which is listed, packed
+    and logged once. `pack`: whether sources may be packed now.
     """
 
     place: Path
@@ -123,7 +131,11 @@ class _Packer:
     _targets: dict[tuple[str, ReadOptions, float | None], Path | None] = field(default_factory=dict)
 
     def packed(self, source: SourceConfig) -> SourceConfig:
-        """Returns the packed source, or `source` if it is shards or not packed. Raises: as `with_packed_sources`."""
+        """Returns the packed source; `source` itself if it consists of shards, or if it is not packed and `pack` is
+        false.
+
+        Raises: DataError and StorageError as `packed_sources`.
+        """
         form = format_to_pack(source)
         if form is None:
             return source
@@ -141,7 +153,8 @@ class _Packer:
         return source.model_copy(update=done)
 
     def _target(self, path: str, options: ReadOptions, hold_out: float | None) -> Path | None:
-        """Returns the folder of a packed source, and packs it if there is none; None if it may not be packed now."""
+        """Returns the folder of the packed source. If the source is not packed yet, packs it, or returns None if
+        `pack` is false."""
         listing = read_source(path, options)
         if hold_out is not None:
             check_splits(path, {row.split for row in listing.rows})
@@ -161,7 +174,7 @@ class _Packer:
 def _pack_into(target: Path, path: str, listing: Listing, hold_out: float | None) -> None:
     """Packs a source into `target`. If another process is packing it, waits for it and uses its result.
 
-    Args: listing: the listing of the source from which the name of `target` was computed.
+    Args: listing: of the source; the name of `target` contains its fingerprint.
     """
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,19 +184,19 @@ def _pack_into(target: Path, path: str, listing: Listing, hold_out: float | None
             manifest = pack_folder(path, target, options, listing=listing)
         except InUseError:
             if multiprocessing.parent_process() is not None:
-                raise  # a script without `if __name__ == "__main__"`, whose worker would wait for its own parent
+                raise  # in a script without `if __name__ == "__main__"`, a worker would wait for its own parent
             _log.info("source %s: another process is packing it into %s; waiting for it", path, target)
             wait_until_free(target)
             continue
         if manifest["skipped"]:
-            first = manifest["skipped"][0]
+            count, first = len(manifest["skipped"]), manifest["skipped"][0]
             detail = f"{first['file']}: {first['reason']}"
-            _log.warning("source %s: %d left out, the first: %s", path, len(manifest["skipped"]), detail)
+            _log.warning("source %s: %d files or rows were left out, the first: %s", path, count, detail)
         return
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a packed folder has a manifest and all of its shards, with their sizes in bytes."""
+    """Whether `folder` has a manifest that can be read, and all of its shards with the sizes in the manifest."""
     try:
         shards = read_manifest(folder)["shards"]
         return all(os.path.getsize(folder / shard["file"]) == shard["bytes"] for shard in shards)
@@ -192,20 +205,20 @@ def _is_whole(folder: Path) -> bool:
 
 
 def reading_options(source: SourceConfig, form: str) -> ReadOptions:
-    """Returns how a source that is no shards is read. `form`: what `format_to_pack` returns."""
+    """Returns the options with which a source is read for packing. Args: form: result of `format_to_pack`."""
     table = source.table
-    about = {"format": form, "captions": source.captions if "captions" in known_formats()[form].uses else "one"}
+    options = {"format": form, "captions": source.captions if "captions" in known_formats()[form].uses else "one"}
     if form == "classes" and source.class_names is not None:
-        about["class_names"] = Path(source.class_names)
+        options["class_names"] = Path(source.class_names)
     if table is not None:
-        about |= {"image_key": table.image_key, "caption_keys": tuple(table.caption_keys)}
-        about |= {"label_key": table.label_key, "split_key": table.split_key}
-        about["images"] = None if table.images is None else Path(table.images)
-    return ReadOptions(**about)
+        options |= {"image_key": table.image_key, "caption_keys": tuple(table.caption_keys)}
+        options |= {"label_key": table.label_key, "split_key": table.split_key}
+        options["images"] = None if table.images is None else Path(table.images)
+    return ReadOptions(**options)
 
 
 def _fingerprint(path: str, listing: Listing, hold_out: float | None) -> str:
-    """Returns a hash of the rows, of the sizes and times of their files, and of the share that is held out."""
+    """Returns a hash of the path, the listing, the sizes and modification times of its files, and `hold_out`."""
     state = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8)
     for row in listing.rows:
         try:

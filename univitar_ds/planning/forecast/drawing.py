@@ -1,4 +1,4 @@
-"""Draws a plan as PNG: memory of a GPU by part for each stage, and time and MFU by number of GPUs.
+"""Draws a plan as a PNG: peak memory of a GPU by part in each stage, and time and MFU by number of GPUs.
 
 The user's matplotlib settings have no effect.
 """
@@ -49,48 +49,49 @@ def draw(path: Path, plan: Plan, scales: Sequence[Plan]) -> None:
 
 
 def _memory(axes: Axes, plan: Plan) -> None:
-    totals = {}
+    largest = {}
     for stage in plan.stages:
         for name, size in stage.peak.parts.items():
-            totals[name] = max(totals.get(name, 0.0), size)
-    names = sorted(totals, key=lambda name: -totals[name])
+            largest[name] = max(largest.get(name, 0.0), size)
+    names = sorted(largest, key=lambda name: -largest[name])
     below = [0.0] * len(plan.stages)
     places = range(len(plan.stages))
     for index, name in enumerate(names):
         sizes = [stage.peak.parts.get(name, 0.0) / GB for stage in plan.stages]
-        label = f"{name}, up to {amount(totals[name])}"
+        label = f"{name}, up to {amount(largest[name])}"
         axes.bar(places, sizes, bottom=below, width=0.6, color=_COLOURS(index % 20), label=label)
         below = [one + size for one, size in zip(below, sizes, strict=True)]
     room, memory = plan.cluster.room / GB, plan.cluster.gpu.memory.value / GB
     axes.axhline(room, color="#b00020", linewidth=1.2)
-    axes.text(-0.45, room, f"may be filled: {room:.0f} GB", color="#b00020", va="bottom", fontsize=9)
+    axes.text(-0.45, room, f"usable: {room:.0f} GB", color="#b00020", va="bottom", fontsize=9)
     axes.set_ylim(0, 1.08 * max(memory, *below))
     axes.set_xlim(-0.5, len(plan.stages) - 0.5)
     labels = [f"{stage.name}\nrecomputes\n{NAMES.get(stage.kind, stage.kind)}" for stage in plan.stages]
     axes.set_xticks(list(places), labels, fontsize=9)
-    axes.set_ylabel("GB of a GPU")
-    axes.set_title("Peak memory of a step", loc="left", fontsize=11)
+    axes.set_ylabel("GB per GPU")
+    axes.set_title("Peak memory of each stage", loc="left", fontsize=11)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _days(axes: Axes, plan: Plan, scales: Sequence[Plan]) -> None:
     fitting = [one for one in scales if one.misfit() is None]
-    _lines(axes, plan)
+    _axis_of_gpus(axes, plan)
     axes.set_title("Days of the whole curriculum", loc="left", fontsize=11)
     if not fitting:
-        axes.text(0.5, 0.5, "no number of these GPUs has enough memory", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "too little GPU memory at every number of GPUs", ha="center", transform=axes.transAxes)
         return
     first = fitting[0]
     ranks = [one.cluster.ranks for one in fitting]
     ideal = [first.hours / 24 * first.cluster.ranks / count for count in ranks]
-    axes.plot(ranks, ideal, color="#999999", linestyle=":", label=f"as efficient as {first.cluster.ranks:,}")
+    label = f"linear scaling from {ranks[0]:,} GPU{'' if ranks[0] == 1 else 's'}"
+    axes.plot(ranks, ideal, color="#999999", linestyle=":", label=label)
     axes.plot(ranks, [one.hours / 24 for one in fitting], color="#1f77b4", marker="o", label="predicted")
     axes.set_yscale("log")
     axes.legend(fontsize=9, frameon=False)
 
 
 def _mfu(axes: Axes, plan: Plan, scales: Sequence[Plan]) -> None:
-    _lines(axes, plan)
+    _axis_of_gpus(axes, plan)
     for index, stage in enumerate(plan.stages):
         points = [(one.cluster.ranks, 100 * one.stages[index].mfu) for one in scales if one.misfit() is None]
         if points:
@@ -101,7 +102,7 @@ def _mfu(axes: Axes, plan: Plan, scales: Sequence[Plan]) -> None:
         axes.legend(fontsize=9, frameon=False)
 
 
-def _lines(axes: Axes, plan: Plan) -> None:
+def _axis_of_gpus(axes: Axes, plan: Plan) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("GPUs")

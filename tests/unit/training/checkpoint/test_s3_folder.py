@@ -190,7 +190,7 @@ def test_two_runs_that_write_to_one_place_do_not_overwrite_each_other(server, ru
     job = next(second)
     entries = job()
     save_now(first, ALONE)
-    with pytest.raises(StorageError, match="latest was written by another program at the same time; let only one run"):
+    with pytest.raises(StorageError, match="latest was changed by another program at the same time; let only one run"):
         go_on(second, entries)
     assert_whole(store, 2)
 
