@@ -23,7 +23,8 @@ STAGES = (1, 2, 3)
 
 
 def run(folder):
-    """By stage, scale and bias in three steps, and the weights saved before each step. The last step is resumed."""
+    """Returns, by ZeRO stage, the (scale, bias) that each of three steps reports, and both weights as saved before each
+    step. The third step runs in a new engine that loads the last checkpoint."""
     world = start_world()
     answers = {}
     for stage in STAGES:

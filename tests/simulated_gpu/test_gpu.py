@@ -9,18 +9,18 @@ from tests.support.simulated_gpu.environment import run_simulated
 pytestmark = pytest.mark.slow
 REFUSED = {
     "two devices": "at least two devices",
-    "a kernel on the host's weight": "cpu tensor",
+    "a kernel with a weight on the host": "cpu tensor",
     "a collective on the host": "NCCL sends only from GPUs",
     **{f"{name} in float32": "float32" for name in ("flash2", "flash3", "flash4")},
-    **{f"{name}, bounds in int64": "torch.int64" for name in ("flash2", "flash3", "flash4")},
-    **{f"{name}, longest on the device": "max_seqlen_q" for name in ("flash2", "flash3", "flash4")},
+    **{f"{name}, cu_seqlens_q in int64": "torch.int64" for name in ("flash2", "flash3", "flash4")},
+    **{f"{name}, max_seqlen_q on the device": "max_seqlen_q" for name in ("flash2", "flash3", "flash4")},
 }
 ANSWERED = {
-    "a sum on the device": "cuda:0",
+    "an addition on the device": "cuda:0",
     "a kernel": "cuda:0",
-    "a number that is read": 7,
-    "a list that is read": [3, 4],
-    "a number that nobody knows": 1.0,
+    "reading a number": 7,
+    "reading a list": [3, 4],
+    "a number whose value is not known": 1.0,
     "a pinned copy": "cuda:0",
     "a pageable copy": "cuda:0",
     "a copy that waits": "cuda:0",
@@ -28,8 +28,8 @@ ANSWERED = {
 }
 WAITS = {
     "a kernel": [],
-    "a number that is read": ["read elsewhere"],
-    "a list that is read": ["copy to the host elsewhere"],
+    "reading a number": ["read elsewhere"],
+    "reading a list": ["copy to the host elsewhere"],
     "a pinned copy": [],
     "a pageable copy": ["copy from pageable memory elsewhere"],
     "a copy that waits": ["copy to the device elsewhere"],

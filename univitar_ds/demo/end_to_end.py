@@ -20,11 +20,12 @@ IMAGES, VIDEOS = 1600, 1600
 
 
 def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
-    """Runs all parts in `folder` and prints the results with the duration of each part. Returns the exit status.
+    """Runs all parts of the demo in `folder`, and prints the results and the duration of each part.
 
-    Reuses existing scenes and shards; the run starts from scratch.
-    Args: nproc: number of ranks; install_seconds: duration of the installation for the table, if known.
-    Raises: UserError; ConfigError if the folder contains files that no demo writes.
+    Reuses existing scenes and shards. Removes the run of an earlier demo, so training starts from scratch.
+    Args: nproc: number of ranks; install_seconds: duration of the installation, for the table; None: not in the table.
+    Returns: the exit status.
+    Raises: UserError, for example a ConfigError if the folder contains files that no demo writes.
     """
     claim(folder)
     os.environ["DS_ACCELERATOR"] = "cpu"  # so that the demo runs on every machine

@@ -1,7 +1,7 @@
 """Decodes units of files or samples in confined processes, and computes their features pack by pack.
 
-Files and samples are decoded as in training. A file that is damaged, hostile or of another type is left out, and the
-reason is reported. The packs of a unit depend only on the unit.
+Items (files or samples) are decoded as in training. An item that is damaged, hostile or neither an image nor a video is
+left out, and the reason is reported. With the same `Reading`, the packs of a unit depend only on the unit.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ or the logits of a classifier's head."""
 FRAMES = 8
 """Default number of frames of a video."""
 _READ_AT_ONCE = 32
-"""Number of items whose headers are read together."""
+"""Maximum number of items whose headers are read together."""
 _Found = tuple[str, Sample | SampleError]
 """An item of a unit: its key, and its sample or the reason why it is left out."""
 
 
 class LeftOut(NamedTuple):
-    """An item that is left out: its path or key, the kind of its fault (`SampleError`), and a sentence."""
+    """An item that is left out: its path or key, and the kind and message of its `SampleError`."""
 
     key: str
     kind: str
@@ -58,9 +58,10 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The features of a unit: `values` (N, width) float32, or for tokens (T, width) with T the sum over `grids`.
+    """The features of the N items of a unit that are not left out.
 
-    `keys` and `grids` have an entry for each of the N items in the order of the unit. `left_out` has the other items.
+    `values`: (N, width) float32; for tokens (T, width), where T is the number of tokens of all N items. `keys` and
+    `grids` have one entry per item, in the order of the unit. `left_out`: the other items of the unit.
     """
 
     unit: Unit
@@ -72,8 +73,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reading:
-    """How items are read: with the size rule of `encoder`, `frames` of a video, `token_budget` as the maximum number of
-    tokens of a pack, and limits, workers and storage in `data`."""
+    """How items are read.
+
+    `encoder` has the size rule, `data` the limits, workers and storage. `frames`: maximum number of frames of a video;
+    `token_budget`: maximum number of tokens of a pack of several items.
+    """
 
     encoder: EncoderConfig
     data: DataConfig
@@ -84,10 +88,10 @@ class Reading:
     """Whether items are on S3."""
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError if the frames of a video are odd."""
+        """Raises: ConfigError if `frames` is not a positive multiple of TUBELET."""
         if self.frames < TUBELET or self.frames % TUBELET:
             raise ConfigError(
-                f"--frames {self.frames}: the encoder takes {TUBELET} frames at a time; give an even number"
+                f"--frames {self.frames}: the encoder takes {TUBELET} frames at a time; give a positive even number"
             )
 
     def rules(self) -> dict[Modality, SizeRule]:
@@ -98,7 +102,7 @@ class Reading:
         resolution, data = self.encoder.resolution, self.data
         frames = self.frames if modality == "video" else 1
         cells = frames * (resolution.divisor_px // PATCH) ** 2
-        # Rounding up to multiples of divisor_px may double min_tokens.
+        # An item of min_tokens may have about twice as many after its sides are rounded up to multiples of divisor_px.
         most = max(self.token_budget, resolution.max_tokens, 2 * resolution.min_tokens + 2 * cells)
         if resolution.fixed_px is not None:
             most = max(most, token_count(resolution.grid(1, 1, frames)))
@@ -122,8 +126,8 @@ Compute = Callable[["Pixels"], Sequence[Tensor]]
 
 
 class Pixels(NamedTuple):
-    """The items of a pack. `pixels`: (B,) uint8 of all items in order; `frames`: number of frames of each; `sizes`:
-    height and width of each before resizing."""
+    """The items of a pack. `pixels`: (bytes,) uint8 of all items in order; of each item, `frames`: number of frames,
+    `grids`: tokens along time, height and width, `sizes`: height and width before resizing."""
 
     pixels: np.ndarray
     frames: list[int]
@@ -133,7 +137,7 @@ class Pixels(NamedTuple):
 
 @dataclass(frozen=True)
 class _ModelRule(SizeRule):
-    """The size rule of `Preprocessor`: items are not limited to the tokens of a pack."""
+    """The size rule of `Preprocessor`. An item may have more tokens than the token budget of a pack."""
 
     relarge_ratio: float = 1.0
 
@@ -175,7 +179,8 @@ def read_units(
 ) -> Iterator[Rows]:
     """Yields the features of each unit, in order.
 
-    Args: units: consumed ahead, in another thread; finished: called with the number of items of each finished pack.
+    Args: units: consumed ahead, in another thread; finished: called after each pack with its number of items, the items
+        left out included.
     Raises: DataError if a shard cannot be read; UserError if the GPU has too little memory for a pack.
     """
     return rows_of_units(partial(_features, model, kind), width_of(model, kind), units, reading, finished)
@@ -188,7 +193,7 @@ def rows_of_units(
     reading: ItemReading,
     finished: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Rows]:
-    """As `read_units`, with features of `width` dimensions that `compute` returns."""
+    """As `read_units`, for any function `compute` that returns features of `width` dimensions."""
     rules = reading.rules()
     settings = StorageSettings.of(reading.data)
 
@@ -233,7 +238,7 @@ def width_of(model: UniViTARModel, kind: Kind) -> int:
 
 @torch.no_grad()
 def _features(model: UniViTARModel, kind: Kind, pack: Pixels) -> Sequence[Tensor]:
-    """Returns the features of each item of a pack: (1, width), or the tokens (t, width)."""
+    """Returns the features of each item of a pack: (1, width), or (t, width) for its t tokens."""
     frames, grids = pack.frames, pack.grids
     pixels = torch.from_numpy(pack.pixels).to(model.device)
     try:
@@ -265,7 +270,7 @@ def _rows(unit: Unit | None, rows: Sequence[tuple], left_out: list[LeftOut], wid
 
 @dataclass
 class _Filling:
-    """The pack of a modality that is being filled."""
+    """The pack that is being filled for one modality."""
 
     samples: list[Sample] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
@@ -310,7 +315,7 @@ def _plans(
 
 
 def _files(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
-    """Yields the files of a unit. The content of a file determines whether it is an image or a video."""
+    """Yields the items of a unit of files. The content of a file determines whether it is an image or a video."""
     for begin in range(0, len(unit.files), _READ_AT_ONCE):
         paths = unit.files[begin : begin + _READ_AT_ONCE]
         storages = [storage_for(path, settings) for path in paths]
@@ -333,7 +338,7 @@ def _address(max_sample_mb: int, file: tuple[str, Storage]) -> MediaAddress | Sa
     path, storage = file
     try:
         length = storage.size(path)
-        if length and isinstance(storage, LocalStorage):  # an object that has a size can be read
+        if length and isinstance(storage, LocalStorage):  # S3 needs no check: HEAD and GET need the same permission
             storage.read_range(path, 0, 1)
     except DataError as error:
         return SampleError("unreadable", str(error))
@@ -378,7 +383,7 @@ def _sample(media: MediaAddress, size: MediaSize, rule: SizeRule) -> Sample:
 
 
 def _samples(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, settings: StorageSettings) -> Iterator[_Found]:
-    """Yields the samples of a unit, and an error for each damaged range of the shard between them."""
+    """Yields the items of a unit of samples, and an error for each damaged range of the shard between them."""
     assert unit.shard is not None
     shard = replace(unit.shard, storage=storage_for(unit.shard.path, settings))
     with shard.storage.open(shard.path) as stream:
@@ -396,7 +401,7 @@ def _samples(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, setting
 def _of_batch(
     shard: Shard, batch: Sequence[tar_index.Group | tar_index.Damage], rules: dict[Modality, SizeRule], probe: Prober
 ) -> dict[int, Sample | SampleError]:
-    """Returns the samples of a batch by the offset of their first header."""
+    """Returns the samples of a batch, or their errors, by the offset of the sample's first header."""
     found: dict[int, Sample | SampleError] = {}
     for modality, rule in rules.items():
         groups = [

@@ -1,5 +1,5 @@
-"""A program that tries wrong and correct uses of a simulated GPU, and prints the results as one JSON object. It also
-counts the kernels of the contrastive losses."""
+"""A program that tries wrong and correct uses of a simulated GPU, counts the kernels of the contrastive losses, and
+prints all results as one JSON object."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def main() -> None:
         counts = torch.tensor([3, 4], device="cuda")
 
         attempt("two devices", lambda: rows + torch.ones(6, 64))
-        attempt("a sum on the device", lambda: str((rows + rows).device))
+        attempt("an addition on the device", lambda: str((rows + rows).device))
         attempt(
-            "a kernel on the host's weight", lambda: fused.rms_norm(rows, torch.ones(64, dtype=torch.bfloat16), 1e-6)
+            "a kernel with a weight on the host",
+            lambda: fused.rms_norm(rows, torch.ones(64, dtype=torch.bfloat16), 1e-6),
         )
         attempt("a kernel", lambda: str(fused.rms_norm(rows, weight, 1e-6).device))
-        attempt("a number that is read", lambda: counts.sum().item())
-        attempt("a list that is read", lambda: counts.tolist())
-        attempt("a number that nobody knows", lambda: rows.float().sum().item())
+        attempt("reading a number", lambda: counts.sum().item())
+        attempt("reading a list", lambda: counts.tolist())
+        attempt("a number whose value is not known", lambda: rows.float().sum().item())
         attempt("a pinned copy", lambda: str(torch.ones(3).pin_memory().to("cuda", non_blocking=True).device))
         attempt("a pageable copy", lambda: str(torch.ones(3).to("cuda", non_blocking=True).device))
         attempt("a copy that waits", lambda: str(torch.ones(3).pin_memory().to("cuda").device))
@@ -58,7 +59,7 @@ def main() -> None:
             return total.tolist()
 
         attempt("a sum over 8 ranks", summed)
-        attempt("positions of a mask", lambda: str(rows[counts > 3].shape))
+        attempt("indexing with a mask", lambda: str(rows[counts > 3].shape))
         for name in attention.MODULES:
             with attention.installed(name, gpu):
                 flash = partial(attention.function(name), cu_seqlens_k=bounds, max_seqlen_k=4)
@@ -66,15 +67,19 @@ def main() -> None:
                 q, k, v = qkv.unbind(1)
                 attempt(name, partial(flash, q, k, v, **right))
                 attempt(f"{name} in float32", partial(flash, q.float(), k.float(), v.float(), **right))
-                attempt(f"{name}, bounds in int64", partial(flash, q, k, v, **{**right, "cu_seqlens_q": bounds.long()}))
+                attempt(
+                    f"{name}, cu_seqlens_q in int64",
+                    partial(flash, q, k, v, **{**right, "cu_seqlens_q": bounds.long()}),
+                )
                 longest = {**right, "max_seqlen_q": counts.max()}
-                attempt(f"{name}, longest on the device", partial(flash, q, k, v, **longest))
+                attempt(f"{name}, max_seqlen_q on the device", partial(flash, q, k, v, **longest))
         answers |= kernels_of_losses(gpu)
     print(json.dumps(answers))
 
 
 def kernels_of_losses(gpu: SimulatedGPU) -> dict[str, Any]:
-    """Returns by loss the kernels that each chunk of texts adds, and the bytes at the peak with 2 and 6 chunks."""
+    """Returns for each loss the number of kernels that one more chunk of texts adds, and the peak memory with 2 chunks
+    and with 6, in bytes, without the memory that was in use before the call."""
     from univitar_ds.objectives.sigmoid import sigmoid_loss
     from univitar_ds.objectives.softmax import softmax_loss
 

@@ -1,4 +1,4 @@
-"""Checks every shard and every sample of sources before a run, and reports all faults."""
+"""Checks every shard and every sample of the sources before a run, and reports all faults."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from univitar_ds.screen import progress_bar
 
 VERSION = 1
 _MOST_EXTENSIONS, _LONGEST_EXTENSION = 50, 40
-"""Maximum number and length of the extensions of a shard that are counted by name. A file name with several dots has an
-extension of its own, such as 001.npy for a.001.npy."""
+"""Maximum number of extensions of a shard that are counted by name, and maximum length of their names. There may be one
+per file, since the extension starts at the first dot: that of a.001.npy is 001.npy."""
 _MOSTLY = 0.9
-"""If at least this share of the samples of a source have a .txt with several lines, a warning is reported."""
+"""If at least this share of a source's good samples have a .txt with several lines, a warning is reported."""
 
 
 @dataclass
 class _Found:
-    """The results for a shard so far. `expected` is its number of samples in the manifest."""
+    """The results for a shard so far. `expected` is its number of samples in the manifest; None: not in a manifest."""
 
     shard: SourceShard
     expected: int | None
@@ -107,19 +107,20 @@ def verify(
     progress: bool = True,
     limits: DataConfig | None = None,
 ) -> dict[str, Any]:
-    """Checks every shard of the sources in `workers` processes, each sample with the limits of `limits`.
+    """Checks every shard of the sources in `workers` processes.
 
     If data are missing or damaged, the rest is still checked. A sample that crashes its process or makes it hang is a
-    bad sample of kind "crash" or "timeout". The report depends only on the data.
+    bad sample of kind "crash" or "timeout". The report depends only on the data, `decode` and `limits`.
 
-    Args: decode: decode every sample instead of checking only headers and checksums. progress: show a bar on stderr.
-        limits: the data section of a run file (None: the default limits).
+    Args: decode: whether to decode every sample, or to check only headers and checksums. progress: whether to show a
+        bar on stderr. limits: the data section of a run file, which has the limits of a sample (None: the defaults).
     Returns: {"version", "decoded", "sound", "samples", "bad": {kind: n}, "ignored": {kind: n}, "unread": {".npy": n},
-        "sources", "shards"}. A source has path, split, shards, missing (shards of its manifest), error and warning. For
-        a shard, see `_Found.to_json`. Each fault, and each ignored text of a sample that can be used, has a kind, key
-        ("" for bytes without samples), byte and message. "scattered" is the first sample whose members are not
-        consecutive. "sha256" is "matches" or "differs"; None if no manifest has a hash. "unread" counts the members
-        that the loader does not read, by extension.
+        "sources", "shards"}. A source has path, split, shards (their number), missing (shards that its path or manifest
+        names and that do not exist), error and warning. For a shard, see `_Found.to_json`. Each fault, and each ignored
+        text of a sample that can be used, has a kind, key ("" for bytes without samples), byte and message. "scattered"
+        is the first sample whose members are not consecutive. "sha256" is "matches" or "differs"; None if no manifest
+        has a hash, or if the shard was not hashed to its end. "unread" counts the members that the loader does not
+        read, by extension.
     """
     settings, limits = settings.shared(), limits or DEFAULTS
     listed: list[dict[str, Any]] = []
@@ -195,7 +196,7 @@ def _by_kind(faults: Sequence[Bad]) -> dict[str, int]:
 
 
 def _find(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, Any], list[_Found]]:
-    """Returns the source's entry of the report and its existing shards. A run would fail with the entry's error."""
+    """Returns the source's entry in the report, and its existing shards. A run would fail with the entry's error."""
     about: dict[str, Any] = {"path": source.path, "split": source.split, "missing": [], "error": None, "warning": None}
     rows: dict[str, dict[str, Any]] = {}
     shards: Sequence[SourceShard] = []
@@ -213,7 +214,10 @@ def _find(source: SourceConfig, settings: StorageSettings) -> tuple[dict[str, An
 
 
 def _manifest_rows(source: SourceConfig, settings: StorageSettings) -> dict[str, dict[str, Any]]:
-    """Returns the shards in the manifest for the split of the source, by file name; {} if there is no manifest."""
+    """Returns the manifest's rows of the shards of the source's split, by file name; {} if there is no manifest.
+
+    A source without a split, or with held-out samples, has the shards of all splits.
+    """
     folder = place_of(source)
     storage = storage_for(folder, settings)
     if folder.endswith(".tar") or not storage.exists(os.path.join(folder, MANIFEST)):

@@ -1,9 +1,9 @@
 """Attentive probe: one learned query attends to all tokens of an item, and a linear head classifies the result.
 
-As in AIM (arXiv:2401.08541) with the optimizer and the learning rates of V-JEPA 2 (arXiv:2506.09985): cross-attention
-pooling without a feed-forward part, on frozen tokens that are standardised as by a batch norm, AdamW, a cosine schedule
-and a sweep of learning rates. A tenth of the training items is held out to choose the rate; the head of this rate is
-scored without further training.
+The probe is that of AIM (arXiv:2401.08541): cross-attention pooling without a feed-forward part, on frozen tokens that
+are standardised as by a batch norm. It is trained as in V-JEPA 2 (arXiv:2506.09985): with AdamW, a cosine schedule and
+a sweep of the same learning rates. A tenth of the training items is held out to choose the rate; the head of this rate
+is scored without further training.
 
 Items keep their own number of tokens: the tokens of a pack are concatenated without padding, and the softmax is over
 the tokens of one item.
@@ -30,7 +30,8 @@ from univitar_ds.tasks.probes.token_store import TokenStore
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
 """The learning rates of V-JEPA 2."""
 RECIPE = Recipe("adamw", RATES, batch=256, epochs=20, least_steps=200, decay=0.01)
-"""Epochs and the smallest weight decay are those of V-JEPA 2. Batch size and minimum number of steps are our choice."""
+"""The number of epochs is that of V-JEPA 2, the weight decay the smallest that V-JEPA 2 tries. The batch size and the
+minimum number of steps are our choice."""
 HELD_OUT = 0.1
 """Share of the training items on which the learning rate is chosen."""
 HEAD_WIDTH = 64
@@ -42,7 +43,7 @@ Packs = Iterable[tuple[Tensor, Sequence[int], Sequence[str]]]
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where and how a probe computes: folder for the tokens, device, and maximum number of tokens of a pack."""
+    """Where a probe computes: folder for the stored tokens, device, and maximum number of tokens of a pack."""
 
     folder: Path
     device: torch.device
@@ -53,8 +54,8 @@ class AttentiveHead(nn.Module):
     """Cross-attention pooling with a learned query, and a linear head.
 
     All items share the query, so both projections can be moved out of the sum over tokens: the score of a token x is
-    q . (W_k x) = (W_k^T q) . x, and the result is W_v (sum of a_t x_t). A token thus costs D multiplications for each
-    attention head instead of D^2, and the heads of all learning rates read the tokens together (`attend`).
+    q . (W_k x) = (W_k^T q) . x, and the result is W_v (sum of a_t x_t). A token thus costs 2 H D (H attention heads)
+    multiplications instead of the 2 D^2 of both projections. One call of `attend` serves all learning rates.
     """
 
     def __init__(self, width: int, classes: int, seed: int = 0) -> None:
@@ -69,7 +70,7 @@ class AttentiveHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def directions(self) -> Tensor:
-        """Returns the vector of each attention head whose product with a token is the token's score, (H, D)."""
+        """Returns one vector per attention head, (H, D). Its dot product with a token is the token's score."""
         key = self.key.unflatten(0, (self.heads, -1))
         query = self.query.view(self.heads, -1)
         return torch.einsum("hkd,hk->hd", key, query) * query.shape[1] ** -0.5
@@ -88,7 +89,7 @@ def heads_of(width: int) -> int:
 def attend(tokens: Tensor, lengths: Sequence[int], directions: Tensor) -> Tensor:
     """Returns the mean of each item's tokens, weighted by the softmax of their scores, for each direction.
 
-    Args: tokens: (T, D); lengths: tokens of each of the N items; directions: (J, D). Returns: (N, J, D).
+    Args: tokens: (T, D); lengths: number of tokens of each of the N items; directions: (J, D). Returns: (N, J, D).
     """
     scores = F.linear(tokens, directions)
     begins = cumulative(lengths)
@@ -104,7 +105,7 @@ def attend(tokens: Tensor, lengths: Sequence[int], directions: Tensor) -> Tensor
 
 
 def sweep_logits(heads: Sequence[AttentiveHead], tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Returns the logits of several probe heads, which read the tokens together, (heads, N, C)."""
+    """Returns the logits of several probe heads, (heads, N, C), with one call of `attend` for all of them."""
     directions = [head.directions() for head in heads]
     attended = attend(tokens, lengths, torch.cat(directions)).split([len(one) for one in directions], dim=1)
     return torch.stack([head.logits(one) for head, one in zip(heads, attended, strict=True)])
@@ -119,11 +120,11 @@ def attentive(
     epochs: int | None = None,
     progress: bool,
 ) -> tuple[list[Figure], list[str]]:
-    """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and about items left out.
+    """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and the items left out.
 
     Returns empty lists if neither split has an item. The tokens of the training items are stored in a file in
     `workspace.folder`, in float16; the test items are scored pack by pack.
-    Raises: StorageError if the disk is full; DataError as `labelled`.
+    Raises: StorageError and CheckpointError as `TokenStore.append`; DataError as `labelled`.
     """
     recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
     with TokenStore(workspace.folder) as store:
@@ -150,7 +151,7 @@ def attentive(
 
 
 def _without(labels: list[str]) -> Features:
-    """Returns labels with empty features, which are not needed once the items have been scored."""
+    """Returns labels with empty features, since features are not needed once the items have been scored."""
     return Features(torch.empty(len(labels), 0), labels)
 
 
@@ -159,7 +160,7 @@ def _chosen(
 ) -> tuple[AttentiveHead, str]:
     """Returns the head of the learning rate that is best on the held-out items, and a sentence about the choice.
 
-    Args: count: number of classes; of: the items, for the progress bar; None: no bar.
+    Args: count: number of classes; of: name of the items in the text of the progress bar; None: no bar.
     """
     learns, checks = divided(classes, HELD_OUT)
     heads = [AttentiveHead(store.width, count).to(workspace.device) for _ in recipe.rates]
@@ -183,7 +184,7 @@ def _chosen(
 
 
 class _Pack(NamedTuple):
-    """Items of a pack, and the number of items of the step that it belongs to, over which losses are averaged."""
+    """`items`: the items of a pack; `of_step`: number of items of its step, over which the losses are averaged."""
 
     items: list[int]
     of_step: int
@@ -204,7 +205,7 @@ def _accuracies(
 
 @torch.no_grad()
 def _scored(head: AttentiveHead, store: TokenStore, classes: int, packs: Packs) -> tuple[Tensor, list[str]]:
-    """Returns the logits of the items of packs, (n, classes) float64 on the host, and their labels."""
+    """Returns the logits of the items of all packs, (n, classes) float64 on the host, and the items' labels."""
     rows, labels = [torch.empty(0, classes, dtype=torch.float64)], []
     for tokens, lengths, some in packs:
         rows.append(sweep_logits([head], store.standardised(tokens), lengths)[0].double().cpu())

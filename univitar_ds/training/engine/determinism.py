@@ -12,7 +12,7 @@ from univitar_ds.errors import ConfigError, first_line
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")
-"""Values of the variable with which cuBLAS is deterministic."""
+"""Values of this environment variable with which cuBLAS is deterministic."""
 
 
 def set_deterministic(wanted: bool) -> None:
@@ -22,7 +22,8 @@ def set_deterministic(wanted: bool) -> None:
     Must be called before the first matrix product, since cuBLAS reads its setting once. `warn_only` is not used, since
     torch's attention, in packs and in the text tower, would then use its nondeterministic backward pass. An operation
     without a deterministic form therefore raises an error, see `explained`.
-    Raises: ConfigError if the environment variable of cuBLAS has a value with which cuBLAS is not deterministic.
+    Raises: ConfigError if `wanted` is true and the environment variable `WORKSPACE` has a value with which cuBLAS is
+        not deterministic.
     """
     if wanted and os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
         raise ConfigError(
@@ -35,7 +36,10 @@ def set_deterministic(wanted: bool) -> None:
 
 @contextmanager
 def explained(deterministic: bool) -> Iterator[None]:
-    """Raises: ConfigError in place of torch's error about an operation of the body that has no deterministic form."""
+    """Replaces torch's error about an operation without a deterministic form with a ConfigError that names the remedy.
+
+    Other errors of the body, and all errors if `deterministic` is false, are raised unchanged.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 """Training metrics: combines the numbers of each rank at each step into lines for all ranks and several steps.
 
-`OVER_RANKS` declares how each number is reduced over ranks. One small message of each rank has all numbers of a step.
-`Window` sums the numbers over the steps of a line, and is part of the checkpoint, so a resumed run writes the same
-lines as an uninterrupted run.
+`OVER_RANKS` declares how each number is reduced over ranks. Each rank sends all its numbers of a step in one small
+message. `Window` sums the numbers over the steps of a line. It is part of the checkpoint, so a resumed run writes the
+same lines as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BAD_OF_KIND = {f"bad_{kind.removeprefix('bad_')}": kind for kind in KINDS}
 IGNORED_OF_KIND = {f"ignored_{kind.removeprefix('bad_')}": kind for kind in IGNORED}
 """Kinds of texts that were ignored while the rest of their sample was used, by the name of their count in a line."""
 FILTERED = "filtered_samples"
-"""Name of the number of samples that the conditions of sources (`where`) left out."""
+"""Name of the count of samples that the conditions of sources (`where`) left out."""
 COUNTS = (*BAD_OF_KIND, *IGNORED_OF_KIND, FILTERED)
 """Names of counts since the start of the run. A line omits those that are 0."""
 SQUARES = {part: f"grad_square_{part}" for part in GRADIENT_PARTS}
@@ -69,9 +69,9 @@ def local_metrics(
     """Returns the numbers of this rank at a step, by the names of OVER_RANKS.
 
     Args:
-        cost: FLOPs per token, and FLOPs per squared number of tokens of an item.
+        cost: (a, b), where an item of n tokens takes a * n + b * n**2 FLOPs.
         dropping: dropping of the step; FLOPs count only the tokens that are kept.
-        squares: `Engine.gradient_squares` if the step read its gradient.
+        squares: `Engine.gradient_squares`, for a step with `read_gradient`.
     """
     bad, ignored = Counter[str](), Counter[str]()
     for batch in batches:
@@ -79,7 +79,8 @@ def local_metrics(
         ignored.update(batch.ignored)
     assert bad.keys() <= set(KINDS), set(bad) - set(KINDS)
     assert ignored.keys() <= set(IGNORED), set(ignored) - set(IGNORED)
-    ranks = next((batch.ranks for batch in batches if isinstance(batch, PackShare)), 1)  # that share a pack
+    # The number of ranks that share a pack.
+    ranks = next((batch.ranks for batch in batches if isinstance(batch, PackShare)), 1)
     lengths = _lengths(batches)
     return {
         "tokens": sum(lengths),
@@ -110,10 +111,10 @@ def _flops(lengths: Sequence[int], cost: tuple[float, float], dropping: DropConf
 def exchange_metrics(
     numbers: dict[str, float], others: Sequence[float], world: World, *, equal: int = 1
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Returns the numbers reduced over all ranks, and `others` of every rank, (size, others) float64 on the host.
+    """Returns the numbers reduced over all ranks, and a table of `others`, (size / equal, others) float64 on the host.
 
-    All ranks call it, with the same number of `others`. All values are sent in one message.
-    Args: equal: number of consecutive ranks that have the same packs and share their FLOPs. Sums and `others` include
+    All ranks must call it, with the same number of `others`. All values are sent in one message.
+    Args: equal: number of consecutive ranks that have the same packs and share their FLOPs. Sums and the table include
         only the first of these ranks; squares of the gradient are summed over all ranks.
     """
     return exchange_with_times(numbers, others, (), world, equal=equal)[:2]
@@ -122,7 +123,7 @@ def exchange_metrics(
 def exchange_with_times(
     numbers: dict[str, float], others: Sequence[float], times: Sequence[float], world: World, *, equal: int = 1
 ) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
-    """Returns the results of `exchange_metrics`, and `times` of every single rank, (size, times) float64 on the host.
+    """Returns the results of `exchange_metrics`, and `times` of every rank, (size, times) float64 on the host.
 
     All values are sent in one message."""
     table = gather_numbers([*(float(numbers[name]) for name in OVER_RANKS), *others, *times], world)
@@ -144,10 +145,11 @@ def part_norms(reduced: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line, and counts of bad samples over the whole run.
+    """Sums over the steps since the last line, and counts over the whole run.
 
-    The keys of `bad` are names of COUNTS. For losses and loss weights a line has the mean over the steps with that
-    loss; `<name>_steps` counts these steps.
+    `bad` has these counts by the names of COUNTS: bad samples, ignored texts and filtered samples. For losses, loss
+    weights and the teacher's agreement, a line has the mean over the steps that have the value; `<name>_steps` counts
+    these steps.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -157,7 +159,7 @@ class Window:
     def add(
         self, result: StepResult, reduced: dict[str, float], modality: Modality, weights: Mapping[str, float]
     ) -> None:
-        """Adds a step. Args: reduced: metrics over all ranks. weights: loss weights by the names of the schedules."""
+        """Adds a step. Args: reduced: metrics over all ranks; weights: loss weights by the names of their schedules."""
         means = {"loss": result.loss, f"loss_{modality}": result.loss}
         for part, value in result.losses.items():
             means |= {f"loss_{part}": value, f"loss_{part}_{modality}": value}
@@ -199,16 +201,16 @@ class Window:
         guarded: Mapping[str, int] | None = None,
         further: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """Returns one line of metrics, by names with units.
+        """Returns one line of metrics by name. The names contain the units, for example `step_s`.
 
         Args:
             progress: progress after the last step.
             stage: (index, name) of the last step's stage.
             result, lr: of the last step.
-            peak: of all ranks.
+            peak: peak TFLOP/s of all ranks together.
             ranks: number of ranks.
             guarded: result of `State.guarded`.
-            further: results of `part_norms` and `slow_ranks.times_over_ranks`, if the last step has exchanged them.
+            further: results of `part_norms` and `slow_ranks.times_over_ranks`, if the last step exchanged them.
         """
         sums = self.sums
         seconds, steps = max(sums["step_s"], 1e-9), sums["steps"]
@@ -250,7 +252,7 @@ class Window:
 
 
 def memory_gb() -> float:
-    """Returns the peak memory of this rank so far in GB: of its GPU on CUDA, else of the process."""
+    """Returns the peak memory of this rank so far in GB: memory of its GPU on CUDA, else memory of the process."""
     if uses_cuda():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
