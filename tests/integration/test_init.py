@@ -15,6 +15,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.load import load_config
 from univitar_ds.data.tools import survey
 
+VIDEOS = "stages.0.video_ratio=0.5 stages.0.video.min_tokens=16 stages.0.video.max_tokens=32 stages.0.video.divisor_px=14"
 SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "logging.tensorboard=false")
 
 
@@ -77,8 +78,8 @@ def test_the_plan_of_a_drafted_run_is_printed_and_nothing_is_written(form, tmp_p
         ("classes", "data.sources.0.split=other", "data.sources.0: source here: has no split 'other'; it has train"),
         ("classes", "objective.kind=softmax", "a contrastive run needs captions, and none was found in"),
         ("folder", "objective.kind=classification", "classification needs labels, and none was found in"),
-        ("folder", "stages.0.video_ratio=0.5", "stage native needs video samples, but the sources (here) hold only"),
-        ("classes", "data.sources.0.table={image_key: x}", "data.sources.0.table.image_key"),
+        ("folder", VIDEOS, "stage native needs video samples, but the sources (here) hold only"),
+        ("classes", "data.sources.0.table.image_key=x", "data.sources.0.table.image_key"),
     ],
 )
 def test_the_plan_of_a_source_that_is_not_packed_has_its_faults(form, override, message, tmp_path, monkeypatch, capsys):
@@ -86,6 +87,6 @@ def test_the_plan_of_a_source_that_is_not_packed_has_its_faults(form, override, 
     monkeypatch.chdir(tmp_path)
     assert main(["init", "here", "--gpus", "0"]) == 0
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
-    assert main(["train", "--config", "run.yaml", "--dry-run", override]) == 2
+    assert main(["train", "--config", "run.yaml", "--dry-run", *override.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

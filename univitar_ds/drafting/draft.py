@@ -17,6 +17,7 @@ from univitar_ds.config.load import check_config
 from univitar_ds.config.paths import written
 from univitar_ds.config.stage import ResolutionConfig
 from univitar_ds.data.shards.hold_out import HELD_OUT
+from univitar_ds.data.storage.base import S3
 from univitar_ds.data.tools.survey import Counts, Survey
 from univitar_ds.drafting.facts import Facts, facts_of
 from univitar_ds.drafting.lengths import Length, Stage, checkpoint_steps, length_of, stages_of, video_ratio
@@ -299,6 +300,8 @@ def _divided(evaluation: Sequence[tuple[Survey, str | None]]) -> Iterator[str]:
     yield f"  # The data have no split to evaluate on, so {count} are held out of the training."
     yield "  # To hold out another share, change hold_out here and in data.sources; to train on all samples, remove it"
     yield "  # there, and set evaluation to {sources: []}."
+    if any(survey.packed and survey.path.startswith(S3) for survey, _ in evaluation):
+        yield "  # The evaluation reads all tars for them; `univitar-ds data pack --hold-out` writes them apart."
 
 
 def _evaluation(basis: Basis) -> Iterator[str]:

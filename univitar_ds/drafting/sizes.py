@@ -25,7 +25,7 @@ _STEPS_PER_EPOCH = 5
 """Minimum number of steps per epoch, and of packs of each modality in an epoch of a lane. With fewer, larger ones the
 same negatives would repeat, and packs would not be full, because a pack has each sample once (simulated: with 2, up to
 an eighth of the packs are less than 90 % full; with 4, 1 of 13,000, but more if lanes take turns with few tars)."""
-_SMALLER_PACKS = 1 / 3
+_SMALLER_PACKS = 0.3
 """Minimum size of packs that are smaller for the sake of few videos, as a share of those without videos."""
 _LARGEST_STEP = 32_768
 """Pairs of a step in the full recipes."""
