@@ -15,7 +15,7 @@ from univitar_ds.cli.main import main
 from univitar_ds.config.load import load_config
 from univitar_ds.data.tools import survey
 
-VIDEOS = "stages.0.video_ratio=0.5 stages.0.video.min_tokens=16 stages.0.video.max_tokens=32 stages.0.video.divisor_px=14"
+VIDEOS = "stages.0.video_ratio=0.5 stages.0.video.min_tokens=64 stages.0.video.max_tokens=64 stages.0.video_frames=2"
 SHORT = ("stages.0.samples=24", "stages.0.warmup_samples=4", "data.workers=0", "logging.tensorboard=false")
 
 
