@@ -29,6 +29,8 @@ IMPORTED = ("deepspeed", "transformers")
 FLASH = {"flash-attn": "flash_attn", "flash-attn-4": "flash_attn.cute"}
 """Module by distribution. The import is tried too if it is installed."""
 _IMPORT_S = 300.0
+_ACCELERATOR = "DS_ACCELERATOR"
+"""The variable with which DeepSpeed's import fails if it has an unknown value."""
 
 
 def installed(name: str) -> str | None:
@@ -87,6 +89,8 @@ def broken_imports(modules: Iterable[str]) -> list[Row]:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             remedy = f"see `{sys.executable} -c 'import {module}'`, and install a build for torch {torch.__version__}"
+            if _ACCELERATOR in last:
+                remedy = f"unset {_ACCELERATOR}, or set it to cpu to train without GPUs"
             rows.append(Row(NAME, FAILED, f"{module} does not import: {shortened(last, 300)}", remedy))
     return rows
 

@@ -54,6 +54,9 @@ def test_a_library_that_does_not_import_fails_with_its_last_line(tmp_path, monke
     assert row.state == FAILED
     assert "flash_of_another_torch does not import: ImportError: undefined symbol: _ZN3c104cuda" in row.found
     assert "a build for torch" in row.remedy
+    (tmp_path / "flash_of_another_torch.py").write_text("raise ValueError('DS_ACCELERATOR must be one of cuda, cpu')")
+    (row,) = broken_imports(["flash_of_another_torch"])
+    assert row.remedy == "unset DS_ACCELERATOR, or set it to cpu to train without GPUs"
 
 
 def test_a_gpu_without_the_fused_kernels_fails_with_what_is_missing():

@@ -16,6 +16,8 @@ from univitar_ds.training.distributed.slurm import adopt_ranks
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that torchrun and DeepSpeed's launcher always set together."""
+MOST_RANKS = 1 << 20
+"""Maximum of WORLD_SIZE."""
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 """Variables with the number of processes that an MPI launcher has started."""
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
@@ -98,11 +100,16 @@ def _unset(names: Iterable[str]) -> str:
 
 def _check_numbers(environment: MutableMapping[str, str]) -> None:
     size = _integer(environment, "WORLD_SIZE")
-    limits = {"WORLD_SIZE": (1, None), "RANK": (0, size - 1), "LOCAL_RANK": (0, size - 1), "MASTER_PORT": (1, 65535)}
+    limits = {
+        "WORLD_SIZE": (1, MOST_RANKS),
+        "RANK": (0, size - 1),
+        "LOCAL_RANK": (0, size - 1),
+        "MASTER_PORT": (1, 65535),
+    }
     for name, (minimum, maximum) in limits.items():
         value = _integer(environment, name)
-        if value < minimum or (maximum is not None and value > maximum):
-            allowed = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
+        if not minimum <= value <= maximum:
+            allowed = f"{minimum} to {maximum}"
             condition = f" if WORLD_SIZE is {size}" if maximum == size - 1 else ""
             raise ConfigError(f"{name} is {value}, allowed is {allowed}{condition}; {left_behind(RANK_NAMES)}")
 

@@ -1,6 +1,9 @@
 """Saves during training on one rank, with a target whose writing waits for the test."""
 
+import errno
+import io
 import logging
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -10,8 +13,10 @@ import torch
 
 from tests.support.progress import wait_until
 from univitar_ds.errors import CheckpointError, StorageError
+from univitar_ds.formats import checkpoint_dir
 from univitar_ds.training.checkpoint import saves as saves_module
-from univitar_ds.training.checkpoint.protocol import Content, Entry, Part, Target
+from univitar_ds.training.checkpoint.atomic_dir import LocalFolder
+from univitar_ds.training.checkpoint.protocol import Content, Entry, Part, Retention, Target
 from univitar_ds.training.checkpoint.saves import Saves
 from univitar_ds.training.distributed import process_group
 from univitar_ds.training.distributed.process_group import PeerFailure, World
@@ -252,6 +257,56 @@ def test_a_complete_checkpoint_is_not_written_again_if_outdated_ones_cannot_be_r
     assert (completed, target.calls) == ([target], WHOLE)
     (event,) = events
     assert (event["complete"], "again_after_s" in event) == (True, False)
+
+
+class FailingOnce:
+    """Makes the call number `count` that the system gets about a file below `folder` fail with an I/O error."""
+
+    NAMES = ("open", "pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "scandir", "listdir", "stat",
+             "read", "readlink")  # fmt: skip
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.left, self.place = str(folder), 0, os.readlink
+        for module, name in [(os, name) for name in self.NAMES] + [(io, "open")]:
+            monkeypatch.setattr(module, name, self._wrapped(getattr(module, name)))
+
+    def _wrapped(self, real):
+        def call(*given, **named):
+            if self.left and self._concerns(given[0]):
+                self.left -= 1
+                if not self.left:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*given, **named)
+
+        return call
+
+    def _concerns(self, place):
+        path = self.place(f"/proc/self/fd/{place}") if isinstance(place, int) else os.fspath(place)
+        return path.startswith(self.folder)
+
+
+def test_a_save_is_complete_wherever_the_disk_fails_once_and_the_next_one_removes_what_is_left(tmp_path, monkeypatch):
+    def files():
+        return Content([Part("rank00000.safetensors", b"123")], None, lambda _: [Part("index.json", b"{}")], 5)
+
+    monkeypatch.setattr(saves_module, "AGAIN_S", 0.0)
+    failing, count, unused, seen = FailingOnce(tmp_path, monkeypatch), 0, 0, set()
+    while not unused:  # else the save had no call left that could fail
+        count += 1
+        root, events = tmp_path / str(count) / "checkpoints", []
+        for number in (1, 2, 3, 4, 5):
+            saves = Saves(ALONE, lambda target: None, asynchronous=False, failed=events.append)
+            failing.left = count if number == 4 else 0
+            saves.begin(LocalFolder(root, number, Retention(2)), number, files)
+            saves.finish()
+            unused, failing.left = unused + failing.left, 0
+            last = checkpoint_dir.latest(root)
+            checkpoint_dir.verify(last, checkpoint_dir.read_manifest(last))
+            assert last.name == f"step-{number:08d}"
+        assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+        seen.add(tuple(event["complete"] for event in events))
+    assert seen == {(False,), (True,), ()}, "written again; complete but for outdated ones; no error of the save"
+    assert count > 30, "few calls were made to fail"
 
 
 def names():
