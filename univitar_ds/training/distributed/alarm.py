@@ -62,10 +62,14 @@ class _Alarm:
         self._store = dist.PrefixStore("alarm", store)
         # A request holds the lock of its connection, and the main thread's requests wait for other ranks.
         self._listening = dist.PrefixStore("alarm", store.clone())
-        threading.Thread(target=self._listen, name="alarm", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
+        """Ends the thread. A thread that is in a request of the store when the interpreter ends would abort the process
+        ("terminate called without an active exception"), and exit code 134 would hide that of the rank."""
         self._stopped.set()
+        self._thread.join(HEARD_S)  # the store may not answer
 
     def ring(self, error: Exception) -> None:
         """Sends an error to all ranks, and waits until they have read it and ended, at most HEARD_S + GRACE_S."""

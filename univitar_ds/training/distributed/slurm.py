@@ -80,7 +80,8 @@ def adopt_ranks(environment: MutableMapping[str, str]) -> None:
         verb = "is" if len(absent) == 1 else "are"
         raise ConfigError(
             f"srun started {tasks} tasks and {' and '.join(absent)} {verb} not set; export the name of the first node "
-            "and a free port before srun, as slurm/train.sbatch does, or give --nproc to start processes on this machine"
+            "and a free port before srun, as slurm/train.sbatch does, or give --nproc to start processes on this "
+            "machine"
         )
     # Slurm may make only one GPU visible to each task; that GPU has index 0 in every task.
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
