@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 TASKS = ("zero-shot", "retrieval", "knn", "linear", "attentive", "dense", "tokens")
 PROBES = ("knn", "linear", "attentive", "tokens")
 """Tasks that are fitted on the items of a training split."""
-BY_FEATURES = ("zero-shot", "retrieval", "knn", "linear")
-"""Tasks on one feature vector per item. Several processes compute the vectors, and --cache stores them. These tasks
-accept models of transformers too (`peers`). All other tasks run the encoder in one process."""
+BY_TOKENS = ("attentive", "dense")
+"""Tasks on all tokens of an item, which --cache stores in files of a limited size."""
 _MODEL = """
 MODEL: a run's folder, an export, a folder in any format of convert, s3://..., or owner/name on the Hugging Face hub.
 """
@@ -36,6 +35,12 @@ _FEATURES = """
 Features are computed by --nproc processes, with the same result for any number, and are kept in --cache: after an
 interruption the same command continues. On the same model, data and split, zero-shot and retrieval share their
 features, and so do knn and linear. At most 20 GiB are kept; to free them, remove the folder `features` in --cache.
+"""
+_OF_TOKENS = """
+All tokens of both splits are computed by --nproc processes, with the same result for any number, and are stored in
+--cache: after an interruption the same command continues with the first unfinished part of 512 items. A value takes 2
+bytes, and a split at most --max-gb: above it, the command ends early with the expected size. Memory holds the tokens of
+one step only. Afterwards at most 20 GiB are kept for other commands, and unfinished tokens for a week.
 """
 _FIGURES = """
 Images and videos are evaluated separately. Each result has a 95 % bootstrap interval over the items, and the chance
@@ -92,15 +97,17 @@ for ImageNet at width 1024.
         "attentive probe on the encoder's tokens",
         """Train a learned query that attends to all tokens of an item, and a linear head on the result: AIM's probe.
 
-The encoder is frozen and encodes each training item once, at its native size. Its tokens are stored in a temporary file
-in --cache, 2 bytes per value; the system removes the file when the command ends. ImageNet at 256 tokens and width 1024
-takes 670 GB: set --cache to a large local disk, and limit the tokens by --max-tokens. Memory holds the tokens of one
-step only. Heads with 5 learning rates are trained together by AdamW, 20 epochs in batches of 256 (at least 200 steps);
-the best one is chosen on a tenth of the training items and is scored without further training.
+The encoder is frozen and encodes each item once, at its native size. ImageNet at 256 tokens and width 1024 takes 670
+GB: set --cache to a large local disk and --max-gb, and limit the tokens by --max-tokens. A peer has the tokens of all
+frames of a video, without class and register tokens; DINO and SigLIP 2 NaFlex keep the aspect ratio with --max-tokens,
+else their own image processor is used. Heads with 5 learning rates are trained together by AdamW, 20 epochs in batches
+of 256 (at least 200 steps); the best one is chosen on a tenth of the training items and is scored without further
+training.
 """,
         """
   univitar-ds eval attentive runs/photos --data data/pets
-  univitar-ds eval attentive runs/photos --data data/imagenet --split val --max-tokens 256 --cache /scratch/me""",
+  univitar-ds eval attentive runs/photos --data data/imagenet --split val --max-tokens 256 --cache /scratch/me \\
+      --max-gb 700""",
     ),
     "dense": (
         "dense probe: segmentation by a linear head on the patches",
@@ -109,9 +116,9 @@ the best one is chosen on a tenth of the training items and is scored without fu
 The encoder is frozen and encodes each image whole at its native size, or with --window as overlapping square windows,
 whose logits are averaged. In training, all pixels of a patch share its logits; for the score, logits are upsampled
 bilinearly to the size of the label map. Heads with 5 learning rates are trained together by AdamW, in batches of 16, 20
-epochs (at least 500 steps); the best is chosen on a tenth of the training images. Features and labels are
-stored in temporary files in --cache, 2 bytes per value and 2 per pixel: 80 GB for ADE20K at width 1024. The system
-removes the files when the command ends.
+epochs (at least 500 steps); the best is chosen on a tenth of the training images. Features and labels take 2 bytes per
+value and 2 per pixel: 80 GB for ADE20K at width 1024. Of peers, DINO and SigLIP 2 NaFlex read images of any size, up to
+4,096 tokens; CLIP and SigLIP read windows of their own size.
 
 SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation.
 For other layouts, name the folder of the label maps with --masks MASKS: the label map of SOURCE/a/b.jpg is
@@ -134,7 +141,8 @@ Each result has its 95 % bootstrap interval over the images; chance is to predic
 Each item is encoded twice: at its native aspect ratio, with as many tokens as possible up to this number, and stretched
 to a square of this number of tokens. Small items are enlarged. A note gives the difference of the two accuracies, with
 its 95 % interval, and the mean number of tokens per item for each. --by knn classifies by the 20 nearest training items
-at the same resolution, --by zero-shot by the text embeddings of the class names.
+at the same resolution, --by zero-shot by the text embeddings of the class names. Of peers, DINO and SigLIP 2 NaFlex can
+be measured; CLIP and SigLIP have one size. A peer reads each frame of a video with its share of the tokens.
 """,
         """
   univitar-ds eval tokens runs/photos --data data/pets --by knn --counts 64,144,256,576 --png tokens.png""",
@@ -163,8 +171,14 @@ def add_tasks(commands) -> None:
             metavar="DIR",
             help="folder of packed data and features (default ~/.cache/univitar_ds/data)",
         )
-        if task in BY_FEATURES:
-            parser.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
+        if task in BY_TOKENS:
+            parser.add_argument(
+                "--max-gb",
+                type=positive,
+                metavar="N",
+                help="maximum GB of the tokens of a split (default 200)",
+            )
+        parser.add_argument("--nproc", type=positive, help="processes; default: one per GPU, one on the CPU")
         parser.add_argument("--json", action="store_true", help="print the results as JSON")
         add_reading(parser)
         add_storage(parser)
@@ -172,9 +186,10 @@ def add_tasks(commands) -> None:
 
 def _common(task: str) -> str:
     """Returns the part of a description that tasks share; the dense probe describes its own data and figures."""
+    features = _OF_TOKENS if task in BY_TOKENS else _FEATURES
     if task == "dense":
-        return _MODEL
-    return f"{_MODEL}{_PEERS}{_SOURCE}{_FEATURES}{_FIGURES}" if task in BY_FEATURES else f"{_MODEL}{_SOURCE}{_FIGURES}"
+        return f"{_MODEL}{_PEERS}{features}"
+    return f"{_MODEL}{_PEERS}{_SOURCE}{features}{_FIGURES}"
 
 
 def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
@@ -268,7 +283,7 @@ def _run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     names = ("data", "split", "train_data", "train_split", "class_names", "captions", "cache")
     data = DataOptions(**{name: given[name] for name in names if name in given})
-    names = ("templates", "neighbours", "solver", "epochs", "max_tokens", "counts", "by", "png")
+    names = ("templates", "neighbours", "solver", "epochs", "max_tokens", "max_gb", "counts", "by", "png")
     dense = {"dense": _dense_options(given)} if arguments.task == "dense" else {}
     options = TaskOptions(**{name: given[name] for name in names if name in given}, **dense)
     result = run_task(arguments.task, arguments.model, data, options, model_options(arguments))

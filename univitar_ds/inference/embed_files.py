@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,10 +202,13 @@ def settings_of(
 def reading_settings(reading: Any) -> dict[str, Any]:
     """Returns the settings of a `Reading` that determine the result, by the names that messages use."""
     data = reading.data
+    sampling = reading.sampling
+    given = {"resolution": reading.resolution, "modality": reading.only}
     return {
         "token_budget": reading.token_budget,
-        "frames": [reading.frames, *asdict(reading.sampling).values()],
+        "frames": [reading.frames, sampling.kind, sampling.fps, sampling.jitter],
         "limits": [data.max_image_px, data.max_sample_mb, data.max_video_s, data.decode_timeout_s],
+        **{name: str(value) for name, value in given.items() if value is not None},
     }
 
 
@@ -237,7 +240,7 @@ def write_parts(
     start, seen = Position(), 0
     for number in range(done):
         about = destination.part(number)
-        start, seen = about.after, seen + len(about.keys) + len(about.left_out)
+        start, seen = about.after, seen + len(set(about.keys)) + len(about.left_out)
     coming = units(places, part_rows, _UNIT_ITEMS.get(setup.kind, _UNIT_ITEMS_OF_VECTORS), start, done)
     with progress_bar(total=count_items(places), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
         first = next(coming, None)

@@ -31,7 +31,7 @@ from univitar_ds.data.storage.base import Storage, StorageSettings
 from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.data.storage.parallel import at_once
 from univitar_ds.errors import ConfigError, DataError, SampleError, UserError
-from univitar_ds.geometry import MODALITIES, PATCH, TUBELET, Modality, token_count
+from univitar_ds.geometry import MODALITIES, PATCH, TUBELET, Modality, Resolution, token_count
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.inference.sources import Unit
 from univitar_ds.model.classification import ClassificationModel, class_logits
@@ -86,6 +86,10 @@ class Reading:
     sampling: Sampling = UNIFORM
     remote: bool = False
     """Whether items are on S3."""
+    resolution: Resolution | None = None
+    """The size rule, if it is not that of `encoder`."""
+    only: Modality | None = None
+    """The modality whose samples are read from shards; None: both."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError if `frames` is not a positive multiple of TUBELET."""
@@ -95,11 +99,11 @@ class Reading:
             )
 
     def rules(self) -> dict[Modality, SizeRule]:
-        """Returns the size rule of each modality."""
-        return {modality: self._rule(modality) for modality in MODALITIES}
+        """Returns the size rule of each modality that is read."""
+        return {modality: self._rule(modality) for modality in MODALITIES if self.only in (None, modality)}
 
     def _rule(self, modality: Modality) -> SizeRule:
-        resolution, data = self.encoder.resolution, self.data
+        resolution, data = self.resolution or self.encoder.resolution, self.data
         frames = self.frames if modality == "video" else 1
         cells = frames * (resolution.divisor_px // PATCH) ** 2
         # An item of min_tokens may have about twice as many after its sides are rounded up to multiples of divisor_px.
@@ -118,11 +122,14 @@ class ItemReading(Protocol):
     remote: bool
 
     def rules(self) -> dict[Modality, SizeRule]:
-        """Returns the size rule of each modality."""
+        """Returns the size rule of each modality that is read."""
 
 
-Compute = Callable[["Pixels"], Sequence[Tensor]]
-"""Returns the features of each item of a pack, (1, width) or (tokens, width) float32 on the host."""
+Grid = tuple[int, int, int]
+"""The tokens of an item along time, height and width."""
+Compute = Callable[["Pixels"], tuple[Sequence[Tensor], Sequence[Grid]]]
+"""Returns the features of each item of a pack, (1, width) or (tokens, width) float32 on the host, and the tokens that
+the model has read."""
 
 
 class Pixels(NamedTuple):
@@ -204,7 +211,7 @@ def rows_of_units(
 
     most = max(rule.most_tokens for rule in rules.values())
     packs = decoded(plans_of, reading.data, rules, most, from_s3=reading.remote)
-    rows: list[tuple[int, str, tuple[int, int, int], Tensor]] = []
+    rows: list[tuple[int, str, Grid, Tensor]] = []
     left_out: list[tuple[int, LeftOut]] = []
     try:
         for pack in packs:
@@ -216,9 +223,9 @@ def rows_of_units(
             grids = [one.grid for one in samples]
             if kept:
                 sizes = [(one.size.height, one.size.width) for one in samples]
-                found = compute(Pixels(pack.pixels, [one.frames for one in samples], grids, sizes))
+                found, read = compute(Pixels(pack.pixels, [one.frames for one in samples], grids, sizes))
                 places = [plan.places[index] for index in kept]
-                rows += zip(places, [plan.keys[index] for index in kept], grids, found, strict=True)
+                rows += zip(places, [plan.keys[index] for index in kept], read, found, strict=True)
             finished(len(plan.samples) + len(plan.left_out))
             if plan.last:
                 rows.sort(key=lambda row: row[0])
@@ -236,9 +243,13 @@ def width_of(model: UniViTARModel, kind: Kind) -> int:
     return model.joint.embed_dim if kind == "embedding" else model.encoder.config.hidden_size
 
 
+def _features(model: UniViTARModel, kind: Kind, pack: Pixels) -> tuple[Sequence[Tensor], Sequence[Grid]]:
+    return _values(model, kind, pack), pack.grids
+
+
 @torch.no_grad()
-def _features(model: UniViTARModel, kind: Kind, pack: Pixels) -> Sequence[Tensor]:
-    """Returns the features of each item of a pack: (1, width), or (t, width) for its t tokens."""
+def _values(model: UniViTARModel, kind: Kind, pack: Pixels) -> Sequence[Tensor]:
+    """Returns the features of each item of a pack: (1, width), or the tokens (t, width)."""
     frames, grids = pack.frames, pack.grids
     pixels = torch.from_numpy(pack.pixels).to(model.device)
     try:
@@ -309,7 +320,7 @@ def _plans(
         pack.places.append(place)
         pack.keys.append(key)
         pack.tokens += sample.tokens
-    rest = [modality for modality in rules if filling[modality].samples] or ["image"]
+    rest = [modality for modality in rules if filling[modality].samples] or [next(iter(rules))]
     for modality in rest:
         yield plan(modality, last=modality == rest[-1])
 
@@ -394,7 +405,7 @@ def _samples(unit: Unit, rules: dict[Modality, SizeRule], probe: Prober, setting
             for entry in batch:
                 if isinstance(entry, tar_index.Damage):
                     yield f"{shard.name} at byte {entry.offset}", SampleError(entry.kind, entry.message)
-                else:
+                elif entry.offset in found:  # others are of a modality without a rule
                     yield f"{shard.name}/{entry.key}", found[entry.offset]
 
 

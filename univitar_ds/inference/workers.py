@@ -48,7 +48,13 @@ class Setup:
 
     def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
         """Yields the features of the units, see `read_units`, by a model on the GPU `rank` or on the CPU."""
-        yield from read_units(_model(self, rank), self.kind, units, self.reading, finished)
+        yield from read_units(self.load(rank), self.kind, units, self.reading, finished)
+
+    def load(self, rank: int) -> UniViTARModel:
+        """Builds the model on the GPU `rank`, or on the CPU. Raises: CheckpointError."""
+        if uses_cuda():
+            torch.cuda.set_device(rank)
+        return open_placed(self.stored(), rank, self.dtype)
 
 
 class AnySetup(Protocol):
@@ -189,12 +195,6 @@ def _serve(channel: Connection, setup: AnySetup, rank: int, processes: int) -> N
 def _fail(channel: Connection, message: _Failed) -> None:
     with suppress(ConnectionError):
         channel.send(message)
-
-
-def _model(setup: Setup, rank: int) -> UniViTARModel:
-    if uses_cuda():
-        torch.cuda.set_device(rank)
-    return open_placed(setup.stored(), rank, setup.dtype)
 
 
 def open_placed(stored: StoredModel, rank: int, dtype: torch.dtype | None) -> UniViTARModel:

@@ -4,4 +4,4 @@ They are CLIP, SigLIP, SigLIP 2 and DINOv2/3: `families.FAMILIES` lists them. `s
 in the way of `inference.workers`.
 """
 
-__all__ = ["families", "limits", "model", "setup"]
+__all__ = ["families", "limits", "model", "processing", "setup", "sizes"]

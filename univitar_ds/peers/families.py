@@ -18,23 +18,27 @@ PROCESSOR_FILE = "processor_config.json"
 @dataclass(frozen=True)
 class Family:
     """Models with the same interface. `loader`: class name in transformers; `texts`: whether they have a text tower;
-    `full_length`: whether texts are padded to the full length, as in SigLIP's training, and not to the longest text."""
+    `full_length`: whether texts are padded to the full length, as in SigLIP's training, and not to the longest text;
+    `any_size`: whether images of any whole number of patches are read; `class_token`: whether one is before the
+    patches."""
 
     loader: str
     texts: bool = False
     full_length: bool = False
+    any_size: bool = False
+    class_token: bool = True
 
 
 FAMILIES = {
     "clip": Family("CLIPModel", texts=True),
     "clip_vision_model": Family("CLIPVisionModel"),
-    "siglip": Family("SiglipModel", texts=True, full_length=True),
-    "siglip_vision_model": Family("SiglipVisionModel"),
-    "siglip2": Family("Siglip2Model", texts=True, full_length=True),
-    "siglip2_vision_model": Family("Siglip2VisionModel"),
-    "dinov2": Family("Dinov2Model"),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
-    "dinov3_vit": Family("DINOv3ViTModel"),
+    "siglip": Family("SiglipModel", texts=True, full_length=True, class_token=False),
+    "siglip_vision_model": Family("SiglipVisionModel", class_token=False),
+    "siglip2": Family("Siglip2Model", texts=True, full_length=True, any_size=True, class_token=False),
+    "siglip2_vision_model": Family("Siglip2VisionModel", any_size=True, class_token=False),
+    "dinov2": Family("Dinov2Model", any_size=True),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", any_size=True),
+    "dinov3_vit": Family("DINOv3ViTModel", any_size=True),
 }
 """Families by `model_type` of transformers. SigLIP 2 models with a fixed size have the type siglip."""
 _HASHED = (".json", ".safetensors", ".bin", ".txt", ".model")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from univitar_ds.errors import CheckpointError, UserError, first_line
 from univitar_ds.formats.weight_files import some
+from univitar_ds.image_ops import resize_rgb
 from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.towers import quiet
 from univitar_ds.peers.families import FAMILIES
@@ -57,7 +58,16 @@ class PeerModel:
     def _texts(self) -> Texts:
         return text_processor(self.folder, self.module.config.text_config, full_length=self.family.full_length)
 
-    @torch.no_grad()
+    @property
+    def token_width(self) -> int:
+        """Width of the features of a patch."""
+        return self._vision.hidden_size
+
+    @property
+    def _vision(self) -> Any:
+        """The configuration of the vision tower."""
+        return getattr(self.module.config, "vision_config", self.module.config)
+
     def images(self, images: Sequence[np.ndarray], tokens_at_once: int, threads: int = 1) -> Tensor:
         """Returns features (N, D) float32 on the host: `get_image_features`, or the pooled output without a text tower.
 
@@ -66,8 +76,28 @@ class PeerModel:
         Raises: CheckpointError if the image processor does not fit the model; UserError if the GPU has too little
             memory.
         """
+        return torch.cat(self.encoded(images, tokens_at_once, threads)[0])
+
+    @torch.no_grad()
+    def encoded(
+        self,
+        images: Sequence[np.ndarray],
+        tokens_at_once: int,
+        threads: int = 1,
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        patches: bool = False,
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """Returns the features of each image, (1, D) as `images`, and the rows and columns of its patches.
+
+        Args: sizes: rows and columns of patches to which images are resized (bicubic), instead of by the image
+            processor; patches: returns the last hidden state of the patches of each image, (rows * columns, width) row
+            by row, without class and register tokens.
+        Raises: as `images`.
+        """
         with self._running(tokens_at_once), ThreadPoolExecutor(threads) as pool:
-            ready = list(pool.map(self._images, map(Image.fromarray, images)))
+            ready = list(pool.map(self._prepared, images, [None] * len(images) if sizes is None else sizes))
+            grids = [self._grid(one) for one in ready]
             by_shape: dict[tuple[torch.Size, ...], list[int]] = defaultdict(list)
             for index, one in enumerate(ready):
                 by_shape[tuple(values.shape for values in one.values())].append(index)
@@ -76,8 +106,39 @@ class PeerModel:
                 count = max(1, tokens_at_once // self._tokens(ready[members[0]]["pixel_values"]))
                 for start in range(0, len(members), count):
                     part = members[start : start + count]
-                    rows |= zip(part, self._features(_batch([ready[index] for index in part])), strict=True)
-            return torch.stack([rows[index] for index in range(len(ready))])
+                    inputs = _batch([ready[index] for index in part])
+                    if patches:
+                        rows |= zip(part, self._patches(inputs, [grids[index] for index in part]), strict=True)
+                    else:
+                        rows |= zip(part, self._features(inputs).split(1), strict=True)
+            return [rows[index] for index in range(len(ready))], grids
+
+    def _prepared(self, image: np.ndarray, size: tuple[int, int] | None) -> Mapping[str, Tensor]:
+        """Returns the inputs of an image. Args: size: rows and columns of patches; None: by the image processor."""
+        if size is None:
+            return self._images(Image.fromarray(image), None)
+        height, width = (side * self._vision.patch_size for side in size)
+        if image.shape[:2] != (height, width):
+            image = resize_rgb(Image.fromarray(image), height, width)
+        return self._images(Image.fromarray(image), size[0] * size[1])
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Returns the rows and columns of patches of an image."""
+        if "spatial_shapes" in inputs:
+            rows, columns = inputs["spatial_shapes"][0].tolist()
+            return rows, columns
+        height, width = inputs["pixel_values"].shape[-2:]
+        return height // self._vision.patch_size, width // self._vision.patch_size
+
+    def _patches(self, inputs: Mapping[str, Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Returns the last hidden state of the patches of each image. Args: grids: rows and columns of each."""
+        tower = self.module.vision_model if self.family.texts else self.module
+        hidden = tower(**self._placed(inputs), return_dict=True).last_hidden_state
+        before = (1 + getattr(self._vision, "num_register_tokens", 0)) if self.family.class_token else 0
+        return [
+            one[before : before + rows * columns].float().cpu()
+            for one, (rows, columns) in zip(hidden, grids, strict=True)
+        ]
 
     @torch.no_grad()
     def texts(self, sentences: Sequence[str]) -> Tensor:
@@ -105,8 +166,7 @@ class PeerModel:
         """Returns the tokens of an image: of patches (1, L, C), or of pixels (1, 3, H, W)."""
         if pixel_values.ndim == 3:
             return pixel_values.shape[1]
-        config = getattr(self.module.config, "vision_config", self.module.config)
-        return max(1, pixel_values.shape[2] * pixel_values.shape[3] // config.patch_size**2)
+        return max(1, pixel_values.shape[2] * pixel_values.shape[3] // self._vision.patch_size**2)
 
     @contextmanager
     def _running(self, at_once: int) -> Iterator[None]:

@@ -19,11 +19,12 @@ from univitar_ds.config.encoder import read_object
 from univitar_ds.errors import CheckpointError, first_line, shortened
 from univitar_ds.model.libraries import working_imports
 from univitar_ds.model.towers import quiet
-from univitar_ds.peers.families import IMAGES_FILE, PROCESSOR_FILE
+from univitar_ds.peers.families import FAMILIES, IMAGES_FILE, PROCESSOR_FILE
 from univitar_ds.regular_files import is_regular
 
-Images = Callable[[Image.Image], Mapping[str, Tensor]]
-"""A function from an RGB image to the model's inputs by name, each (1, ...)."""
+Images = Callable[[Image.Image, int | None], Mapping[str, Tensor]]
+"""A function from an RGB image to the model's inputs by name, each (1, ...). The second argument is None, or the number
+of patches of an image that keeps its size."""
 Texts = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """A function from n texts to the model's inputs by name, each (n, length)."""
 _INPUTS = ("input_ids", "attention_mask")
@@ -46,7 +47,16 @@ def image_processor(folder: Path, kind: str) -> Images:
             )
     except Exception as error:  # for invalid values, transformers raises errors of any type
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}; fetch it again") from error
-    return lambda image: processor(images=image, return_tensors="pt")
+
+    def images(image: Image.Image, patches: int | None) -> Mapping[str, Tensor]:
+        kept: dict[str, Any] = {} if patches is None else {"do_resize": False}
+        if patches is not None and getattr(processor, "do_center_crop", None):
+            kept["do_center_crop"] = False
+        if patches is not None and hasattr(processor, "max_num_patches"):
+            kept["max_num_patches"] = patches
+        return processor(images=image, return_tensors="pt", **kept)
+
+    return images
 
 
 def image_settings(folder: Path) -> tuple[Path, Mapping[str, Any]]:
@@ -97,10 +107,11 @@ class Dinov3Images:
             fault = f"another {' and '.join(other)} than DINOv3's releases, which is not supported" if other else size
             raise CheckpointError(f"{where} has {fault}; use the release's file")
 
-    def __call__(self, image: Image.Image) -> Mapping[str, Tensor]:
+    def __call__(self, image: Image.Image, patches: int | None = None) -> Mapping[str, Tensor]:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
         values = (pixels.permute(2, 0, 1).float() * self._factor)[None]
-        values = F.interpolate(values, self._size, mode="bilinear", align_corners=False, antialias=True)
+        if patches is None:
+            values = F.interpolate(values, self._size, mode="bilinear", align_corners=False, antialias=True)
         return {"pixel_values": (values - self._mean) / self._std}
 
 
@@ -131,3 +142,20 @@ def text_processor(folder: Path, config: Any, *, full_length: bool) -> Texts:
         return {name: out[name] for name in _INPUTS if name in out}
 
     return texts
+
+
+def vision_config(folder: Path, kind: str) -> Any:
+    """Returns the configuration of a model's vision tower, with the defaults of transformers.
+
+    Args: kind: a key of `FAMILIES`. Raises: CheckpointError if it cannot be used."""
+    with working_imports("transformers"):
+        from transformers import AutoConfig
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = config.vision_config if FAMILIES[kind].texts else config
+        if config.patch_size < 1 or config.patch_size != int(config.patch_size):
+            raise ValueError(f"patch_size {config.patch_size}")
+        return config
+    except Exception as error:  # for invalid values, transformers raises errors of any type
+        raise CheckpointError(f"config.json of {folder} cannot be used: {first_line(error)}; fetch it again") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.shards.samples import SizeRule
 from univitar_ds.errors import SampleError
-from univitar_ds.geometry import MODALITIES, PATCH, Modality, Resolution, token_count
-from univitar_ds.inference.reading import FRAMES, Kind, Pixels, Rows, rows_of_units
+from univitar_ds.geometry import MODALITIES, PATCH, Modality, Resolution, cumulative, token_count
+from univitar_ds.inference.reading import FRAMES, Grid, Kind, Pixels, Rows, rows_of_units
 from univitar_ds.inference.sources import Unit
 from univitar_ds.inference.workers import device_of
 from univitar_ds.model.placement import feature_dtype
 from univitar_ds.peers.model import PeerModel
+from univitar_ds.peers.sizes import PatchSizes
 
 _PACK_CELLS = (16 << 20) // PATCH**2
 """Maximum number of cells of PATCH x PATCH pixels that are decoded at a time, unless one item has more."""
@@ -42,9 +44,13 @@ class PeerReading:
     token_budget: int = _PACK_CELLS
     """Maximum of a pack, in cells of PATCH x PATCH pixels: the number of tokens is known only after resizing."""
     remote: bool = False
+    resolution: PatchSizes | None = None
+    """Sizes at which images enter the model; None: as its image processor makes them."""
+    only: Modality | None = None
+    """The modality whose samples are read; None: both."""
 
     def rules(self) -> dict[Modality, SizeRule]:
-        """Returns the rule of each modality, which keeps the size of the items."""
+        """Returns the rule of each modality that is read, which keeps the size of the items."""
         data, most = self.data, 2 * self.data.max_image_px // PATCH**2
         limits = data.max_image_px, self.sampling, data.max_video_s, data.max_sample_mb, False
         return {
@@ -52,6 +58,7 @@ class PeerReading:
                 modality, Resolution(1, most), self.frames if modality == "video" else 1, most, *limits
             )
             for modality in MODALITIES
+            if self.only in (None, modality)
         }
 
 
@@ -105,13 +112,26 @@ class PeerSetup:
     def read(self, rank: int, units: Iterator[Unit], finished: Callable[[int], None]) -> Iterator[Rows]:
         """Yields the features of the units, see `inference.workers.AnySetup`."""
         model = self.load(rank)
+        patches = self.kind == "tokens"
 
-        def features(pack: Pixels) -> Sequence[Tensor]:
-            images = list(_frames_of(pack))
-            found = model.images(images, self.tokens_at_once, self.reading.data.workers)
-            return [part.mean(dim=0, keepdim=True) for part in found.split(pack.frames)]
+        def features(pack: Pixels) -> tuple[Sequence[Tensor], Sequence[Grid]]:
+            images, threads = list(_frames_of(pack)), self.reading.data.workers
+            chosen = {"sizes": self._sizes(pack), "patches": patches}
+            found, grids = model.encoded(images, self.tokens_at_once, threads, **chosen)
+            begins = cumulative(pack.frames)
+            items = [torch.cat(found[begin:end]) for begin, end in pairwise(begins)]
+            read = [(frames, *grids[begin]) for frames, begin in zip(pack.frames, begins, strict=False)]
+            return items if patches else [one.mean(dim=0, keepdim=True) for one in items], read
 
-        yield from rows_of_units(features, model.width, units, self.reading, finished)
+        yield from rows_of_units(features, model.token_width if patches else model.width, units, self.reading, finished)
+
+    def _sizes(self, pack: Pixels) -> list[tuple[int, int]] | None:
+        """Returns the rows and columns of patches of each frame; None: as the image processor makes them."""
+        rule = self.reading.resolution
+        if rule is None:
+            return None
+        items = zip(pack.sizes, pack.frames, strict=True)
+        return [grid for size, frames in items for grid in [rule.grid(*size, frames)] * frames]
 
 
 def _frames_of(pack: Pixels) -> Iterator[np.ndarray]:

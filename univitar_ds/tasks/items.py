@@ -21,7 +21,8 @@ from univitar_ds.errors import SampleError
 from univitar_ds.evaluation.embed import Embeddings
 from univitar_ds.evaluation.zero_shot import Texts
 from univitar_ds.geometry import MODALITIES, TUBELET, Modality, Resolution
-from univitar_ds.tasks.feature_cache import Vectors
+from univitar_ds.inference.reading import LeftOut
+from univitar_ds.tasks.cached.feature_cache import Vectors
 from univitar_ds.tasks.sources import shards_of
 from univitar_ds.tokenization import caption_id
 
@@ -39,16 +40,25 @@ class Items:
         """Labels of the samples that have one."""
         return [sample.label for sample in self.samples if sample.label is not None]
 
-    def with_features(self, found: Vectors) -> tuple[list[Sample], torch.Tensor, Counter[str]]:
-        """Returns the n samples that have features, the features (n, D), and the number of samples that were left out,
-        by kind."""
+    def with_rows(
+        self, keys: Sequence[str], left_out: Sequence[LeftOut]
+    ) -> tuple[list[Sample], list[int], Counter[str]]:
+        """Returns the n samples that have features, the row of each in the features, and the number of samples that
+        were left out, by kind.
+
+        Args: keys: of the rows of the features; left_out: items that could not be read."""
         rows: dict[str, deque[int]] = defaultdict(deque)
-        for row, key in enumerate(found.keys):
+        for row, key in enumerate(keys):
             rows[key].append(row)
         kept = [(sample, rows[sample.name].popleft()) for sample in self.samples if rows[sample.name]]
         described = {sample.name for sample in self.samples}
-        bad = self.bad + Counter(one.kind for one in found.left_out if one.key in described)
-        return [sample for sample, _ in kept], found.values[[row for _, row in kept]], bad
+        bad = self.bad + Counter(one.kind for one in left_out if one.key in described)
+        return [sample for sample, _ in kept], [row for _, row in kept], bad
+
+    def with_features(self, found: Vectors) -> tuple[list[Sample], torch.Tensor, Counter[str]]:
+        """As `with_rows`, with the features (n, D) in place of their rows."""
+        samples, rows, bad = self.with_rows(found.keys, found.left_out)
+        return samples, found.values[rows], bad
 
     def embeddings(self, found: Vectors, texts: Texts | None) -> Embeddings:
         """Returns the embeddings of items and captions in the joint space.

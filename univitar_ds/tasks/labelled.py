@@ -12,7 +12,7 @@ from torch import Tensor
 from univitar_ds.errors import DataError
 from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
 from univitar_ds.formats.weight_files import some
-from univitar_ds.tasks.feature_cache import Vectors
+from univitar_ds.tasks.cached.feature_cache import Vectors
 from univitar_ds.tasks.items import Items
 
 KS = (1, 5)

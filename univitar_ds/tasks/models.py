@@ -14,6 +14,7 @@ from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.errors import CheckpointError, ConfigError
 from univitar_ds.evaluation.embed import embed_texts
 from univitar_ds.formats.recognise import FORMATS, model_type, recognised
+from univitar_ds.geometry import Modality
 from univitar_ds.inference.embed_files import (
     ModelOptions,
     Opened,
@@ -27,8 +28,9 @@ from univitar_ds.inference.reading import Reading
 from univitar_ds.inference.workers import Setup, open_placed
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.peers.families import FAMILIES
-from univitar_ds.tasks.feature_cache import PART_ROWS
+from univitar_ds.tasks.cached.feature_cache import PART_ROWS
 from univitar_ds.tasks.peers import OpenedPeer, open_peer
+from univitar_ds.tasks.sizes import PatchRule, at_most, views
 from univitar_ds.tokenization import tokenizer_of
 
 
@@ -58,7 +60,7 @@ class OpenedModel:
 
     def check_texts(self) -> None:
         """Raises: ConfigError if the model has no text tower."""
-        if self.found.stored.joint is None:
+        if not self.has_texts:
             raise ConfigError(
                 f"{self.name} has no text tower, which this task needs; name a run, its export/model or another whole "
                 "model, or choose knn or linear"
@@ -67,6 +69,54 @@ class OpenedModel:
     def setup(self, *, texts: bool) -> Setup:
         """Returns the settings of the features. Args: texts: whether they are in the joint space; False: pooled."""
         return replace(self.found.setup, kind="embedding" if texts else "pooled")
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the model has a text tower."""
+        return self.found.stored.joint is not None
+
+    @property
+    def token_budget(self) -> int:
+        """Maximum number of tokens of a pack."""
+        return self.reading.token_budget
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Maximum number of tokens of an item that the model is made for; None if there is none."""
+        return self.reading.encoder.max_tokens
+
+    def token_setup(self, modality: Modality, most: int | None) -> Setup:
+        """Returns the settings of all tokens of items of a modality.
+
+        Args: most: maximum number of tokens of an item; None: the model's. Raises: ConfigError as `at_most`."""
+        reading = replace(self.reading, only=modality, resolution=at_most(self.reading.encoder, most))
+        return replace(self.found.setup, kind="tokens", reading=reading)
+
+    @property
+    def max_image_px(self) -> int:
+        """Maximum number of pixels of an image."""
+        return self.reading.data.max_image_px
+
+    @property
+    def threads(self) -> int:
+        """Number of threads that read files."""
+        return max(self.reading.data.workers, 1)
+
+    @property
+    def patch_rule(self) -> PatchRule:
+        """How the model divides images into patches."""
+        return PatchRule.of(self.reading.encoder)
+
+    def sized(self, count: int, modality: Modality, *, texts: bool) -> dict[str, Setup]:
+        """Returns the settings of features at a number of tokens for each view. Raises: ConfigError as `sizes.views`.
+
+        Args: texts: as for `setup`."""
+        setup, reading = self.setup(texts=texts), self.reading
+        both = views(reading.encoder, count, reading.frames if modality == "video" else 1)
+        return {
+            view: replace(setup, reading=replace(reading, only=modality, resolution=rule))
+            for view, rule in both.items()
+        }
 
     def settings(self, setup: Setup, places: Sequence[SourceShard]) -> dict[str, Any]:
         """Returns all that determines the features, see `feature_cache.FeatureModel`."""

@@ -23,21 +23,22 @@ from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.inference.workers import AnySetup, device_of
 from univitar_ds.owned import check_result
+from univitar_ds.tasks.cached.feature_cache import Request, Vectors, features
+from univitar_ds.tasks.cached.token_cache import MOST_GB, Tokens, tokens
 from univitar_ds.tasks.curve import drawing, is_drawing
 from univitar_ds.tasks.dense.probe import DenseOptions, dense
-from univitar_ds.tasks.feature_cache import Vectors, features
 from univitar_ds.tasks.items import Items, read_items
 from univitar_ds.tasks.knn import NEIGHBOURS, knn
 from univitar_ds.tasks.labelled import Labelled, common_classes, labelled, labelled_features
 from univitar_ds.tasks.linear import linear
 from univitar_ds.tasks.models import OpenedModel, open_model
-from univitar_ds.tasks.packs import at_most, encoded
 from univitar_ds.tasks.peers import OpenedPeer
-from univitar_ds.tasks.probes.attentive import Workspace, attentive
+from univitar_ds.tasks.probes.attentive import Split, Workspace, attentive
 from univitar_ds.tasks.probes.sgd import linear_sgd
-from univitar_ds.tasks.sources import DataOptions, default_cache, features_cache, probe_sources, test_source
+from univitar_ds.tasks.probes.sweep import ProbeOptions
+from univitar_ds.tasks.sources import DataOptions, features_cache, probe_sources, test_source, tokens_cache
 from univitar_ds.tasks.templates import IMAGENET, read_templates
-from univitar_ds.tasks.tokens import COUNTS, Point, Sweep
+from univitar_ds.tasks.tokens import COUNTS, Point, Sweep, SweptSplit
 
 FORMAT = 1
 VIDEO_TEMPLATES = ("a video of a {}.",)
@@ -53,7 +54,8 @@ class TaskOptions:
     `templates`: see `templates.read_templates`, None for the defaults; `neighbours`: of kNN; `progress`: whether to
     show progress bars on stderr; `solver`: of the linear probe, lbfgs or sgd; `epochs`: of probes that are trained by
     gradient descent, None for the default; `max_tokens`: maximum of an item in the attentive probe, None for the
-    model's; `dense`: label maps and windows of the dense probe. Of the sweep over tokens: `counts`: numbers of tokens;
+    model's; `max_gb`: maximum size of the stored tokens of a split, in GB, in the attentive and the dense probe;
+    `dense`: label maps and windows of the dense probe. Of the sweep over tokens: `counts`: numbers of tokens;
     `by`: zero-shot or knn, None: zero-shot if the model has a text tower; `png`: file for the plot, None for no plot.
     """
 
@@ -63,10 +65,15 @@ class TaskOptions:
     solver: str = "lbfgs"
     epochs: int | None = None
     max_tokens: int | None = None
+    max_gb: float = MOST_GB
     dense: DenseOptions | None = None
     counts: Sequence[int] = COUNTS
     by: str | None = None
     png: Path | None = None
+
+    def probe(self) -> ProbeOptions:
+        """Returns the options of a probe on tokens."""
+        return ProbeOptions(self.epochs, self.max_gb, self.progress)
 
 
 def run_task(
@@ -248,38 +255,53 @@ def _linear(data: Labelled, modality: str, options: TaskOptions) -> _Measured:
     return linear(data, modality, progress=options.progress)
 
 
-def _attentive(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
+def _attentive(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     figures: list[Figure] = []
-    device = opened.model.device
-    sources, rule = probe_sources(data), at_most(opened, options.max_tokens)
-    workspace = Workspace(data.cache or default_cache(), device, opened.reading.token_budget)
-    measurable, notes = _measurable(*_listed(opened.setup(texts=False), sources, "label"))
-    for modality in (MODALITIES[number] for number in measurable):
-        packs = [encoded(opened, source, modality, rule, progress=options.progress) for source in sources]
-        more, said = attentive(*packs, modality, workspace, epochs=options.epochs, progress=options.progress)
+    sources, progress = probe_sources(data), options.progress
+    workspace = Workspace(device_of(0), opened.token_budget)
+    listed = _listed(opened.setup(texts=False), sources, "label")
+    measurable, notes = _measurable(*listed)
+    setups = {number: opened.token_setup(MODALITIES[number], options.max_tokens) for number in measurable}
+    for number, setup in setups.items():
+        modality = MODALITIES[number]
+        wanted = [Request.of(opened, setup, source, progress=progress) for source in sources]
+        with tokens(wanted, tokens_cache(data), options.max_gb) as found:
+            splits = [_split(items[number], one) for items, one in zip(listed, found, strict=True)]
+            try:
+                more, said = attentive(*splits, modality, workspace, epochs=options.epochs, progress=progress)
+            except DataError as error:  # of the items that could be read; the other modality may be measured
+                more, said = [], [f"{error}."]
         figures += more
         notes += said
-    return figures, notes or ["no item has a label."]
+    return figures, notes or ([] if figures else ["no item has a label."])
 
 
-def _dense(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
-    given = options.dense or DenseOptions()
-    return dense(opened.model.encoder, opened.reading, data, given, epochs=options.epochs, progress=options.progress)
+def _split(items: Items, found: Tokens) -> Split:
+    """Returns the items that have a label and tokens."""
+    samples, rows, _ = items.with_rows(found.keys, found.left_out)
+    kept = [(row, sample.label) for row, sample in zip(rows, samples, strict=True) if sample.label is not None]
+    return Split(found, [row for row, _ in kept], [label for _, label in kept])
 
 
-def _tokens(opened: OpenedModel, data: DataOptions, options: TaskOptions) -> _Measured:
-    joint = opened.model.joint
-    if (options.by or ("knn" if joint is None else "zero-shot")) == "knn":
-        train, test = probe_sources(data)
+def _dense(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
+    return dense(opened, data, options.dense or DenseOptions(), options.probe())
+
+
+def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
+    if (options.by or ("zero-shot" if opened.has_texts else "knn")) == "knn":
+        sources = list(probe_sources(data))
     else:
         opened.check_texts()
-        train, test = None, test_source(data)
-    listed = _listed(opened.setup(texts=False), [test] if train is None else [train, test], "label")
-    measurable, notes = _of_several_classes(*listed) if train is None else _measurable(*listed)
+        sources = [test_source(data)]
+    listed = _listed(opened.setup(texts=False), sources, "label")
+    measurable, notes = _of_several_classes(*listed) if len(sources) == 1 else _measurable(*listed)
     points: list[Point] = []
-    for modality in (MODALITIES[number] for number in measurable):
-        sweep = Sweep(opened, test, train, _templates(options)[modality], options.progress)
-        more, said = sweep.points(modality, options.counts)
+    for number in measurable:
+        splits = [SweptSplit(source, items[number]) for source, items in zip(sources, listed, strict=True)]
+        train = splits[0] if len(splits) > 1 else None
+        templates = _templates(options)[MODALITIES[number]]
+        sweep = Sweep(opened, splits[-1], train, templates, features_cache(data), options.progress)
+        more, said = sweep.points(options.counts)
         points += more
         notes += said
     if points and options.png is not None:

@@ -110,3 +110,8 @@ def default_cache() -> Path:
 def features_cache(options: DataOptions) -> Path:
     """Returns the folder of cached features."""
     return (options.cache or default_cache()) / "features"
+
+
+def tokens_cache(options: DataOptions) -> Path:
+    """Returns the folder of cached tokens."""
+    return (options.cache or default_cache()) / "tokens"

@@ -1,51 +1,35 @@
 """Measures how the accuracy of kNN or zero-shot depends on the number of tokens per item, in two views of each item.
 
-In the square view an item is stretched to the square of whole cells (squares of merged patches) that is nearest to the
-number. In the native view it keeps its aspect ratio and is as large as possible with at most the tokens of that square.
+See `sizes` for the views. Features are computed and cached as those of other tasks, for each number and view.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.errors import ConfigError
 from univitar_ds.evaluation.scores import Figure, bootstrap_interval
 from univitar_ds.evaluation.zero_shot import class_vectors
-from univitar_ds.geometry import PATCH, TUBELET, Modality, Resolution, smart_resize
+from univitar_ds.geometry import Modality
+from univitar_ds.inference.workers import AnySetup
+from univitar_ds.tasks.cached.feature_cache import features
+from univitar_ds.tasks.items import Items
 from univitar_ds.tasks.knn import class_votes
 from univitar_ds.tasks.labelled import Features, Labelled, labelled
 from univitar_ds.tasks.models import OpenedModel
-from univitar_ds.tasks.packs import embedded, pooled
+from univitar_ds.tasks.peers import OpenedPeer
+from univitar_ds.tasks.sizes import NATIVE, SQUARE
 
 COUNTS = (64, 144, 256, 576, 1024)
-"""Default numbers of tokens: those of square images with sides of 112, 168, 224, 336 and 448 pixels."""
-MOST = 1 << 16
-"""Maximum number of tokens of an item."""
+"""Default numbers of tokens: those of squares with sides of 112, 168, 224, 336 and 448 pixels at 14 px a patch."""
 NEIGHBOURS = 20
 """Number of neighbours of kNN."""
-NATIVE, SQUARE = "native", "square"
-"""The views of an item."""
-
-
-@dataclass(frozen=True)
-class MostTokens(Resolution):
-    """Resizes every item, small ones too, to as many tokens as fit into `max_tokens`, so that accuracy is a function of
-    that number."""
-
-    def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
-        steps = math.ceil(frames / TUBELET)
-        most = self.max_tokens * PATCH * PATCH // steps
-        # The item is enlarged first, so that `smart_resize` reduces it: it rounds down only when it reduces.
-        grow = math.ceil(math.sqrt(most / (height * width))) + 1
-        h, w = smart_resize(height * grow, width * grow, self.divisor_px, 0, most)
-        return steps, h // PATCH, w // PATCH
 
 
 class Point(NamedTuple):
@@ -59,79 +43,66 @@ class Point(NamedTuple):
     figure: Figure
 
 
-def rules(opened: OpenedModel, count: int, steps: int) -> dict[str, Resolution]:
-    """Returns the resolutions of both views for a number of tokens.
+class SweptSplit(NamedTuple):
+    """A split of the data: its source, and its items of one modality."""
 
-    The number may be above the encoder's own limit: a native-resolution encoder can be tested beyond its training.
-    Args: count: number of tokens; steps: time steps of an item.
-    Raises: ConfigError if the number is above `MOST`, or too small for one cell in each time step.
-    """
-    encoder = opened.reading.encoder
-    cell = PATCH * encoder.spatial_merge_size
-    side = max(round(math.sqrt(count / steps) * PATCH / cell), 1) * cell
-    held = steps * (side // PATCH) ** 2
-    least = steps * encoder.spatial_merge_size**2
-    if not least <= count <= MOST:
-        what = f"a video of {steps * TUBELET} frames" if steps > 1 else "an item"
-        raise ConfigError(f"--counts {count}: {what} has {least} to {MOST} tokens; give another number")
-    return {NATIVE: MostTokens(least, held, cell), SQUARE: Resolution(least, held, cell, side)}
+    source: SourceConfig
+    items: Items
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Measures accuracy at several numbers of tokens: by kNN if there is a source `train`, else zero-shot with
-    `templates`."""
+    """Measures accuracy at several numbers of tokens: by kNN if there is a split `train`, else zero-shot with
+    `templates`. `cache`: folder of the features."""
 
-    opened: OpenedModel
-    test: SourceConfig
-    train: SourceConfig | None
+    opened: OpenedModel | OpenedPeer
+    test: SweptSplit
+    train: SweptSplit | None
     templates: Sequence[str]
+    cache: Path
     progress: bool
 
-    def points(self, modality: Modality, counts: Sequence[int]) -> tuple[list[Point], list[str]]:
-        """Returns a point for each number and view, and sentences about them. Both are empty if no item has a label.
+    def points(self, counts: Sequence[int]) -> tuple[list[Point], list[str]]:
+        """Returns a point for each number and view, and sentences about them.
 
-        Raises: ConfigError as `rules`, before anything is computed; DataError as `labelled`.
+        Raises: ConfigError as `sizes.views`, before anything is computed; DataError as `labelled`.
         """
-        steps = self.opened.reading.frames // TUBELET if modality == "video" else 1
+        modality, texts = self.test.items.modality, self.train is None
         found: list[Point] = []
         notes: list[str] = []
-        for count, both in {count: rules(self.opened, count, steps) for count in sorted(set(counts))}.items():
+        setups = {count: self.opened.sized(count, modality, texts=texts) for count in sorted(set(counts))}
+        for count, both in setups.items():
             right: dict[str, Tensor] = {}
-            for view, rule in both.items():
-                measured = self._measured(modality, rule)
-                if measured is None:
-                    return [], []
-                data, scores, mean = measured
+            for view, setup in both.items():
+                data, scores, mean = self._measured(setup)
                 task = f"{'kNN' if self.train else 'zero-shot'} ({count} tokens, {view})"
                 found.append(Point(modality, view, count, mean, data.accuracies(scores, task, modality)[0]))
                 right[view] = (scores.argmax(1) == data.test_classes).double()
             notes.append(_difference(modality, count, right, [point.mean for point in found[-2:]]))
-        most = self.opened.reading.encoder.max_tokens
-        if beyond := [count for count in counts if count > most]:
+        most = self.opened.most_tokens
+        if most is not None and (beyond := [count for count in counts if count > most]):
             notes.append(f"Items of {min(beyond)} or more tokens exceed the encoder's max_tokens {most}.")
         return found, notes
 
-    def _measured(self, modality: Modality, rule: Resolution) -> tuple[Labelled, Tensor, float] | None:
+    def _measured(self, setup: AnySetup) -> tuple[Labelled, Tensor, float]:
         """Returns the items, the score of each class for each test item (n, classes) float64, and the mean number of
-        tokens of a test item; None if no item has a label."""
-        test, mean = self._features(self.test, modality, rule)
-        train = test if self.train is None else self._features(self.train, modality, rule)[0]
-        if not train.labels and not test.labels:
-            return None
-        data = labelled(train, test, modality)
+        tokens of a test item."""
+        test, mean = self._features(self.test, setup)
+        train = test if self.train is None else self._features(self.train, setup)[0]
+        data = labelled(train, test, self.test.items.modality)
         if self.train is not None:
             return data, class_votes(data, min(NEIGHBOURS, len(data.train))), mean
         classes = class_vectors(data.classes, self.templates, self.opened.texts)
-        return data, data.test.double() @ classes.double().T, mean
+        return data, F.normalize(data.test.double(), dim=-1) @ classes.double().T, mean
 
-    def _features(self, source: SourceConfig, modality: Modality, rule: Resolution) -> tuple[Features, float]:
+    def _features(self, split: SweptSplit, setup: AnySetup) -> tuple[Features, float]:
         """Returns joint embeddings (zero-shot) or pooled features (kNN), and the mean number of tokens."""
-        read = embedded if self.train is None else pooled
-        packs = list(read(self.opened, source, modality, rule, progress=self.progress))
-        labels = [label for pack in packs for label in pack.labels]
-        values = torch.cat([pack.values for pack in packs]) if packs else torch.empty(0, 0)
-        return Features(values, labels), sum(sum(pack.lengths) for pack in packs) / max(len(labels), 1)
+        found = features(self.opened, setup, split.source, self.cache, progress=self.progress)
+        samples, rows, _ = split.items.with_rows(found.keys, found.left_out)
+        kept = [(row, sample.label) for row, sample in zip(rows, samples, strict=True) if sample.label is not None]
+        rows = [row for row, _ in kept]
+        tokens = found.grids[rows].prod(dim=1).double()
+        return Features(found.values[rows], [label for _, label in kept]), tokens.mean().item() if kept else 0.0
 
 
 def _difference(modality: str, count: int, right: dict[str, Tensor], means: Sequence[float]) -> str:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +12,10 @@ from tests.support import datasets
 from tests.support.media import encoded, noise, video
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
+from univitar_ds.cli.tasks import TASKS
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import ConfigError
-from univitar_ds.tasks.packs import at_most
+from univitar_ds.tasks.sizes import at_most
 
 pytest.importorskip("sklearn")
 CLASSES = ("cat", "dog", "horse")
@@ -151,10 +151,10 @@ def test_a_run_of_the_name_of_a_task_is_a_path(run, capsys, monkeypatch):
 def test_an_item_of_the_attentive_probe_has_at_most_the_tokens_that_are_asked_for(run, pets, tmp_path, capsys):
     given = ["attentive", run, "--data", pets, "--cache", tmp_path, "--epochs", "1"]
     assert by_measure(measured(capsys, *given, "--max-tokens", "4"))["top-1"]["n"] == 12
-    opened = SimpleNamespace(reading=SimpleNamespace(encoder=EncoderConfig(**SMALL)))
-    assert at_most(opened, 8).grid(900, 600) == (1, 2, 2)
+    encoder = EncoderConfig(**SMALL)
+    assert at_most(encoder, 8).grid(900, 600) == (1, 2, 2)
     with pytest.raises(ConfigError, match="multiples of 28 px; give at least 4"):
-        at_most(opened, 3)
+        at_most(encoder, 3)
 
 
 def test_a_value_of_label_maps_is_a_whole_number(run, capsys):
@@ -164,12 +164,13 @@ def test_a_value_of_label_maps_is_a_whole_number(run, capsys):
         assert f"{value} is not a value of a label map; give values from 0 to 65535" in capsys.readouterr().err
 
 
-def test_processes_are_for_tasks_that_compute_features_by_them(capsys):
-    for task, has in {"knn": True, "attentive": False, "dense": False, "tokens": False}.items():
+def test_each_task_is_computed_by_processes_takes_peers_and_continues(capsys):
+    for task in TASKS:
         with pytest.raises(SystemExit):
             main(["eval", task, "--help"])
         about = capsys.readouterr().out
-        assert ("--nproc" in about, "kept in --cache: after" in about, "SigLIP" in about) == (has, has, has)
+        assert all(text in about for text in ("--nproc", "SigLIP", "interruption the same command continues")), task
+        assert ("--max-gb" in about) == (task in ("attentive", "dense"))
 
 
 def test_epochs_are_for_the_solver_that_has_them(run, pets, tmp_path, capsys):

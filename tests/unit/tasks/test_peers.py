@@ -18,7 +18,7 @@ from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.peers.model import PeerModel
-from univitar_ds.tasks.feature_cache import features
+from univitar_ds.tasks.cached.feature_cache import features
 from univitar_ds.tasks.items import read_items
 from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sources import DataOptions
@@ -154,6 +154,25 @@ def test_an_item_that_is_very_long_is_left_out(clip, tmp_path, capsys):
     given = ["--data", tmp_path / "0.tar", "--train-data", tmp_path / "1.tar", "--cache", tmp_path / "cache"]
     figure = measured(capsys, "knn", clip, *given, "--neighbours", "1")["figures"][0]
     assert (figure["n"], figure["value"]) == (3, 1.0)
+
+
+def test_probes_on_tokens_and_sweeps_take_peers(clip, dinov2, pets, tmp_path, capsys):
+    """Counts are of patches: CLIP has 4 x 4, and DINOv2 as many as are asked for."""
+    given = ["--data", pets, "--cache", tmp_path]
+    for model, options in ((clip, []), (dinov2, ["--max-tokens", "6"])):
+        result = measured(capsys, "attentive", model, *given, "--epochs", "1", *options)
+        assert result["figures"][0]["n"] == EACH * len(CLASSES)
+    found = measured(capsys, "tokens", dinov2, *given, "--counts", "4,9")
+    assert [one["task"] for one in found["figures"]] == [
+        f"kNN ({count} tokens, {view})" for count in (4, 9) for view in ("native", "square")
+    ]
+    assert "and 9 tokens on average" in found["notes"][1]
+
+
+@pytest.mark.parametrize(("task", "option"), [("tokens", "--counts"), ("attentive", "--max-tokens")])
+def test_a_peer_of_one_size_is_named_as_such(clip, pets, tmp_path, capsys, task, option):
+    assert main(["eval", task, str(clip), "--data", str(pets), "--cache", str(tmp_path), option, "9"]) == 2
+    assert f"{clip} is a clip model, which reads squares of 32 px only, 16 tokens; " in capsys.readouterr().err
 
 
 def _item(index: int) -> list:

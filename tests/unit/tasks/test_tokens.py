@@ -10,7 +10,7 @@ from tests.support import datasets
 from tests.support.media import encoded, noise
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
-from univitar_ds.tasks.tokens import MostTokens
+from univitar_ds.tasks.sizes import MostTokens
 
 CLASSES = ("cat", "dog")
 

@@ -57,10 +57,12 @@ def check_suffix(path: Path) -> None:
 
 
 class SafetensorsPart:
-    """A part as safetensors. Vectors are written immediately, so that memory does not grow with the part."""
+    """A part as safetensors. Vectors are written immediately, so that memory does not grow with the part.
 
-    def __init__(self, path: Path, kind: Kind, width: int) -> None:
-        self._path, self._kind, self._width = path, kind, width
+    Args: grids: whether `grid_thw` is stored for vectors too."""
+
+    def __init__(self, path: Path, kind: Kind, width: int, *, grids: bool = False) -> None:
+        self._path, self._kind, self._width, self._with_grids = path, kind, width, grids
         self._partial = _partial(path)
         self._vectors = 0
         self._grids: list[tuple[int, int, int]] = []
@@ -79,13 +81,14 @@ class SafetensorsPart:
         size = 4 * self._vectors * self._width
         header[self._kind] = _about("F32", [self._vectors, self._width], 0, size)
         rest = b""
+        grids = np.array(self._grids, "<i8").reshape(-1, 3)
         if self._kind == "tokens":
             offsets = np.array(cumulative(list(map(token_count, self._grids))), "<i8")
-            grids = np.array(self._grids, "<i8").reshape(-1, 3)
-            rest = offsets.tobytes() + grids.tobytes()
-            between = size + offsets.nbytes
-            header["offsets"] = _about("I64", [len(offsets)], size, between)
-            header["grid_thw"] = _about("I64", [len(grids), 3], between, size + len(rest))
+            rest = offsets.tobytes()
+            header["offsets"] = _about("I64", [len(offsets)], size, size + len(rest))
+        if self._kind == "tokens" or self._with_grids:
+            begin, rest = size + len(rest), rest + grids.tobytes()
+            header["grid_thw"] = _about("I64", [len(grids), 3], begin, size + len(rest))
         text = json.dumps(header).encode().ljust(_HEADER - 8)
         assert len(text) == _HEADER - 8, header
         with writing(self._path):

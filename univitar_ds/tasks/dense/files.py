@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ MASK_MODES = ("L", "P", "1", "I", "I;16")
 """Modes of Pillow whose values are labels."""
 MOST_LABELS = 1 << 15
 """Labels must be below this number, since they are stored as int16."""
+Read = TypeVar("Read")
 _AHEAD = 2
 """Images that each thread decodes ahead."""
 
@@ -111,12 +112,16 @@ def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> SegmentedImage:
 
     Raises: SampleError for a damaged or too large file, a label map of colours, or of another size than its image.
     """
-    pixels = decode_image(_content(pair.image), max_px=max_px)
-    labels = _labels(_content(pair.mask), max_px, ignore)
+    pixels, labels = decode_image(_content(pair.image), max_px=max_px), read_labels(pair, max_px, ignore)
     if labels.shape != pixels.shape[:2]:
         (height, width), (h, w) = labels.shape, pixels.shape[:2]
         raise SampleError("wrong_size", f"its label map has {width} x {height} px, the image {w} x {h}")
     return SegmentedImage(pixels, labels)
+
+
+def read_labels(pair: Pair, max_px: int, ignore: Sequence[int]) -> np.ndarray:
+    """Returns the labels of an image as in `SegmentedImage`. Args, raises: as `read_pair`."""
+    return _labels(_content(pair.mask), max_px, ignore)
 
 
 def _content(path: Path) -> bytes:
@@ -155,12 +160,11 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
     return values.astype(np.int16)
 
 
-def read_pairs(
-    pairs: Sequence[Pair], read: Callable[[Pair], SegmentedImage], threads: int, bad: list[str]
-) -> Iterator[SegmentedImage]:
-    """Yields pairs in order, read ahead by threads.
-
-    A pair that cannot be read is left out, and the reason is appended to `bad`."""
+def read_ahead(
+    pairs: Sequence[Pair], read: Callable[[Pair], Read], threads: int
+) -> Iterator[tuple[Pair, Read | DataError]]:
+    """Yields the result of `read` for each pair in order, read ahead by threads; the error for one that cannot be
+    read."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
         coming = iter(pairs)
         waiting = [(pair, pool.submit(read, pair)) for pair in islice(coming, _AHEAD * threads)]
@@ -169,6 +173,6 @@ def read_pairs(
             if (following := next(coming, None)) is not None:
                 waiting.append((following, pool.submit(read, following)))
             try:
-                yield future.result()
+                yield pair, future.result()
             except DataError as error:
-                bad.append(f"{pair.image}: {error}")
+                yield pair, error

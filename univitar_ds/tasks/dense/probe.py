@@ -8,8 +8,10 @@ several learning rates; the head of the best rate is scored without further trai
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,27 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from univitar_ds.data.media.types import check_area
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.scores import Figure
-from univitar_ds.geometry import PATCH
-from univitar_ds.inference.reading import Reading
-from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.inference.workers import device_of
 from univitar_ds.screen import progress_bar
-from univitar_ds.tasks.dense.files import (
-    MOST_LABELS,
-    MaskOptions,
-    Pair,
-    SegmentedImage,
-    read_pair,
-    read_pairs,
-    split_pairs,
-)
+from univitar_ds.tasks.cached.token_cache import Standard, Tokens, tokens
+from univitar_ds.tasks.dense.encoding import request
+from univitar_ds.tasks.dense.files import MOST_LABELS, MaskOptions, Pair, read_ahead, read_labels, split_pairs
 from univitar_ds.tasks.dense.miou import accuracy, constant, counted, intervals, mean_iou
-from univitar_ds.tasks.dense.views import Views, crop, encode, of_patches, patch_labels
-from univitar_ds.tasks.probes.sweep import Recipe, chosen, linear_heads, row_batches, train
-from univitar_ds.tasks.probes.token_store import RowStore, TokenStore
-from univitar_ds.tasks.sources import DataOptions, default_cache
+from univitar_ds.tasks.dense.views import Views
+from univitar_ds.tasks.models import OpenedModel
+from univitar_ds.tasks.peers import OpenedPeer
+from univitar_ds.tasks.probes.sweep import ProbeOptions, Recipe, chosen, linear_heads, row_batches, train
+from univitar_ds.tasks.sources import DataOptions, tokens_cache
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates that are compared: our choice, around the 1e-3 of DINOv2."""
@@ -69,40 +63,37 @@ class _Splits(NamedTuple):
 
 
 def dense(
-    encoder: UniViTAR,
-    reading: Reading,
-    data: DataOptions,
-    options: DenseOptions,
-    *,
-    epochs: int | None = None,
-    progress: bool,
+    opened: OpenedModel | OpenedPeer, data: DataOptions, options: DenseOptions, how: ProbeOptions
 ) -> tuple[list[Figure], list[str]]:
     """Returns mIoU and pixel accuracy, and notes. `chance` is the result of always predicting the most frequent class
     of the scored images.
 
-    Args: data: tokens of the training images are stored in its cache, in temporary files without a name; epochs: None:
-        those of `RECIPE`.
+    Args: data: the tokens of all images are stored in its cache.
     Raises: ConfigError for options that do not fit; DataError if the training images have fewer than 2 or more than
-        MOST_CLASSES classes, or no scored image can be used; StorageError if the disk is full.
+        MOST_CLASSES classes, or no scored image can be used; StorageError if the tokens take too much space.
     """
-    views = Views.of(reading.encoder, options.window, options.stride)
-    splits = _splits(data, options.masks)
-    recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
-    device, folder = next(encoder.parameters()).device, data.cache or default_cache()
-    with TokenStore(folder) as tokens, RowStore(folder, PATCH * PATCH, np.int16) as rows:
-        job = _Job(encoder, reading, views, options.masks.ignore, device, progress)
-        learned = _Learned(tokens, rows, job)
-        learned.read(splits.train)
-        head, said = learned.head(recipe)
-        images, unknown = job.scored(splits.test, tokens, head, learned.lut)
-    notes = [*splits.notes, f"Dense probe: {said}", *_left_out(job.bad, "images")]
-    if unknown:
-        notes.append(f"{unknown} pixels of scored images have a label that no training image has, and are left out.")
-    if not len(images):
-        why = f"{unknown} pixels have a label that no training image has" if unknown else "no pixel has a label"
-        raise DataError(f"no image of the scored split can be used: {'; '.join(job.bad[:3]) or why}")
-    how = "native size" if views.window is None else f"windows of {views.window * PATCH} px"
-    return _figures(images, f"dense probe ({how})", len(learned.classes)), notes
+    views = Views.of(opened.patch_rule, options.window, options.stride)
+    splits, ignore = _splits(data, options.masks), options.masks.ignore
+    job = _Job(device_of(0), opened.token_budget, how.progress)
+    requests = [
+        request(opened, views, pairs, ignore, f"{what} images", labels=what == "training", progress=how.progress)
+        for what, pairs in (("training", splits.train), ("scored", splits.test))
+    ]
+    with tokens(requests, tokens_cache(data), how.max_gb) as (learned, scored):
+        bad = [f"{one.key}: {one.message}" for found in (learned, scored) for one in found.left_out]
+        probe = _Probe(learned, _classes(learned, len(splits.train), bad), job)
+        head, said = probe.head(how.applied(RECIPE))
+        read = partial(read_labels, max_px=opened.max_image_px, ignore=ignore)
+        found = _Scored(scored, views, probe, head)
+        with progress_bar(total=len(splits.test), desc="scoring", unit="image", disable=not how.progress) as bar:
+            for pair, labels in read_ahead(found.pairs(splits.test), read, opened.threads):
+                found.add(pair, labels)
+                bar.update()
+    notes = [*splits.notes, f"Dense probe: {said}", *_left_out(bad, "images"), *found.notes()]
+    if not found.counts:
+        raise DataError(f"no image of the scored split can be used: {'; '.join(bad[:3]) or found.why()}")
+    size = "native size" if views.window is None else f"windows of {views.window * views.rule.patch} px"
+    return _figures(torch.stack(found.counts), f"dense probe ({size})", len(probe.classes)), notes
 
 
 def _splits(data: DataOptions, masks: MaskOptions) -> _Splits:
@@ -137,54 +128,85 @@ def _figures(images: Tensor, task: str, classes: int) -> list[Figure]:
     ]
 
 
-@dataclass
+def _classes(learned: Tokens, images: int, bad: Sequence[str]) -> list[int]:
+    """Returns the labels of the training images, ascending. Raises: DataError as `dense`."""
+    classes = learned.classes
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        some = ", ".join(map(str, classes[:5])) or "none"
+        raise DataError(
+            f"the label maps of {images} training images have {len(classes)} labels ({some}); a probe needs 2 to "
+            f"{MOST_CLASSES}: see --ignore, and store classes, not instances" + "".join(f"; {one}" for one in bad[:1])
+        )
+    return classes
+
+
+@dataclass(frozen=True)
 class _Job:
-    """Reads and encodes images. `bad`: the reasons why images were left out, one for each."""
+    """How the head is trained: device, maximum number of tokens of a pack, and whether to show a progress bar."""
 
-    encoder: UniViTAR
-    reading: Reading
-    views: Views
-    ignore: Sequence[int]
     device: torch.device
+    token_budget: int
     progress: bool
-    bad: list[str] = field(default_factory=list)
 
-    def read(self, pairs: Sequence[Pair], what: str) -> Iterator[SegmentedImage]:
-        """Yields the images of `pairs` that can be used. Args: what: description for the progress bar."""
-        data = self.reading.data
 
-        def read(pair: Pair) -> SegmentedImage:
-            one = read_pair(pair, data.max_image_px, self.ignore)
-            rows, columns = self.views.grid(*one.labels.shape)
-            check_area(rows * PATCH, columns * PATCH, data.max_image_px)  # windows may enlarge a narrow image
-            return one
+@dataclass
+class _Scored:
+    """Scores images by the head. `counts`: `miou.counted` of each image with a known label, (3, classes); `unknown`:
+    number of pixels whose label no training image has."""
 
-        with progress_bar(total=len(pairs), desc=what, unit="image", disable=not self.progress) as bar:
-            for one in read_pairs(pairs, read, max(data.workers, 1), self.bad):
-                yield one
-                bar.update()
+    tokens: Tokens
+    views: Views
+    probe: _Probe
+    head: nn.Linear
+    counts: list[Tensor] = field(default_factory=list)
+    unknown: int = 0
+
+    @cached_property
+    def _windows(self) -> dict[str, list[int]]:
+        """The windows of each image."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for item, key in enumerate(self.tokens.keys):
+            found[key].append(item)
+        return found
+
+    def pairs(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Returns the pairs whose image has tokens."""
+        return [pair for pair in pairs if str(pair.image) in self._windows]
+
+    def notes(self) -> list[str]:
+        """Returns a sentence about labels that no training image has."""
+        if not self.unknown:
+            return []
+        return [f"{self.unknown} pixels of scored images have a label that no training image has, and are left out."]
+
+    def why(self) -> str:
+        """Returns why no image could be scored."""
+        unknown = f"{self.unknown} pixels have a label that no training image has"
+        return unknown if self.unknown else "no pixel has a label"
 
     @torch.no_grad()
-    def scored(self, pairs: Sequence[Pair], tokens: TokenStore, head: nn.Linear, lut: Tensor) -> tuple[Tensor, int]:
-        """Returns `miou.counted` of each image with a known label, (n, 3, classes), and the number of pixels whose
-        label is unknown. Args: lut: see `_Learned.lut`."""
-        found, unknown = [], 0
-        for one in self.read(pairs, "scored images"):
-            (rows, columns), windows = self.views.cut(one.pixels)
-            sums = torch.zeros(rows, columns, head.out_features, device=self.device)
-            times = torch.zeros(rows, columns, 1, device=self.device)
-            features = encode(self.encoder, [pixels for _, pixels in windows], self.reading.token_budget)
-            for (box, _), values in zip(windows, features, strict=True):
-                down, across = slice(box.top, box.top + box.rows), slice(box.left, box.left + box.columns)
-                sums[down, across] += head(tokens.standardised(values)).view(box.rows, box.columns, -1)
-                times[down, across] += 1
-            given = torch.from_numpy(one.labels).long()
-            labels = lut[given]
-            unknown += int(((labels < 0) & (given >= 0)).sum())
-            if bool((labels >= 0).any()):
-                guess = enlarged_classes((sums / times).permute(2, 0, 1), *labels.shape)
-                found.append(counted(guess.cpu(), labels, head.out_features))
-        return torch.stack(found) if found else torch.empty(0, 3, head.out_features), unknown
+    def add(self, pair: Pair, labels: np.ndarray | DataError) -> None:
+        """Scores an image. Raises: DataError if its label map has changed since its image was read."""
+        if isinstance(labels, DataError):
+            raise DataError(f"{pair.mask} was changed while the images were encoded: {labels}")
+        grid, items = self.views.grid(*labels.shape), self._windows[str(pair.image)]
+        boxes = self.views.boxes(*grid)
+        if [box.rows * box.columns for box in boxes] != [self.tokens.lengths[item] for item in items]:
+            raise DataError(f"{pair.mask} was changed while the images were encoded; start again")
+        device, classes = self.probe.device, self.head.out_features
+        sums = torch.zeros(*grid, classes, device=device)
+        times = torch.zeros(*grid, 1, device=device)
+        for box, item in zip(boxes, items, strict=True):
+            down, across = slice(box.top, box.top + box.rows), slice(box.left, box.left + box.columns)
+            values = self.probe.standard.read(self.tokens, [item])
+            sums[down, across] += self.head(values).view(box.rows, box.columns, -1)
+            times[down, across] += 1
+        given = torch.from_numpy(labels).long()
+        known = self.probe.lut[given]
+        self.unknown += int(((known < 0) & (given >= 0)).sum())
+        if bool((known >= 0).any()):
+            guess = enlarged_classes((sums / times).permute(2, 0, 1), *known.shape)
+            self.counts.append(counted(guess.cpu(), known, classes))
 
 
 def enlarged_classes(logits: Tensor, height: int, width: int) -> Tensor:
@@ -211,40 +233,25 @@ class _Pack(NamedTuple):
     of_step: int
 
 
-class _Learned:
-    """The training images: tokens and labels of their windows, on disk. `classes`: their labels, ascending."""
+@dataclass(frozen=True)
+class _Probe:
+    """The training images: tokens and labels of their windows. `classes`: their labels, ascending."""
 
-    def __init__(self, tokens: TokenStore, rows: RowStore, job: _Job) -> None:
-        self._tokens, self._rows, self._job = tokens, rows, job
-        self._images: list[int] = []
-        self._pixels = np.zeros(MOST_LABELS, np.int64)
-        self.classes: list[int] = []
-
-    def read(self, pairs: Sequence[Pair]) -> None:
-        """Encodes the images, and stores tokens and labels.
-
-        Raises: DataError if the images have fewer than 2 or more than MOST_CLASSES classes."""
-        job = self._job
-        for number, one in enumerate(job.read(pairs, "training images")):
-            grid, windows = job.views.cut(one.pixels)
-            small = patch_labels(one.labels, *grid)
-            features = encode(job.encoder, [pixels for _, pixels in windows], job.reading.token_budget)
-            for (box, _), values in zip(windows, features, strict=True):
-                self._tokens.append(values, [len(values)])
-                self._rows.append(of_patches(crop(small, box)))
-                self._images.append(number)
-            self._pixels += np.bincount(one.labels[one.labels >= 0], minlength=MOST_LABELS)
-        self.classes = np.flatnonzero(self._pixels).tolist()
-        if not 2 <= len(self.classes) <= MOST_CLASSES:
-            some = ", ".join(map(str, self.classes[:5])) or "none"
-            raise DataError(
-                f"the label maps of {len(pairs)} training images have {len(self.classes)} labels ({some}); a probe "
-                f"needs 2 to {MOST_CLASSES}: see --ignore, and store classes, not instances"
-                + "".join(f"; {one}" for one in job.bad[:1])
-            )
-        self._tokens.finish(job.device)
+    tokens: Tokens
+    classes: list[int]
+    job: _Job
 
     @property
+    def device(self) -> torch.device:
+        """The device of the head."""
+        return self.job.device
+
+    @cached_property
+    def standard(self) -> Standard:
+        """Standardises tokens."""
+        return Standard(self.tokens, range(len(self.tokens)), self.device)
+
+    @cached_property
     def lut(self) -> Tensor:
         """The class of each label, (MOST_LABELS + 1,); -1 for other labels and, as the last element, for the label
         -1."""
@@ -256,14 +263,14 @@ class _Learned:
         """Returns the head of the learning rate that is best on the held-out images, and a sentence about the
         choice."""
         learns, checks, images = self._divided()
-        heads = linear_heads(len(recipe.rates), self._tokens.width, len(self.classes), self._job.device)
+        heads = linear_heads(len(recipe.rates), self.tokens.width, len(self.classes), self.device)
         steps, batch = recipe.plan(len(learns))
 
         def loss(pack: _Pack) -> Tensor:
-            counts, tokens = self._counts(pack.labels), self._tokens.read(pack.items)
-            return torch.stack([-(counts * head(tokens).log_softmax(-1)).sum() for head in heads]) / pack.of_step
+            counts, values = self._counts(pack.labels), self.standard.read(self.tokens, pack.items)
+            return torch.stack([-(counts * head(values).log_softmax(-1)).sum() for head in heads]) / pack.of_step
 
-        desc = "dense probe" if self._job.progress else None
+        desc = "dense probe" if self.job.progress else None
         train(heads, recipe.rates, recipe, self._batches(learns, batch), loss, steps=steps, progress=desc)
         held = f"{images} training images held out, at one label per patch" if images else "none"
         place, said = chosen(recipe.rates, self._held_out(heads, checks), "mIoU", held)
@@ -272,29 +279,27 @@ class _Learned:
     def _divided(self) -> tuple[Tensor, Tensor, int]:
         """Returns the indices of the windows to train on and of the held-out windows, and the number of held-out
         images."""
-        numbers = torch.tensor(self._images)
-        images = numbers.unique()
-        order = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+        number_of = {key: number for number, key in enumerate(dict.fromkeys(self.tokens.keys))}
+        numbers = torch.tensor([number_of[key] for key in self.tokens.keys])
+        order = torch.randperm(len(number_of), generator=torch.Generator().manual_seed(0))
         held = order[: max(round(HELD_OUT * len(order)), 1)] if len(order) > 1 else order[:0]
         is_held = torch.isin(numbers, held)
         return (~is_held).nonzero().flatten(), is_held.nonzero().flatten(), len(held)
 
     def _batches(self, learns: Tensor, batch: int) -> Iterator[list[_Pack]]:
         for rows in row_batches(learns, batch):
-            packs = list(self._tokens.packs(rows.tolist(), self._job.reading.token_budget))
+            packs = list(self.tokens.packs(rows.tolist(), self.job.token_budget))
             labels = [self._labels(items) for items in packs]
             known = sum(int((one >= 0).sum()) for one in labels)
             yield [_Pack(items, one, max(known, 1)) for items, one in zip(packs, labels, strict=True)]
 
     def _labels(self, items: list[int]) -> Tensor:
-        """Returns the classes of the pixels of each patch of some windows, (T, 196); -1 for none."""
-        lengths = self._tokens.lengths
-        parts = [self._rows.read(self._tokens.begin(item), lengths[item]) for item in items]
-        return self.lut[torch.from_numpy(np.concatenate(parts)).long()]
+        """Returns the classes of the pixels of each patch of some windows, (T, patch^2); -1 for none."""
+        return self.lut[torch.from_numpy(self.tokens.columns(items)).long()]
 
     def _counts(self, labels: Tensor) -> Tensor:
         """Returns the number of pixels of each class in each patch, (T, classes) float32 on the device."""
-        labels, classes = labels.to(self._job.device), len(self.classes)
+        labels, classes = labels.to(self.device), len(self.classes)
         counts = torch.zeros(len(labels), classes + 1, device=labels.device)
         places = torch.where(labels < 0, classes, labels)
         return counts.scatter_add_(1, places, torch.ones((), device=labels.device).expand(places.shape))[:, :classes]
@@ -303,10 +308,10 @@ class _Learned:
     def _held_out(self, heads: Sequence[nn.Linear], checks: Tensor) -> list[float]:
         """Returns mIoU of each head on held-out windows, with the predicted class of a patch for each of its pixels."""
         found = torch.zeros(len(heads), 3, len(self.classes), dtype=torch.float64)
-        for items in self._tokens.packs(checks.tolist(), self._job.reading.token_budget):
-            counts, tokens = self._counts(self._labels(items)), self._tokens.read(items)
+        for items in self.tokens.packs(checks.tolist(), self.job.token_budget):
+            counts, values = self._counts(self._labels(items)), self.standard.read(self.tokens, items)
             for place, head in enumerate(heads):
-                guess = head(tokens).argmax(1)
+                guess = head(values).argmax(1)
                 right = counts.gather(1, guess[:, None])[:, 0]
                 classes = {"minlength": len(self.classes)}
                 found[place, 0] += torch.bincount(guess, right, **classes).cpu()

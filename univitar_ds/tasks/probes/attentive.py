@@ -11,10 +11,9 @@ the tokens of one item.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 from univitar_ds.evaluation.scores import Figure
 from univitar_ds.geometry import cumulative
-from univitar_ds.tasks.labelled import Features, class_names, divided, labelled
+from univitar_ds.tasks.cached.token_cache import Standard, Tokens
+from univitar_ds.tasks.labelled import Features, divided, labelled
 from univitar_ds.tasks.probes.sweep import Recipe, chosen, row_batches, train
-from univitar_ds.tasks.probes.token_store import TokenStore
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
 """The learning rates of V-JEPA 2."""
@@ -37,15 +36,20 @@ HELD_OUT = 0.1
 HEAD_WIDTH = 64
 """Minimum width of an attention head."""
 
-Packs = Iterable[tuple[Tensor, Sequence[int], Sequence[str]]]
-"""Tokens (T, D) of the items of a pack, the number of tokens of each, and their labels."""
+
+@dataclass(frozen=True)
+class Split:
+    """The labelled items of one modality in a split: their indices in `tokens`, and their labels."""
+
+    tokens: Tokens
+    items: list[int]
+    labels: list[str]
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a probe computes: folder for the stored tokens, device, and maximum number of tokens of a pack."""
+    """How a probe computes: device, and maximum number of tokens of a pack."""
 
-    folder: Path
     device: torch.device
     token_budget: int
 
@@ -112,102 +116,104 @@ def sweep_logits(heads: Sequence[AttentiveHead], tokens: Tensor, lengths: Sequen
 
 
 def attentive(
-    train_packs: Packs,
-    test_packs: Packs,
-    modality: str,
-    workspace: Workspace,
-    *,
-    epochs: int | None = None,
-    progress: bool,
+    train: Split, test: Split, modality: str, workspace: Workspace, *, epochs: int | None = None, progress: bool
 ) -> tuple[list[Figure], list[str]]:
     """Returns top-1 and top-5 accuracy of the probe, and notes about the chosen rate and the items left out.
 
-    Returns empty lists if neither split has an item. The tokens of the training items are stored in a file in
-    `workspace.folder`, in float16; the test items are scored pack by pack.
-    Raises: StorageError and CheckpointError as `TokenStore.append`; DataError as `labelled`.
+    Raises: DataError as `labelled`.
     """
     recipe = RECIPE if epochs is None else replace(RECIPE, epochs=epochs, least_steps=1)
-    with TokenStore(workspace.folder) as store:
-        labels: list[str] = []
-        for tokens, lengths, some in train_packs:
-            store.append(tokens, lengths)
-            labels += some
-        tests = iter(test_packs)
-        ahead = next(tests, None)
-        if not labels and ahead is None:
-            return [], []
-        names = class_names(labels, modality)
-        store.finish(workspace.device)
-        index_of = {name: index for index, name in enumerate(names)}
-        classes = torch.tensor([index_of[label] for label in labels])
-        head, said = _chosen(store, classes, len(names), recipe, workspace, f"{modality}s" if progress else None)
-        scores, found = _scored(head, store, len(names), [] if ahead is None else itertools.chain([ahead], tests))
-    both = labelled(_without(labels), _without(found), modality)
-    known = [row for row, label in enumerate(found) if label in index_of]
+    both = labelled(_without(train.labels), _without(test.labels), modality)
+    learned = _Learned(train, both.train_classes, len(both.classes), workspace)
+    head, said = learned.head(recipe, f"{modality}s" if progress else None)
+    known = set(both.classes)
+    items = [item for item, label in zip(test.items, test.labels, strict=True) if label in known]
+    scores = learned.scores(head, test.tokens, items)
     notes = [f"Attentive probe of {modality}s: {said}"]
     if both.unknown:
         notes.append(f"{both.unknown} {modality}s have a label that the training split lacks, and are left out.")
-    return both.accuracies(scores[known], "attentive probe", modality), notes
+    return both.accuracies(scores, "attentive probe", modality), notes
 
 
 def _without(labels: list[str]) -> Features:
-    """Returns labels with empty features, since features are not needed once the items have been scored."""
+    """Returns labels with empty features: those of a probe on tokens are not vectors."""
     return Features(torch.empty(len(labels), 0), labels)
 
 
-def _chosen(
-    store: TokenStore, classes: Tensor, count: int, recipe: Recipe, workspace: Workspace, of: str | None
-) -> tuple[AttentiveHead, str]:
-    """Returns the head of the learning rate that is best on the held-out items, and a sentence about the choice.
-
-    Args: count: number of classes; of: name of the items in the text of the progress bar; None: no bar.
-    """
-    learns, checks = divided(classes, HELD_OUT)
-    heads = [AttentiveHead(store.width, count).to(workspace.device) for _ in recipe.rates]
-    steps, batch = recipe.plan(len(learns))
-
-    def loss(pack: _Pack) -> Tensor:
-        logits = sweep_logits(heads, store.read(pack.items), [store.lengths[item] for item in pack.items])
-        right = classes[pack.items].to(workspace.device)
-        losses = [F.cross_entropy(one, right, reduction="sum") for one in logits]
-        return torch.stack(losses) / pack.of_step
-
-    def batches() -> Iterator[list[_Pack]]:
-        for rows in row_batches(learns, batch):
-            yield [_Pack(items, len(rows)) for items in store.packs(rows.tolist(), workspace.token_budget)]
-
-    desc = None if of is None else f"attentive probe of {of}"
-    train(heads, recipe.rates, recipe, batches(), loss, steps=steps, progress=desc)
-    held_out = _accuracies(heads, store, classes, checks, workspace)
-    place, said = chosen(recipe.rates, held_out, "top-1", f"{len(checks)} training items held out")
-    return heads[place], said
-
-
 class _Pack(NamedTuple):
-    """`items`: the items of a pack; `of_step`: number of items of its step, over which the losses are averaged."""
+    """Items of a pack by their place in the split, and the number of items of the step that it belongs to, over which
+    losses are averaged."""
 
-    items: list[int]
+    places: list[int]
     of_step: int
 
 
-@torch.no_grad()
-def _accuracies(
-    heads: Sequence[AttentiveHead], store: TokenStore, classes: Tensor, checks: Tensor, workspace: Workspace
-) -> list[float]:
-    """Returns the top-1 accuracy of each head on the held-out items; NaN if there are none."""
-    hits = torch.zeros(len(heads), dtype=torch.float64)
-    for items in store.packs(checks.tolist(), workspace.token_budget):
-        logits = sweep_logits(heads, store.read(items), [store.lengths[item] for item in items]).cpu()
-        right = (logits.argmax(-1) == classes[items]) & logits.isfinite().all(-1)
-        hits += right.double().sum(1)
-    return (hits / len(checks)).tolist()
+@dataclass(frozen=True)
+class _Learned:
+    """The items that a probe learns from, with their classes (n,); `count`: number of classes."""
 
+    split: Split
+    classes: Tensor
+    count: int
+    workspace: Workspace
 
-@torch.no_grad()
-def _scored(head: AttentiveHead, store: TokenStore, classes: int, packs: Packs) -> tuple[Tensor, list[str]]:
-    """Returns the logits of the items of all packs, (n, classes) float64 on the host, and the items' labels."""
-    rows, labels = [torch.empty(0, classes, dtype=torch.float64)], []
-    for tokens, lengths, some in packs:
-        rows.append(sweep_logits([head], store.standardised(tokens), lengths)[0].double().cpu())
-        labels += some
-    return torch.cat(rows), labels
+    @cached_property
+    def _standard(self) -> Standard:
+        return Standard(self.split.tokens, self.split.items, self.workspace.device)
+
+    def head(self, recipe: Recipe, of: str | None) -> tuple[AttentiveHead, str]:
+        """Returns the head of the learning rate that is best on the held-out items, and a sentence about the choice.
+
+        Args: of: the items, for the progress bar; None: no bar.
+        """
+        learns, checks = divided(self.classes, HELD_OUT)
+        width, device = self.split.tokens.width, self.workspace.device
+        heads = [AttentiveHead(width, self.count).to(device) for _ in recipe.rates]
+        steps, batch = recipe.plan(len(learns))
+
+        def loss(pack: _Pack) -> Tensor:
+            right = self.classes[pack.places].to(device)
+            losses = [F.cross_entropy(one, right, reduction="sum") for one in self._logits(heads, pack.places)]
+            return torch.stack(losses) / pack.of_step
+
+        def batches() -> Iterator[list[_Pack]]:
+            for rows in row_batches(learns, batch):
+                yield [_Pack(places, len(rows)) for places in self._packs(rows.tolist())]
+
+        desc = None if of is None else f"attentive probe of {of}"
+        train(heads, recipe.rates, recipe, batches(), loss, steps=steps, progress=desc)
+        held_out = self._accuracies(heads, checks.tolist())
+        place, said = chosen(recipe.rates, held_out, "top-1", f"{len(checks)} training items held out")
+        return heads[place], said
+
+    def _packs(self, places: list[int]) -> Iterator[list[int]]:
+        """Yields places of the split in packs."""
+        items = [self.split.items[place] for place in places]
+        begin = 0
+        for pack in self.split.tokens.packs(items, self.workspace.token_budget):
+            yield places[begin : begin + len(pack)]
+            begin += len(pack)
+
+    def _logits(self, heads: Sequence[AttentiveHead], places: list[int]) -> Tensor:
+        """Returns the logits of some items of the split, (heads, n, classes)."""
+        items, tokens = [self.split.items[place] for place in places], self.split.tokens
+        return sweep_logits(heads, self._standard.read(tokens, items), [tokens.lengths[item] for item in items])
+
+    @torch.no_grad()
+    def _accuracies(self, heads: Sequence[AttentiveHead], checks: list[int]) -> list[float]:
+        """Returns the top-1 accuracy of each head on the held-out items; NaN if there are none."""
+        hits = torch.zeros(len(heads), dtype=torch.float64)
+        for places in self._packs(checks):
+            logits = self._logits(heads, places).cpu()
+            right = (logits.argmax(-1) == self.classes[places]) & logits.isfinite().all(-1)
+            hits += right.double().sum(1)
+        return (hits / len(checks)).tolist()
+
+    @torch.no_grad()
+    def scores(self, head: AttentiveHead, tokens: Tokens, items: list[int]) -> Tensor:
+        """Returns the logits of items that are scored, (n, classes) float64 on the host."""
+        rows = [torch.empty(0, self.count, dtype=torch.float64)]
+        for pack in tokens.packs(items, self.workspace.token_budget):
+            values, lengths = self._standard.read(tokens, pack), [tokens.lengths[item] for item in pack]
+            rows.append(sweep_logits([head], values, lengths)[0].double().cpu())
+        return torch.cat(rows)

@@ -6,7 +6,7 @@ The heads share only the features that they read, so each is trained as it would
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -37,6 +37,20 @@ class Recipe:
         batch = min(self.batch, items)
         steps = max(self.epochs * -(-items // batch), self.least_steps)
         return steps, batch
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Options of a probe on tokens. `epochs`: None: those of its recipe; `max_gb`: maximum size of the stored tokens of
+    a split, in GB; `progress`: whether to show progress bars on stderr."""
+
+    epochs: int | None
+    max_gb: float
+    progress: bool
+
+    def applied(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with these epochs."""
+        return recipe if self.epochs is None else replace(recipe, epochs=self.epochs, least_steps=1)
 
 
 def train(

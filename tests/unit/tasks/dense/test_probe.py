@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.support import datasets
 from tests.support.datasets import write
 from tests.support.media import encoded
+from tests.support.peers import save_peer
 from univitar_ds.cli.main import main
-from univitar_ds.errors import CheckpointError, SampleError
+from univitar_ds.errors import SampleError
+from univitar_ds.inference import embed_files
 from univitar_ds.tasks.dense.files import MaskOptions, Pair, SegmentedImage, read_pair, split_pairs
-from univitar_ds.tasks.dense.probe import _Job, _Learned
-from univitar_ds.tasks.probes.token_store import TokenStore, checked
+from univitar_ds.tasks.dense.probe import _Job, _Probe
 
 SIZE = (56, 84)
 
@@ -86,9 +88,7 @@ def test_random_label_maps_are_at_chance(run, tmp_path, capsys):
 
 
 def test_the_loss_is_cross_entropy_of_pixels_with_the_logits_of_their_patch():
-    learned = _Learned.__new__(_Learned)
-    learned.classes = [0, 1, 2]
-    learned._job = _Job(None, None, None, (), torch.device("cpu"), False)
+    learned = _Probe(None, [0, 1, 2], _Job(torch.device("cpu"), 1024, False))
     draws = torch.Generator().manual_seed(0)
     labels, logits = torch.randint(-1, 3, (5, 196), generator=draws), torch.randn(5, 3, generator=draws)
     found = -(learned._counts(labels) * logits.log_softmax(-1)).sum()
@@ -177,10 +177,39 @@ def test_labels_that_no_training_image_has_are_named_as_the_reason(run, scenes, 
     assert f"{SIZE[0] * SIZE[1]} pixels have a label that no training image has" in capsys.readouterr().err
 
 
-def test_features_that_are_not_finite_are_an_error_and_no_figure(tmp_path):
-    tokens = torch.ones(3, 4)
-    tokens[1, 2] = torch.nan
-    with TokenStore(tmp_path) as store, pytest.raises(CheckpointError, match="not finite in 1 of 3 rows"):
-        store.append(tokens, [3])
-    with pytest.raises(CheckpointError, match="training has diverged: name another model"):
-        checked(tokens)
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_peers_are_measured_in_windows_of_their_size_or_at_native_size(scenes, tmp_path, capsys, kind):
+    model = save_peer(kind, tmp_path / kind)
+    given = [model, "--data", scenes, "--cache", tmp_path, "--ignore", "0,255", "--epochs", "20"]
+    figure = measured(capsys, *given)["figures"][0]
+    assert figure["task"] == f"dense probe ({'windows of 32 px' if kind == 'clip' else 'native size'})"
+    assert figure["value"] > figure["chance"] + 0.1
+    if kind == "clip":
+        assert main(["eval", "dense", *map(str, given), "--window", "64"]) == 2
+        assert "--window 64: the model reads squares of 32 px only; leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["dense", "attentive", "tokens"])
+def test_two_processes_give_the_figures_of_one(run, scenes, tmp_path, capsys, monkeypatch, task):
+    """And the same bits: images are divided into units of work. One thread each, since its number changes sums."""
+    monkeypatch.setattr(embed_files, "_UNIT_ITEMS", {"tokens": 3})
+    monkeypatch.setattr(embed_files, "_UNIT_ITEMS_OF_VECTORS", 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    data, options = scenes, ["--ignore", "0,255"]
+    if task != "dense":
+        data, options = datasets.class_folders(tmp_path / "folders"), ["--split", "val"]
+    options += ["--counts", "4", "--by", "knn"] if task == "tokens" else ["--epochs", "2"]
+    results, files = [], []
+    for nproc in ("1", "2"):
+        given = ["--data", data, "--cache", tmp_path / nproc, "--nproc", nproc, "--workers", "1", "--json", *options]
+        assert main(["eval", task, str(run), *map(str, given)]) == 0
+        results.append(json.loads(capsys.readouterr().out)["figures"])
+        files.append(sorted(part.read_bytes() for part in (tmp_path / nproc).glob("*/*/features-*.safetensors")))
+    torch.set_num_threads(threads)
+    assert results[0] == results[1]
+    assert len(files[0]) >= 2
+    assert files[0] == files[1]

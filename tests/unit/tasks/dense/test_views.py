@@ -13,6 +13,7 @@ from univitar_ds.tasks.dense import probe
 from univitar_ds.tasks.dense.miou import accuracy, constant, counted, intervals, mean_iou
 from univitar_ds.tasks.dense.probe import enlarged_classes
 from univitar_ds.tasks.dense.views import Box, Views, crop, encode, of_patches, patch_labels
+from univitar_ds.tasks.sizes import PatchRule
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -22,7 +23,7 @@ def config(merge: int = 1) -> EncoderConfig:
 
 
 def test_windows_cover_each_patch_and_end_at_the_border():
-    views = Views.of(config(), 56, 42)
+    views = Views.of(PatchRule.of(config()), 56, 42)
     assert (views.window, views.stride) == (4, 3)
     grid = views.grid(100, 150)
     assert grid == (7, 11)
@@ -37,7 +38,7 @@ def test_windows_cover_each_patch_and_end_at_the_border():
 
 
 def test_an_image_without_windows_has_the_native_size():
-    views = Views.of(config(), None, None)
+    views = Views.of(PatchRule.of(config()), None, None)
     assert views.grid(280, 140) == config().resolution.grid(280, 140)[1:]
     assert views.boxes(20, 10) == [Box(0, 0, 20, 10)]
 
@@ -49,7 +50,7 @@ def test_an_image_without_windows_has_the_native_size():
 )  # fmt: skip
 def test_windows_that_the_encoder_cannot_take_are_refused(window, stride, said):
     with pytest.raises(ConfigError, match=said):
-        Views.of(config(merge=2), window, stride)
+        Views.of(PatchRule.of(config(merge=2)), window, stride)
 
 
 @pytest.mark.numeric
@@ -70,12 +71,12 @@ def test_features_are_those_of_each_image_alone_row_by_row():
 
 def test_labels_of_a_patch_are_those_of_its_pixels():
     labels = np.arange(28 * 42).reshape(28, 42)
-    rows = of_patches(labels)
+    rows = of_patches(labels, 14)
     assert rows.shape == (6, 196)
     assert np.array_equal(rows[4], labels[14:28, 14:28].reshape(-1))
-    assert np.array_equal(crop(labels, Box(1, 1, 1, 1)), labels[14:28, 14:28])
-    assert np.array_equal(patch_labels(labels, 2, 3), labels)
-    assert np.array_equal(patch_labels(np.array([[1, 2], [3, 4]]), 2, 4)[::14, ::14], [[1, 1, 2, 2], [3, 3, 4, 4]])
+    assert np.array_equal(crop(labels, Box(1, 1, 1, 1), 14), labels[14:28, 14:28])
+    assert np.array_equal(patch_labels(labels, 2, 3, 14), labels)
+    assert np.array_equal(patch_labels(np.array([[1, 2], [3, 4]]), 2, 4, 14)[::14, ::14], [[1, 1, 2, 2], [3, 3, 4, 4]])
 
 
 def test_enlarging_some_rows_at_a_time_changes_nothing(monkeypatch):

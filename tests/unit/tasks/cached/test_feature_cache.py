@@ -13,8 +13,9 @@ from univitar_ds.cli.main import main
 from univitar_ds.errors import CheckpointError
 from univitar_ds.inference import embed_files
 from univitar_ds.inference.embed_files import ModelOptions
-from univitar_ds.tasks import feature_cache, sources
-from univitar_ds.tasks.feature_cache import Vectors, features
+from univitar_ds.tasks import sources
+from univitar_ds.tasks.cached import feature_cache
+from univitar_ds.tasks.cached.feature_cache import Vectors, features
 from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sources import DataOptions
 
@@ -228,7 +229,7 @@ def test_features_that_are_not_finite_are_refused(run, pets, tmp_path, monkeypat
         return found
 
     monkeypatch.setattr(feature_cache, "_read", broken)
-    with pytest.raises(CheckpointError, match="not finite for 1 of"):
+    with pytest.raises(CheckpointError, match="not finite in 1 of"):
         of_test(run, pets, tmp_path / "cache")
 
 
