@@ -42,6 +42,11 @@ All tokens of both splits are computed by --nproc processes, with the same resul
 bytes, and a split at most --max-gb: above it, the command ends early with the expected size. Memory holds the tokens of
 one step only. Afterwards at most 20 GiB are kept for other commands, and unfinished tokens for a week.
 """
+_VIEWS = """
+--clips K and --crops 3 embed several views of an item, as in Kinetics' protocols, and average their unit vectors: each
+of K equal parts of a video, with --frames frames each; the largest squares at both ends and in the centre of the longer
+side. Each view is a pass over the data. By default the whole video and the whole image or frame are one view.
+"""
 _FIGURES = """
 Images and videos are evaluated separately. Each result has a 95 % bootstrap interval over the items, and the chance
 level.
@@ -189,7 +194,8 @@ def _common(task: str) -> str:
     features = _OF_TOKENS if task in BY_TOKENS else _FEATURES
     if task == "dense":
         return f"{_MODEL}{_PEERS}{features}"
-    return f"{_MODEL}{_PEERS}{_SOURCE}{features}{_FIGURES}"
+    views = _VIEWS if task in ("zero-shot", "retrieval") else ""
+    return f"{_MODEL}{_PEERS}{_SOURCE}{features}{views}{_FIGURES}"
 
 
 def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
@@ -200,6 +206,11 @@ def _add_labelled(parser: argparse.ArgumentParser, task: str) -> None:
         parser.add_argument(
             "--train-data", type=expand_place, metavar="SOURCE", help="source of the training split (default --data)"
         )
+    if task in ("zero-shot", "retrieval"):
+        for name, what in (("clips", "equal parts of a video"), ("crops", "square crops along the longer side")):
+            parser.add_argument(
+                f"--{name}", type=positive, default=1, metavar="N", help=f"{what}, averaged (default 1)"
+            )
     if task in ("zero-shot", "tokens"):
         parser.add_argument(
             "--templates",
@@ -277,6 +288,7 @@ def _labels(text: str) -> tuple[int, ...]:
 
 def _run(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.report import render_figures
+    from univitar_ds.tasks.cached.averaged import Views
     from univitar_ds.tasks.run import TaskOptions, run_task
     from univitar_ds.tasks.sources import DataOptions
 
@@ -285,7 +297,8 @@ def _run(arguments: argparse.Namespace) -> None:
     data = DataOptions(**{name: given[name] for name in names if name in given})
     names = ("templates", "neighbours", "solver", "epochs", "max_tokens", "max_gb", "counts", "by", "png")
     dense = {"dense": _dense_options(given)} if arguments.task == "dense" else {}
-    options = TaskOptions(**{name: given[name] for name in names if name in given}, **dense)
+    views = Views(given.get("clips", 1), given.get("crops", 1))
+    options = TaskOptions(**{name: given[name] for name in names if name in given}, **dense, views=views)
     result = run_task(arguments.task, arguments.model, data, options, model_options(arguments))
     if arguments.json:
         show(json.dumps(result))

@@ -203,7 +203,8 @@ def reading_settings(reading: Any) -> dict[str, Any]:
     """Returns the settings of a `Reading` that determine the result, by the names that messages use."""
     data = reading.data
     sampling = reading.sampling
-    given = {"resolution": reading.resolution, "modality": reading.only}
+    part = (sampling.part, sampling.parts) if sampling.parts > 1 else None
+    given = {"resolution": reading.resolution, "modality": reading.only, "crop": reading.crop, "part": part}
     return {
         "token_budget": reading.token_budget,
         "frames": [reading.frames, sampling.kind, sampling.fps, sampling.jitter],

@@ -19,6 +19,7 @@ from torch import Tensor
 from univitar_ds.config.data import DataConfig
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.data.collate import decoded
+from univitar_ds.data.media.augment import Augmentation, square_crop
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
 from univitar_ds.data.media.prober import MediaAddress, Prober
 from univitar_ds.data.media.types import MediaSize, check_area, check_duration
@@ -90,6 +91,8 @@ class Reading:
     """The size rule, if it is not that of `encoder`."""
     only: Modality | None = None
     """The modality whose samples are read from shards; None: both."""
+    crop: tuple[int, int] | None = None
+    """Number of a square crop, and number of crops, see `square_crop`; None: the whole item."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError if `frames` is not a positive multiple of TUBELET."""
@@ -111,7 +114,7 @@ class Reading:
         if resolution.fixed_px is not None:
             most = max(most, token_count(resolution.grid(1, 1, frames)))
         limits = data.max_image_px, self.sampling, data.max_video_s, data.max_sample_mb
-        return _ModelRule(modality, resolution, frames, most, *limits, False, self.encoder.relarge_ratio)
+        return _ModelRule(modality, resolution, frames, most, *limits, False, self.encoder.relarge_ratio, self.crop)
 
 
 class ItemReading(Protocol):
@@ -147,6 +150,15 @@ class _ModelRule(SizeRule):
     """The size rule of `Preprocessor`. An item may have more tokens than the token budget of a pack."""
 
     relarge_ratio: float = 1.0
+    crop: tuple[int, int] | None = None
+
+    def cropped(self, sample: Sample) -> Sample:
+        """Returns the sample with the crop and its grid."""
+        if self.crop is not None:
+            crop = square_crop(sample.size.height, sample.size.width, *self.crop)
+            sample.augmentation = Augmentation(crop)
+            sample.grid = self.grid(crop.height, crop.width, sample.frames)
+        return sample
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
         height, width = (max(1, int(side * self.relarge_ratio)) for side in (height, width))
@@ -313,6 +325,8 @@ def _plans(
             left_out.append((place, LeftOut(key, sample.kind, str(sample))))
             continue
         modality = sample.size.kind
+        if isinstance(rule := rules[modality], _ModelRule):
+            sample = rule.cropped(sample)
         if filling[modality].samples and filling[modality].tokens + sample.tokens > token_budget:
             yield plan(modality)
         pack = filling[modality]

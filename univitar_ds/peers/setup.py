@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from univitar_ds.config.data import DataConfig
+from univitar_ds.data.media.augment import square_crop
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.shards.samples import SizeRule
@@ -48,6 +49,8 @@ class PeerReading:
     """Sizes at which images enter the model; None: as its image processor makes them."""
     only: Modality | None = None
     """The modality whose samples are read; None: both."""
+    crop: tuple[int, int] | None = None
+    """Number of a square crop, and number of crops, see `square_crop`; None: the whole item."""
 
     def rules(self) -> dict[Modality, SizeRule]:
         """Returns the rule of each modality that is read, which keeps the size of the items."""
@@ -115,7 +118,7 @@ class PeerSetup:
         patches = self.kind == "tokens"
 
         def features(pack: Pixels) -> tuple[Sequence[Tensor], Sequence[Grid]]:
-            images, threads = list(_frames_of(pack)), self.reading.data.workers
+            images, threads = [self._cropped(one) for one in _frames_of(pack)], self.reading.data.workers
             chosen = {"sizes": self._sizes(pack), "patches": patches}
             found, grids = model.encoded(images, self.tokens_at_once, threads, **chosen)
             begins = cumulative(pack.frames)
@@ -124,6 +127,12 @@ class PeerSetup:
             return items if patches else [one.mean(dim=0, keepdim=True) for one in items], read
 
         yield from rows_of_units(features, model.token_width if patches else model.width, units, self.reading, finished)
+
+    def _cropped(self, image: np.ndarray) -> np.ndarray:
+        if self.reading.crop is None:
+            return image
+        crop = square_crop(*image.shape[:2], *self.reading.crop)
+        return image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
 
     def _sizes(self, pack: Pixels) -> list[tuple[int, int]] | None:
         """Returns the rows and columns of patches of each frame; None: as the image processor makes them."""

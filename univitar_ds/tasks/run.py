@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.inference.workers import AnySetup, device_of
 from univitar_ds.owned import check_result
+from univitar_ds.tasks.cached.averaged import Views, mean_of
 from univitar_ds.tasks.cached.feature_cache import Request, Vectors, features
 from univitar_ds.tasks.cached.token_cache import MOST_GB, Tokens, tokens
 from univitar_ds.tasks.curve import drawing, is_drawing
@@ -57,6 +58,7 @@ class TaskOptions:
     model's; `max_gb`: maximum size of the stored tokens of a split, in GB, in the attentive and the dense probe;
     `dense`: label maps and windows of the dense probe. Of the sweep over tokens: `counts`: numbers of tokens;
     `by`: zero-shot or knn, None: zero-shot if the model has a text tower; `png`: file for the plot, None for no plot.
+    `views`: parts and crops of an item in zero-shot and retrieval.
     """
 
     templates: str | None = None
@@ -70,6 +72,7 @@ class TaskOptions:
     counts: Sequence[int] = COUNTS
     by: str | None = None
     png: Path | None = None
+    views: Views = field(default_factory=Views)
 
     def probe(self) -> ProbeOptions:
         """Returns the options of a probe on tokens."""
@@ -143,17 +146,20 @@ def _with_texts(
     """Measures each modality of the data by the embeddings of both towers. Args: needs: see `_listed`; measured:
     measures the embeddings of one modality."""
     opened.check_texts()
-    setup, sources = opened.setup(texts=True), [test_source(data)]
-    (both,) = _listed(setup, sources, needs)
-    (found,) = _features_of(opened, setup, sources, data, options)
+    setup, source = opened.setup(texts=True), test_source(data)
+    (both,) = _listed(setup, [source], needs)
     figures: list[Figure] = []
     notes: list[str] = []
     for items in both:
+        if not items.samples and not items.bad:
+            continue
+        views = options.views.of(setup, items.modality)
+        found = mean_of([one for view in views for one in _features_of(opened, view, [source], data, options)])
         embedded = items.embeddings(found, opened.texts)
         if len(embedded):
             more, said = measured(embedded, opened.texts)
             figures += more
-            notes += said
+            notes += [*said, *options.views.note(items.modality)]
         if embedded.bad:
             notes.append(f"Some {items.modality}s were {left_out(embedded)}.")
     return figures, [*notes, *_video_notes(opened, figures)]

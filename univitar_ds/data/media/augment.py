@@ -56,6 +56,17 @@ class Crop(NamedTuple):
         return pixels[top : top + math.ceil(rows), left : left + math.ceil(columns)], (rows, columns)
 
 
+def square_crop(height: int, width: int, number: int, count: int) -> Crop:
+    """Returns the largest square of an image at one of `count` positions, evenly spaced along the longer side: with 3,
+    both ends and the centre; with 1, the centre. Args: number: of the position, from 0 on; height, width: in pixels."""
+    side = min(height, width)
+    top, left = (
+        (length - side) * number // (count - 1) if count > 1 else (length - side) // 2 for length in (height, width)
+    )
+    step = _STEP if max(height, width) >= _LARGE else 1
+    return Crop(top - top % step, left - left % step, side, side, height, width)
+
+
 def _span(start: int, length: int, whole: int, extent: float) -> tuple[int, float]:
     """Returns start and length of a part of a side, for a side of `extent` pixels instead of `whole`."""
     scaled = length * extent / whole

@@ -21,6 +21,9 @@ class Sampling:
     kind: Literal["uniform", "fps"] = "uniform"
     fps: float = 2.0
     jitter: bool = False
+    part: int = 0
+    """The part of the video that is sampled: one of `parts` equal parts, from 0 on."""
+    parts: int = 1
 
 
 UNIFORM = Sampling()
@@ -37,18 +40,20 @@ def frames_of(sampling: Sampling, most: int, duration_s: float) -> int:
     most -= most % TUBELET
     if sampling.kind == "uniform" or duration_s <= 0:
         return most
-    return TUBELET * max(1, min(round(duration_s * sampling.fps / TUBELET), most // TUBELET))
+    return TUBELET * max(1, min(round(duration_s / sampling.parts * sampling.fps / TUBELET), most // TUBELET))
 
 
 def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
     """Returns ascending positions in a video at which frames are sampled, as numerators over frames * 2**64.
 
-    The video is divided into `frames` equal parts. The position is the middle of each part or, with jitter, a point in
-    it that depends on `draw` and the number of the part.
+    The video, or the part of it that is sampled, is divided into `frames` equal parts. The position is the middle of
+    each of them or, with jitter, a point in it that depends on `draw` and the number of the part.
     """
     if sampling.jitter:
-        return [i * _PART + draw_number(draw, "frame", i) for i in range(frames)]
-    return [i * _PART + _PART // 2 for i in range(frames)]
+        found = [i * _PART + draw_number(draw, "frame", i) for i in range(frames)]
+    else:
+        found = [i * _PART + _PART // 2 for i in range(frames)]
+    return [(sampling.part * frames * _PART + at) // sampling.parts for at in found]
 
 
 def by_count(positions: Sequence[int], total: int) -> list[int]:

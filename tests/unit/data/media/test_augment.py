@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.ImageEnhance import Brightness, Color, Contrast
 
 from tests.support import media
-from univitar_ds.data.media.augment import Augment, Augmentation, Crop, recolour
+from univitar_ds.data.media.augment import Augment, Augmentation, Crop, recolour, square_crop
 from univitar_ds.data.media.resize import fit_image
 
 ALL = Augment(
@@ -211,3 +211,11 @@ def test_a_crop_is_cut_out_of_the_whole_image_and_of_one_at_a_smaller_scale():
     low, extent = Crop(60, 0, 95, 1, 155, 240).cut(image[:78, :120], (77.5, 120))
     assert low.shape[0] == 48
     assert extent == (47.5, 0.5)
+
+
+def test_square_crops_are_at_both_ends_and_in_the_centre_of_the_longer_side():
+    assert [square_crop(30, 50, number, 3)[:4] for number in range(3)] == [(0, left, 30, 30) for left in (0, 10, 20)]
+    assert [square_crop(50, 30, number, 2).top for number in range(2)] == [0, 20]
+    assert square_crop(30, 50, 0, 1) == Crop(0, 10, 30, 30, 30, 50)
+    assert square_crop(600, 1101, 2, 3).left == 496  # 501, at a multiple of 8 as other crops of large images
+    assert square_crop(40, 40, 2, 3)[:4] == (0, 0, 40, 40)

@@ -92,3 +92,15 @@ def test_at_a_constant_frame_rate_sampling_by_time_and_by_count_agree(total, fra
 
 def test_a_frame_with_a_long_duration_is_sampled_several_times():
     assert by_time(sample_positions(fps(1.0), 8, 0), [0, 10, 20, 30], 80) == [0, 1, 2, 3, 3, 3, 3, 3]
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 200))
+def test_parts_of_a_video_are_sampled_as_the_whole(parts, steps, total):
+    """All parts together have the frames of one sampling of the whole video."""
+    frames = 2 * steps
+    each = [by_count(sample_positions(Sampling(part=part, parts=parts), frames, 0), total) for part in range(parts)]
+    assert [index for one in each for index in one] == by_count(sample_positions(UNIFORM, parts * frames, 0), total)
+
+
+def test_a_part_has_the_frames_of_its_duration():
+    assert frames_of(Sampling("fps", 2.0, parts=2), 16, 8.0) == 8
