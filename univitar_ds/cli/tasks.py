@@ -125,8 +125,9 @@ epochs (at least 500 steps); the best is chosen on a tenth of the training image
 value and 2 per pixel: 80 GB for ADE20K at width 1024. Of peers, DINO and SigLIP 2 NaFlex read images of any size, up to
 4,096 tokens; CLIP and SigLIP read windows of their own size.
 
-SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation.
-For other layouts, name the folder of the label maps with --masks MASKS: the label map of SOURCE/a/b.jpg is
+SOURCE: a folder in ADE20K's layout: images/training, images/validation, annotations/training, annotations/validation;
+or in Pascal VOC's: JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt and val.txt as --train-split and
+--split. For other layouts, name the folder of the label maps with --masks MASKS: the label map of SOURCE/a/b.jpg is
 MASKS/a/b.png; --image-suffix and --mask-suffix set other endings of the two names. If SOURCE or MASKS has a folder with
 the name of the split, only its files are used. Images without a label map are left out. A label map is a grey or
 palette image (PNG) whose values are class numbers; --ignore lists the values that are not classes, 0 in ADE20K.
@@ -136,6 +137,7 @@ Each result has its 95 % bootstrap interval over the images; chance is to predic
         """
   univitar-ds eval dense runs/photos --data ade20k --ignore 0,255
   univitar-ds eval dense runs/photos --data ade20k --ignore 0,255 --window 448
+  univitar-ds eval dense runs/photos --data VOCdevkit/VOC2012 --train-split train --split val
   univitar-ds eval dense runs/photos --data city/leftImg8bit --masks city/gtFine --train-split train --split val \\
       --image-suffix _leftImg8bit.png --mask-suffix _gtFine_labelTrainIds.png""",
     ),

@@ -16,10 +16,13 @@ from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.memory_limits import check_memory
 from univitar_ds.data.media.probe import open_image
 from univitar_ds.data.media.types import IMAGE_EXTENSIONS, check_area, reason
+from univitar_ds.data.storage.base import S3
 from univitar_ds.errors import ConfigError, DataError, SampleError
-from univitar_ds.regular_files import read_bytes
+from univitar_ds.regular_files import read_bytes, read_utf8
 
 ANNOTATIONS = "annotations"
+_VOC_IMAGES, _VOC_MASKS, _VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
+"""The folders of Pascal VOC."""
 MASK_MODES = ("L", "P", "1", "I", "I;16")
 """Modes of Pillow whose values are labels."""
 MOST_LABELS = 1 << 15
@@ -62,10 +65,34 @@ class SegmentedImage(NamedTuple):
 def split_pairs(data: str, split: str, masks: str | None, names: MaskOptions) -> tuple[list[Pair], int]:
     """Returns the images of a split with their label maps, sorted, and the number of images without a label map.
 
-    Args: data: a folder in ADE20K's layout (images/SPLIT, annotations/SPLIT), or, with `masks`, a folder of images, or
-        one with a folder SPLIT of images; names: how label maps are named.
+    Args: data: a folder in the layout of ADE20K (images/SPLIT, annotations/SPLIT) or of Pascal VOC (JPEGImages,
+        SegmentationClass, ImageSets/Segmentation/SPLIT.txt), or, with `masks`, a folder of images, or one with a folder
+        SPLIT of images; names: how label maps are named.
     Raises: ConfigError if there are no such folders or no pairs.
     """
+    for place in (data, masks or ""):
+        if place.startswith(S3):
+            raise ConfigError(f"{place}: the dense probe reads local folders only; copy it to a disk, and name that")
+    if masks is None and Path(data, _VOC_LISTS).is_dir():
+        pairs = _voc_pairs(Path(data), split)
+        where = f"{data}, split {split},", Path(data, _VOC_MASKS)
+    else:
+        images, labels = _folders(data, split, masks)
+        found = sorted(path for path in _files(images) if _is_image(path, names.image_suffix))
+        pairs = [Pair(path, labels / _mask_name(path.relative_to(images), names)) for path in found]
+        where = f"{images}", labels
+    there = [pair for pair in pairs if pair.mask.is_file() and pair.mask != pair.image]
+    if not there:
+        example = f", for example {pairs[0].mask} for {pairs[0].image}" if pairs else ""
+        raise ConfigError(
+            f"none of the {len(pairs)} images in {where[0]} has a label map in {where[1]}{example}; give --masks and "
+            "--mask-suffix"
+        )
+    return there, len(pairs) - len(there)
+
+
+def _folders(data: str, split: str, masks: str | None) -> tuple[Path, Path]:
+    """Returns the folders of the images and the label maps of a split. Raises: ConfigError as `split_pairs`."""
     if masks is None:
         images, labels = Path(data, "images", split), Path(data, ANNOTATIONS, split)
         if not images.is_dir() or not labels.is_dir():
@@ -75,22 +102,36 @@ def split_pairs(data: str, split: str, masks: str | None, names: MaskOptions) ->
                 f"{data} has no images/{split} and {ANNOTATIONS}/{split} ({known}); choose another split, or name the "
                 "folder of the label maps with --masks"
             )
-    else:
-        images = Path(data, split) if Path(data, split).is_dir() else Path(data)
-        labels = Path(masks, split) if Path(masks, split).is_dir() else Path(masks)
-        for folder in (images, labels):
-            if not folder.is_dir():
-                raise ConfigError(f"{folder} is not a folder; give folders as --data (images) and --masks (label maps)")
-    found = sorted(path for path in _files(images) if _is_image(path, names.image_suffix))
-    pairs = [Pair(path, labels / _mask_name(path.relative_to(images), names)) for path in found]
-    there = [pair for pair in pairs if pair.mask.is_file() and pair.mask != pair.image]
-    if not there:
-        example = f", for example {pairs[0].mask} for {pairs[0].image}" if pairs else ""
-        raise ConfigError(
-            f"none of the {len(pairs)} images in {images} has a label map in {labels}{example}; give --masks and "
-            "--mask-suffix"
-        )
-    return there, len(pairs) - len(there)
+        return images, labels
+    images = Path(data, split) if Path(data, split).is_dir() else Path(data)
+    labels = Path(masks, split) if Path(masks, split).is_dir() else Path(masks)
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder; give folders as --data (images) and --masks (label maps)")
+    return images, labels
+
+
+def _voc_pairs(data: Path, split: str) -> list[Pair]:
+    """Returns the images that a list of Pascal VOC names, with their label maps.
+
+    Raises: ConfigError if there is no such list, or it names something else than files of the data."""
+    path = data / _VOC_LISTS / f"{split}.txt"
+    if not path.is_file():
+        splits = ", ".join(sorted(one.stem for one in path.parent.glob("*.txt"))) or "none"
+        raise ConfigError(f"{data} has the lists {splits} in {_VOC_LISTS}, and no {split}.txt; choose another split")
+    try:
+        names = read_utf8(path).removeprefix("\ufeff").split()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}); fetch it again") from error
+    if strange := [name for name in names if name in ("..", ".") or "/" in name]:
+        raise ConfigError(f"{path} names {strange[0][:60]!r}, which is no image of {_VOC_IMAGES}; fetch it again")
+    pairs = [
+        Pair(data / _VOC_IMAGES / f"{name}.jpg", data / _VOC_MASKS / f"{name}.png")
+        for name in sorted(dict.fromkeys(names))
+    ]
+    if missing := [pair.image for pair in pairs if not pair.image.is_file()]:
+        raise ConfigError(f"{path} names {len(missing)} images that are missing, such as {missing[0]}; fetch them")
+    return pairs
 
 
 def _is_image(path: Path, suffix: str | None) -> bool:

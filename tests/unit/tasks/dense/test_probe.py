@@ -14,7 +14,7 @@ from tests.support.datasets import write
 from tests.support.media import encoded
 from tests.support.peers import save_peer
 from univitar_ds.cli.main import main
-from univitar_ds.errors import SampleError
+from univitar_ds.errors import ConfigError, SampleError
 from univitar_ds.inference import embed_files
 from univitar_ds.tasks.dense.files import MaskOptions, Pair, SegmentedImage, read_pair, split_pairs
 from univitar_ds.tasks.dense.probe import _Job, _Probe
@@ -106,6 +106,41 @@ def test_images_are_found_by_the_names_of_their_label_maps(tmp_path):
     pairs, without = split_pairs(str(tmp_path / "images"), "val", str(tmp_path / "masks"), given)
     assert pairs == [Pair(tmp_path / "images/val/a/x_left.png", tmp_path / "masks/val/a/x_fine_ids.png")]
     assert without == 1
+
+
+def voc(folder: Path, lists: dict[str, str]) -> Path:
+    """Pascal VOC's layout: palette label maps, in which 255 is a border without a class."""
+    for index in range(4):
+        pixels, labels = halves(index)
+        labels[:2] = 255
+        mask = Image.fromarray(labels)
+        mask.putpalette([value for index in range(256) for value in (index, 255 - index, 0)])
+        files = {f"JPEGImages/{index}.jpg": encoded(Image.fromarray(pixels), "JPEG")}
+        write(folder, files | {f"SegmentationClass/{index}.png": encoded(mask, "PNG")})
+    return write(folder, {f"ImageSets/Segmentation/{name}.txt": text for name, text in lists.items()})
+
+
+def test_lists_of_pascal_voc_name_images_and_palette_label_maps(run, tmp_path, capsys):
+    data = voc(tmp_path / "voc", {"train": "\ufeff0\r\n1\r\n1\n", "val": "2\n\n3\n"})
+    given = [run, "--data", data, "--cache", tmp_path, "--epochs", "1", "--train-split", "train", "--split", "val"]
+    figure = measured(capsys, *given)["figures"][0]
+    assert (figure["n"], figure["candidates"]) == (2, 2)
+    pairs, _ = split_pairs(str(data), "train", None, MaskOptions())
+    assert [pair.image.name for pair in pairs] == ["0.jpg", "1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("../../0", "which is no image of"), ("9", "names 1 images that are missing"), ("", "none of the 0 images")],
+)
+def test_a_list_of_pascal_voc_that_cannot_be_used_is_an_error(tmp_path, text, said):
+    data = voc(tmp_path, {"train": text})
+    with pytest.raises(ConfigError, match=said):
+        split_pairs(str(data), "train", None, MaskOptions())
+    with pytest.raises(ConfigError, match=r"has the lists train in .* no val\.txt"):
+        split_pairs(str(data), "val", None, MaskOptions())
+    with pytest.raises(ConfigError, match="reads local folders only"):
+        split_pairs("s3://bucket/voc", "val", None, MaskOptions())
 
 
 @pytest.mark.parametrize(
