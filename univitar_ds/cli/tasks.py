@@ -278,7 +278,10 @@ def _add_dense(parser: argparse.ArgumentParser) -> None:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in text.split(","))
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers; give one such as 64,256") from None
 
 
 def _labels(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -94,12 +95,30 @@ def _packed(wanted: Sequence[_Wanted], options: DataOptions) -> list[SourceConfi
 def _source(wanted: _Wanted, options: DataOptions) -> SourceConfig:
     path, names = wanted.place, options.class_names
     listed = os.path.join(path, "classnames.txt")
-    if os.path.isfile(listed):  # CLIP_benchmark: FOLDER/classnames.txt, FOLDER/SPLIT/*.tar
-        folder = os.path.join(path, wanted.split)
-        if not os.path.isdir(folder):
-            raise wanted.missing(entry.name for entry in os.scandir(path) if entry.is_dir())
-        path, names = folder, names or listed
+    if splits := _splits_of_tars(path):
+        if wanted.split not in splits:
+            raise wanted.missing(splits)
+        path, names = os.path.join(path, wanted.split), names or (listed if os.path.isfile(listed) else None)
     return SourceConfig(path=path, split=wanted.split, class_names=names, captions=options.captions)
+
+
+def _splits_of_tars(path: str) -> list[str]:
+    """Returns the folders of a folder in CLIP_benchmark's layout: FOLDER/SPLIT/*.tar, and for classification
+    FOLDER/classnames.txt. Empty for any other: without that file, all folders must hold tars and texts alone."""
+    if not os.path.isdir(path) or os.path.isfile(os.path.join(path, MANIFEST)):
+        return []
+    with suppress(OSError):  # a folder that cannot be read is reported when it is read
+        folders = [one for one in os.scandir(path) if one.is_dir() and not one.name.startswith(".")]
+        if os.path.isfile(os.path.join(path, "classnames.txt")) or all(_holds_tars(one.path) for one in folders):
+            return [one.name for one in folders]
+    return []
+
+
+def _holds_tars(folder: str) -> bool:
+    """Whether a folder holds tars, and nothing else but texts."""
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    ends = {os.path.splitext(name)[1] for name in names}
+    return ".tar" in ends and ends <= {".tar", ".txt", ".json", ".md"}
 
 
 def default_cache() -> Path:

@@ -84,8 +84,9 @@ def test_retrieval_takes_each_line_as_a_caption(run, tmp_path, capsys):
     for index in range(4):
         text = f"a cat of number {index}\na pet of number {index}\n"
         members += [(f"{index}.png", encoded(noise(28, 42, seed=index), "PNG")), (f"{index}.txt", text)]
-    datasets.write_tar(tmp_path / "0.tar", members)
-    result = measured(capsys, "retrieval", run, "--data", tmp_path / "0.tar", "--captions", "lines")
+    datasets.write_tar(tmp_path / "wds_pets" / "test" / "0.tar", members)  # CLIP_benchmark's layout
+    given = ["--data", tmp_path / "wds_pets", "--cache", tmp_path, "--captions", "lines"]
+    result = measured(capsys, "retrieval", run, *given)
     found = {(figure["task"], figure["measure"]): figure["candidates"] for figure in result["figures"]}
     assert found[("image to text", "R@5")] == 8
     assert found[("text to image", "R@1")] == 4
@@ -155,6 +156,13 @@ def test_an_item_of_the_attentive_probe_has_at_most_the_tokens_that_are_asked_fo
     assert at_most(encoder, 8).grid(900, 600) == (1, 2, 2)
     with pytest.raises(ConfigError, match="multiples of 28 px; give at least 4"):
         at_most(encoder, 3)
+
+
+def test_numbers_of_tokens_are_whole_numbers(capsys):
+    for value, said in (("4,,9", "is no list of whole numbers"), ("x", "such as 64,256"), ("0", "below 1")):
+        with pytest.raises(SystemExit):
+            main(["eval", "tokens", "run", "--data", "data", f"--counts={value}"])
+        assert said in capsys.readouterr().err
 
 
 def test_a_value_of_label_maps_is_a_whole_number(run, capsys):
