@@ -24,13 +24,16 @@ Texts = Callable[[Sequence[str]], Tensor]
 """Embeds n sentences: returns (n, E) unit vectors."""
 
 
-def zero_shot(embeddings: Embeddings, templates: Sequence[str], texts: Texts) -> tuple[list[Figure], list[str]]:
+def zero_shot(
+    embeddings: Embeddings, templates: Sequence[str], texts: Texts, names: Sequence[str] = ()
+) -> tuple[list[Figure], list[str]]:
     """Computes top-1 and top-5 accuracy over the scored items of each data set, and top-1 averaged over classes.
 
     The average over classes is not biased by class sizes: always predicting the largest class gives 1/classes.
-    The classes of a data set are the labels that occur in it. A k of at least the number of classes is left out.
+    The classes of a data set are the labels that occur in it, and `names`. A k of at least the number of classes is
+    left out.
 
-    Args: templates: sentences with {} for the label; texts: embeds sentences.
+    Args: templates: sentences with {} for the label; texts: embeds sentences; names: classes that need not occur.
     Returns: scores, and notes: one for each data set with only one label, or a single one if no item has a label.
     """
     rows_of: dict[str | None, list[int]] = {}
@@ -41,7 +44,7 @@ def zero_shot(embeddings: Embeddings, templates: Sequence[str], texts: Texts) ->
     notes = [] if rows_of else [f"Zero-shot of {embeddings.modality}s: no item has a label."]
     for name in sorted(rows_of, key=lambda name: name or ""):
         rows = rows_of[name]
-        classes = sorted({embeddings.labels[row] for row in rows})
+        classes = sorted({*names, *(embeddings.labels[row] for row in rows)})
         if len(classes) < 2:
             where = f" in {name}" if name else ""
             notes.append(

@@ -57,13 +57,13 @@ class Labelled:
         return accuracies(self.test_classes, hits, task, modality, len(self.classes))
 
 
-def labelled(train: Features, test: Features, kind: str) -> Labelled:
+def labelled(train: Features, test: Features, kind: str, names: Sequence[str] = ()) -> Labelled:
     """Returns both splits with class indices.
 
-    Args: kind: modality of the items.
+    Args: kind: modality of the items; names: classes that need not occur, for zero-shot.
     Raises: DataError as `common_classes`.
     """
-    classes = common_classes(train.labels, test.labels, kind)
+    classes = common_classes([*names, *train.labels], test.labels, kind)
     index_of = {label: index for index, label in enumerate(classes)}
     known = [row for row, label in enumerate(test.labels) if label in index_of]
     return Labelled(

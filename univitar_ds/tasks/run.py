@@ -37,7 +37,7 @@ from univitar_ds.tasks.peers import OpenedPeer
 from univitar_ds.tasks.probes.attentive import Split, Workspace, attentive
 from univitar_ds.tasks.probes.sgd import linear_sgd
 from univitar_ds.tasks.probes.sweep import ProbeOptions
-from univitar_ds.tasks.sources import DataOptions, features_cache, probe_sources, test_source, tokens_cache
+from univitar_ds.tasks.sources import DataOptions, class_list, features_cache, probe_sources, test_source, tokens_cache
 from univitar_ds.tasks.templates import IMAGENET, read_templates
 from univitar_ds.tasks.tokens import COUNTS, Point, Sweep, SweptSplit
 
@@ -111,9 +111,10 @@ def run_task(
 
 def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     templates = _templates(options)
+    names = class_list(data, StorageSettings.of(opened.setup(texts=True).reading.data))
 
     def measured(found: Embeddings, texts: Texts) -> _Measured:
-        return zero_shot(found, templates[found.modality], texts)
+        return zero_shot(found, templates[found.modality], texts, names)
 
     return _with_texts(opened, data, options, "label", measured)
 
@@ -231,14 +232,14 @@ def _measurable(train: Sequence[Items], test: Sequence[Items]) -> tuple[list[int
     return found, notes
 
 
-def _of_several_classes(both: Sequence[Items]) -> tuple[list[int], list[str]]:
-    """Returns the indices of the modalities with two labels or more, which zero-shot needs, and notes about those with
-    one label."""
-    found = [number for number, items in enumerate(both) if len(set(items.labels)) > 1]
+def _of_several_classes(both: Sequence[Items], names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Returns the indices of the modalities with two classes or more, which zero-shot needs, and notes about those with
+    one. Args: names: classes that need not occur."""
+    found = [number for number, items in enumerate(both) if items.labels and len({*items.labels, *names}) > 1]
     notes = [
         f"Zero-shot of {items.modality}s: only one label, {items.labels[0]!r}; at least two are needed."
         for items in both
-        if len(set(items.labels)) == 1
+        if items.labels and len({*items.labels, *names}) == 1
     ]
     return found, notes
 
@@ -295,18 +296,19 @@ def _dense(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measur
 
 def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     if (options.by or ("zero-shot" if opened.has_texts else "knn")) == "knn":
-        sources = list(probe_sources(data))
+        sources, names = list(probe_sources(data)), ()
     else:
         opened.check_texts()
         sources = [test_source(data)]
+        names = class_list(data, StorageSettings.of(opened.setup(texts=True).reading.data))
     listed = _listed(opened.setup(texts=False), sources, "label")
-    measurable, notes = _of_several_classes(*listed) if len(sources) == 1 else _measurable(*listed)
+    measurable, notes = _of_several_classes(*listed, names) if len(sources) == 1 else _measurable(*listed)
     points: list[Point] = []
     for number in measurable:
         splits = [SweptSplit(source, items[number]) for source, items in zip(sources, listed, strict=True)]
         train = splits[0] if len(splits) > 1 else None
         templates = _templates(options)[MODALITIES[number]]
-        sweep = Sweep(opened, splits[-1], train, templates, features_cache(data), options.progress)
+        sweep = Sweep(opened, splits[-1], train, templates, features_cache(data), options.progress, names)
         more, said = sweep.points(options.counts)
         points += more
         notes += said

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.paths import user_cache
+from univitar_ds.data.shards.class_names import read_class_names
 from univitar_ds.data.shards.listing import OR_REMOVE
 from univitar_ds.data.shards.manifest import MANIFEST, read_manifest
 from univitar_ds.data.shards.sources import SourceShard, find_shards
@@ -40,6 +41,12 @@ class DataOptions:
 def test_source(options: DataOptions) -> SourceConfig:
     """Returns the source of the items that are scored. Folders and tables are packed into shards once."""
     return _packed([_Wanted("--split", options.data, options.split)], options)[0]
+
+
+def class_list(options: DataOptions, settings: StorageSettings) -> tuple[str, ...]:
+    """Returns the names of all classes of the data; empty if no file names them. Raises: DataError if it is damaged."""
+    path = _source(_Wanted("--split", options.data, options.split), options).class_names
+    return () if path is None else read_class_names(path, settings)
 
 
 def probe_sources(options: DataOptions) -> tuple[SourceConfig, SourceConfig]:

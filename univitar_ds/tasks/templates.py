@@ -39,7 +39,7 @@ def read_templates(name: str) -> list[str]:
 def template_text(path: Path) -> str:
     """Returns the text of a file of templates. Raises: ConfigError if it cannot be read or has no text."""
     try:
-        text = read_utf8(path)
+        text = read_utf8(path).removeprefix("\ufeff")  # the byte order mark of Windows' editors
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--templates {path} cannot be read as UTF-8 text ({error}); name another file") from error
     if not text.strip():

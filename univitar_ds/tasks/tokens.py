@@ -53,7 +53,7 @@ class SweptSplit(NamedTuple):
 @dataclass(frozen=True)
 class Sweep:
     """Measures accuracy at several numbers of tokens: by kNN if there is a split `train`, else zero-shot with
-    `templates`. `cache`: folder of the features."""
+    `templates`. `cache`: folder of the features; `names`: classes that need not occur, for zero-shot."""
 
     opened: OpenedModel | OpenedPeer
     test: SweptSplit
@@ -61,6 +61,7 @@ class Sweep:
     templates: Sequence[str]
     cache: Path
     progress: bool
+    names: Sequence[str] = ()
 
     def points(self, counts: Sequence[int]) -> tuple[list[Point], list[str]]:
         """Returns a point for each number and view, and sentences about them.
@@ -89,7 +90,7 @@ class Sweep:
         tokens of a test item."""
         test, mean = self._features(self.test, setup)
         train = test if self.train is None else self._features(self.train, setup)[0]
-        data = labelled(train, test, self.test.items.modality)
+        data = labelled(train, test, self.test.items.modality, self.names)
         if self.train is not None:
             return data, class_votes(data, min(NEIGHBOURS, len(data.train))), mean
         classes = class_vectors(data.classes, self.templates, self.opened.texts)

@@ -45,7 +45,7 @@ def by_measure(result: dict) -> dict[str, dict]:
 
 
 def test_zero_shot_is_that_of_the_model_itself(run, pets, tmp_path, capsys):
-    (tmp_path / "templates").write_text("# words\na {c}\nthe {} here\n", encoding="utf-8")
+    (tmp_path / "templates").write_text("\ufeff# words\na {c}\nthe {} here\n", encoding="utf-8")
     given = ["--data", pets, "--cache", tmp_path, "--templates", tmp_path / "templates"]
     figure = by_measure(measured(capsys, "zero-shot", run, *given))["top-1"]
     paths = [pets / "test" / name / f"{index}.png" for name in CLASSES for index in range(EACH)]

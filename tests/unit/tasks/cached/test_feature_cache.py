@@ -77,6 +77,9 @@ def test_names_of_classes_are_read_again(run, pets, tmp_path, capsys, packs):
     assert measured(capsys, "zero-shot", *given)["figures"][0]["candidates"] == 3
     datasets.write(pets, {"classnames.txt": "cat\ndog\ndog\n"})
     assert measured(capsys, "zero-shot", *given)["figures"][0]["candidates"] == 2
+    datasets.write(pets, {"classnames.txt": "cat\ndog\nhorse\nbird\nfish\n"})  # two of which no item is
+    figure = measured(capsys, "zero-shot", *given)["figures"][0]
+    assert (figure["candidates"], figure["chance"]) == (5, pytest.approx(0.2))
     assert sum(packs) == COUNT
 
 
