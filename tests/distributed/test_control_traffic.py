@@ -19,7 +19,7 @@ def test_a_step_has_two_small_messages(tmp_path):
     run = create_run(small_config(write_demo_shards(tmp_path / "shards"), tmp_path, **changes), "test", 2)
     for steps, between in run_distributed(counted_rank, 2, run):
         assert set(steps) == {1}, "the metrics"
-        assert set(between) == {2}, "the metrics, and the agreement before a step with the numbers of items"
+        assert set(between) == {2}, "the metrics, and before the step the vote with the numbers of items"
     assert len(metrics(run)) == len(steps)
 
 
@@ -40,10 +40,10 @@ def counts_of(failing, ready=()):
 
 @pytest.mark.parametrize("ready", [(0, 1), (1,)])
 def test_the_ranks_agree_and_count_in_one_message(ready):
-    """They are ready if all of them are."""
+    """`ready` is true only if it is true on both ranks."""
     expected = True, [[10, 3], [11, 3]], True, len(ready) == 2
     assert run_distributed(counts_of, 2, None, ready) == [expected] * 2
 
 
-def test_a_rank_that_fails_counts_nothing():
+def test_a_rank_that_fails_ends_both_without_counts():
     assert run_distributed(counts_of, 2, 1) == ["rank 1 ended the run: no pack", "no pack"]

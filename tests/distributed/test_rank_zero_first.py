@@ -105,4 +105,4 @@ def endless_work() -> str:
 def test_other_ranks_give_up_when_rank_0_exceeds_the_limit():
     first, other = run_distributed(endless_work, 2)
     assert first == ""
-    assert other.startswith("rank 0 has prepared the run for 0:00:01 (limit)")
+    assert other.startswith("rank 0 has been preparing the run for longer than 0:00:01 (limit)")

@@ -16,14 +16,14 @@ WEIGHT_FILES = (SAFE, BIN, f"{SAFE}.index.json", f"{BIN}.index.json")
 
 
 def recognises(folder: Path) -> bool:
-    """Returns whether the folder has an encoder's `config.json` in the release's layout."""
+    """Returns whether the folder has a file with weights and an encoder's `config.json` in the release's layout."""
     try:
         values = json.loads(read_bytes(folder / CONFIG_FILE))
     except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(values, dict) or not any((folder / name).exists() for name in WEIGHT_FILES):
         return False
-    kind = str(values.get("model_type", "univitar"))  # other models of transformers have other types
+    kind = str(values.get("model_type", "univitar"))  # other architectures of transformers have another type
     return "num_hidden_layers" in values and "hidden_size" in values and "univitar" in kind.lower()
 
 
@@ -40,7 +40,7 @@ def write(model: StoredModel, folder: Path, *, shard_bytes: int | None = None, s
     Raises: CheckpointError if `model` is more than an encoder; StorageError if the folder cannot be written.
     """
     if model.joint is not None:
-        raise CheckpointError("the release's layout holds an encoder alone; take --part encoder, or --to hf")
+        raise CheckpointError("the release's layout holds an encoder alone; use --part encoder, or --to hf")
     tensors = model.tensors.renamed(lambda name: name.removeprefix(VISION))
     write_weights(tensors, folder, shard_bytes=shard_bytes, safe=safe)
     replace_text(folder / CONFIG_FILE, json.dumps(model.encoder.to_dict(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Builds the model of a run: from its settings, and from the weights of another model."""
+"""Builds the model of a run from its settings and, if it has one, from a model to start from."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def build_contrastive(
 
     Args:
         vocab_size, eos_id, pad_id: of the tokenizer.
-        teacher_width: Dt of the teacher, if the run has a teacher; None: no heads for distillation.
+        teacher_width: width of the teacher's features; None: no teacher, so no distillation heads.
         start: the opened model `config.init_from`, whose weights are loaded; None: initial weights.
         description: `ContrastiveModel.description` of the run's model; None: follows from `config` and `start`.
-    Raises: ConfigError if the parts do not fit each other; CheckpointError if weights to start from do not fit;
-        InstallationError if transformers cannot be imported.
+    Raises: ConfigError if the parts do not fit each other; CheckpointError if `start` does not fit, or the folder of
+        the text model cannot be used; InstallationError if transformers cannot be imported.
     """
     special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
     described = description or describe(config, start, **special)
@@ -75,8 +75,8 @@ def build_vision(config: ModelConfig, shape: EncoderConfig, seed: int) -> UniViT
 def check_model(config: ModelConfig, start: StoredModel | None, part: str, ranks: int | None = None) -> None:
     """Checks that the shapes of a run's model fit each other and `start`, without building the model.
 
-    Args: start: the opened model `config.init_from`; part: what is taken from it, "encoder" or "model"; ranks: of the
-        run, if known.
+    Args: start: the opened model `config.init_from`; part: what is taken from it, "encoder" or "model"; ranks: number
+        of ranks of the run, if known.
     Raises: ConfigError or CheckpointError as `build_contrastive`.
     """
     encoder = described_encoder(config, start)
@@ -100,8 +100,9 @@ def describe(
     """Returns the `ContrastiveModel.description` of a run's model.
 
     Args: start: the opened model `config.init_from`; the others as in `build_contrastive`.
-    Raises: CheckpointError if the encoder of `start` has another shape than `config.encoder`, or `start` lacks a
-        part; ConfigError if `config` sets another joint embedding than that of `start`.
+    Raises: CheckpointError if the encoder of `start` has another shape than `config.encoder`, `start` is an encoder
+        alone although the whole model is taken from it, or the folder of the text model cannot be used; ConfigError if
+        `embed_dim` or `pool_heads` differs between `config` and `start`; InstallationError as `build_contrastive`.
     """
     special = {"vocab_size": vocab_size, "eos_id": eos_id, "pad_id": pad_id}
     encoder = described_encoder(config, start)
@@ -111,9 +112,10 @@ def describe(
 
 
 def load_start(model: nn.Module, start: StoredModel, part: str) -> None:
-    """Copies the weights of `start` to the encoder, or to the whole model if `part` is "model", in float32.
+    """Copies the weights of `start` to the encoder of `model`, or to all of `model` if `part` is "model".
 
-    Distillation heads keep their values. Raises: CheckpointError that lists missing, unexpected and misshapen tensors.
+    Distillation heads keep their values, and `model` its dtype.
+    Raises: CheckpointError that lists missing, unexpected and misshapen tensors.
     """
     stored = start.tensors if part == "model" else start.encoder_only().tensors
     wanted = (
@@ -153,7 +155,8 @@ def described_encoder(config: ModelConfig, start: StoredModel | None) -> Encoder
 def _joint_of(config: ModelConfig, start: StoredModel) -> JointConfig:
     if start.joint is None:
         raise CheckpointError(
-            f"model.init_from {start.path} holds an encoder alone and model.init_part is model; set it to encoder"
+            f"model.init_from {start.path} holds an encoder alone, but model.init_part is model; set "
+            "model.init_part to encoder"
         )
     for name in ("embed_dim", "pool_heads"):
         if getattr(config, name) != getattr(start.joint, name):

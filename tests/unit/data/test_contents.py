@@ -1,4 +1,4 @@
-"""The check before the first step that the sources hold the modalities that a run reads, at a bounded cost."""
+"""Before the first step, the sources are checked for the modalities that a run reads, at a bounded cost."""
 
 import io
 import tarfile
@@ -18,7 +18,9 @@ NOT_THERE = r"stage both needs {} samples, but its sources hold none \({}, all o
 
 
 def write(path, *kinds):
-    """A tar of samples, each with a caption and a member of one extension; content is zeros, since scans skip it."""
+    """Writes a tar with a sample for each of `kinds`: a caption, and a member with that extension unless it is "".
+
+    All content is zeros, since scans skip it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, kind in enumerate(kinds):
@@ -29,7 +31,7 @@ def write(path, *kinds):
     return path
 
 
-def shards_of(*paths, **named):
+def shards_of(*paths):
     return find_shards([SourceConfig(path=str(path), name=f"s{place}") for place, path in enumerate(paths)])
 
 
@@ -103,19 +105,20 @@ def test_a_packed_folder_is_not_scanned(tmp_path):
     assert (found.counts, found.whole) == ({"image": 8, "video": 4}, True)
 
 
-@pytest.mark.parametrize("bound", ["MAX_SAMPLES", "FIRST"])
-def test_a_scan_that_reaches_its_limit_only_warns(tmp_path, monkeypatch, caplog, bound):
+def test_a_scan_that_reaches_its_limit_only_warns(tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "a.tar", *["jpg"] * 60, "mp4")
-    if bound == "MAX_SAMPLES":
-        monkeypatch.setattr(contents, bound, 50)
-        check(config_of(path))
-        (record,) = caplog.records
-        message = record.getMessage()
-        assert message.startswith("stage both needs video samples, and none was found yet (found: 50 images in 1 shard")
-        assert "video_ratio to 0" in message
-    else:
-        check(config_of(path))
-        assert not caplog.records
+    monkeypatch.setattr(contents, "MAX_SAMPLES", 50)
+    check(config_of(path))
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("stage both needs video samples, and none was found yet (found: 50 images in 1 shard")
+    assert "video_ratio to 0" in message
+
+
+def test_a_sample_after_the_beginning_of_a_shard_is_found_without_a_warning(tmp_path, caplog):
+    assert contents.FIRST_SAMPLES < 60
+    check(config_of(write(tmp_path / "a.tar", *["jpg"] * 60, "mp4")))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_an_evaluation_without_usable_samples_is_refused_before_training(tmp_pat
 
 
 class Remote:
-    """A store with one shard that counts requests and bytes. `open` fails, because it would download the shard."""
+    """A store with one shard. Counts the requests and the bytes fetched; `open` fails, as it would fetch the shard."""
 
     def __init__(self, content):
         self.content, self.fetched, self.requests = content, 0, 0
@@ -170,12 +173,13 @@ def test_thousands_of_remote_tars_need_few_requests(tmp_path, monkeypatch):
     assert store.requests <= 3 * contents.AT_ONCE
 
 
-def test_a_scan_of_remote_tars_fetches_no_more_than_the_limit(tmp_path, monkeypatch, caplog):
+def test_scans_of_remote_tars_fetch_a_bounded_number_of_bytes(tmp_path, monkeypatch, caplog):
     shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 400, shards=50)
     monkeypatch.setattr(contents, "MAX_REMOTE_BYTES", 3 * shards[0].size)
     assert faults_of_stages(shards, [run_config().stages[0]]) == []
     assert "none was found yet" in caplog.text
-    assert store.fetched <= 2 * contents.MAX_REMOTE_BYTES + 66 * 4096  # one more piece per scan
+    # There are two rounds of scans, and each scan may fetch one piece more than its limit.
+    assert store.fetched <= 2 * contents.MAX_REMOTE_BYTES + 66 * 4096
     shards, store = remote(tmp_path, monkeypatch, *["jpg"] * 4, shards=3)
     (fault,) = faults_of_stages(shards, [run_config().stages[0]])
     assert "12 images in 3 shards, all of them scanned" in fault

@@ -100,7 +100,7 @@ def test_a_joint_embedding_of_another_width_is_refused(run):
 
 def test_an_encoder_alone_cannot_be_the_whole_model(encoder):
     config = ModelConfig(init_from="somewhere", init_part="model")
-    with pytest.raises(CheckpointError, match=r"holds an encoder alone and model\.init_part is model"):
+    with pytest.raises(CheckpointError, match=r"holds an encoder alone, but model\.init_part is model"):
         build_contrastive(config, **VOCAB, seed=0, start=open_stored(encoder[0]))
 
 

@@ -1,6 +1,7 @@
 """The process group of a run: its start, exchanges of small values, and errors that end all ranks.
 
-Uses only torch.distributed. Functions without a note on groups are for the `World` of the whole run.
+It uses torch.distributed, not DeepSpeed. Functions take the `World` of the whole run unless their docstring says
+otherwise.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ PEER_TIMEOUT = timedelta(minutes=10)
 FIRST_TIMEOUT = timedelta(hours=1)
 """Maximum time that other ranks wait for work that rank 0 does alone, such as reading remote shards."""
 HEARD_TIMEOUT = timedelta(seconds=30)
-"""Maximum time that rank 0 waits after a failure until the other ranks have read it."""
+"""Maximum time that rank 0 waits after a failure until the other ranks have read its message."""
 SLICE = timedelta(seconds=10)
-"""Seconds after which a wait is repeated, since each new request detects whether the store still exists."""
+"""Time after which a wait is repeated, since each new request detects whether the store still exists."""
 DEVICES = Path("/dev")
 _calls = itertools.count()
 """Number of calls of `rank_zero_first`, the same on all ranks: each call has its own keys in the store."""
@@ -47,7 +48,8 @@ class PeerFailure(UserError):
 
 
 def known_to_all(error: Exception) -> bool:
-    """Whether all ranks raise for the same reason: a PeerFailure, or an error that `all_ranks_or_none` raised."""
+    """Returns whether all ranks raise for the same reason: a PeerFailure, an error that `all_ranks_or_none` raised, or
+    an error of a class with `all_ranks_know`, such as DivergedError."""
     return getattr(error, "all_ranks_know", False)
 
 
@@ -90,7 +92,7 @@ def check_gpus(processes: int) -> None:
         gpus = torch.cuda.device_count()
         if processes > gpus:
             raise ConfigError(
-                f"{processes} processes on this machine need a GPU each and torch sees {gpus}; start at most {gpus} "
+                f"{processes} processes on this machine need a GPU each, but torch sees {gpus}; start at most {gpus} "
                 f"(--nproc {gpus}), or set DS_ACCELERATOR=cpu to train on the CPU"
             )
     elif os.environ.get("DS_ACCELERATOR") != "cpu" and (evidence := _evidence_of_gpus()):
@@ -127,7 +129,8 @@ def start_world(timeout: timedelta = PEER_TIMEOUT, store: dist.Store | None = No
                 rank=rank,
                 world_size=size,
                 timeout=timeout,
-                device_id=device if cuda else None,  # NCCL would guess it from the rank, wrongly if nodes differ
+                # Without it, torch guesses the device from the rank, wrongly if nodes have different numbers of ranks.
+                device_id=device if cuda else None,
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise connection_lost(rank, size) from error
@@ -165,7 +168,7 @@ def gather_json_to_main(value: Any, world: World) -> list[Any] | None:
     dist.gather(padded, list(received) if world.is_main else None, dst=0)
     if not world.is_main:
         return None
-    # On a GPU one copy for all ranks, since the host waits for each.
+    # One copy with the data of all ranks: on a GPU the host waits for each copy.
     return [_decoded(row[:length]) for row, length in zip(received.cpu(), lengths, strict=True)]
 
 
@@ -183,8 +186,9 @@ def broadcast_json(value: Any, world: World) -> Any:
 
 
 def scatter_json(values: Sequence[Any] | None, world: World) -> Any:
-    """Returns `values[rank]` of rank 0 on each rank of the run. All ranks call it. Args: values: None on other
-    ranks."""
+    """Returns on each rank of the run the value that rank 0 has for it. All ranks call it.
+
+    Args: values: on rank 0 one value for each rank; None on other ranks."""
     if world.size == 1:
         return values[0]
     encoded = [json.dumps(value).encode() for value in values] if world.is_main else []
@@ -193,7 +197,7 @@ def scatter_json(values: Sequence[Any] | None, world: World) -> Any:
     lengths = lengths.tolist()
     mine = torch.empty(max(lengths), dtype=torch.uint8, device=world.device)
     content = bytearray(b"".join(data.ljust(len(mine)) for data in encoded))
-    # On a GPU one copy for all ranks, since the host waits for each.
+    # One copy with the data of all ranks: on a GPU the host waits for each copy.
     parts = torch.frombuffer(content, dtype=torch.uint8).to(world.device).split(len(mine)) if encoded else None
     dist.scatter(mine, None if parts is None else list(parts), src=0)
     return _decoded(mine[: lengths[world.rank]])
@@ -236,8 +240,8 @@ def gather_numbers(numbers: list[float], world: World) -> torch.Tensor:
 @dataclass
 class Vote:
     """Results of `all_ranks_or_none`, the same on all ranks. `yes`: whether `ask` was true on any rank; `ready`:
-    whether `ready` was true on all ranks; `counts`: (size, numbers) int64 on the host, the result of `count` on every
-    rank; None without `count`."""
+    whether `ready` was true on all ranks; `counts`: (size, numbers) int64 on the host, the results of `count` by rank,
+    or None without `count`."""
 
     yes: bool = False
     ready: bool = False
@@ -330,11 +334,11 @@ def rank_zero_first(world: World, work: Callable[[], object], timeout: timedelta
     try:
         work()
     except Exception as failure:
-        store.set("word", json.dumps(str(failure)))
-        with suppress(dist.DistError):  # at the timeout: a rank that has ended reads nothing
+        store.set("result", json.dumps(str(failure)))
+        with suppress(dist.DistError):  # the timeout, if another rank has ended and reads nothing
             store.wait(["heard"], HEARD_TIMEOUT)  # the store may end with this process
         raise
-    store.set("word", json.dumps(None))
+    store.set("result", json.dumps(None))
 
 
 def _error_of_rank_zero(store: dist.Store, timeout: timedelta) -> str | None:
@@ -342,15 +346,15 @@ def _error_of_rank_zero(store: dist.Store, timeout: timedelta) -> str | None:
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            store.wait(["word"], min(SLICE, timeout))
-            return json.loads(store.get("word"))
+            store.wait(["result"], min(SLICE, timeout))
+            return json.loads(store.get("result"))
         except dist.DistNetworkError as error:
             raise UserError("rank 0 ended without a message while it prepared the run; see its output") from error
         except dist.DistStoreError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"rank 0 has prepared the run for {timeout} (limit); see what it is waiting for, or prepare less: "
-                    "name a tokenizer in model.text.tokenizer"
+                    f"rank 0 has been preparing the run for longer than {timeout} (limit); see what it is waiting for, "
+                    "or give it less to prepare: name a tokenizer in model.text.tokenizer"
                 ) from error
 
 
@@ -370,4 +374,4 @@ def _evidence_of_gpus() -> str | None:
 def _cuda_remedy() -> str:
     if torch.version.cuda is None:
         return "it was built without CUDA: install a CUDA build of torch"
-    return f"it needs a driver for CUDA {torch.version.cuda}: compare nvidia-smi"
+    return f"it needs a driver for CUDA {torch.version.cuda}: check the driver's version with nvidia-smi"

@@ -161,7 +161,7 @@ def test_the_column_of_media_is_found_or_named(tmp_path):
     with pytest.raises(DataError, match="left and right hold files; name the one with images"):
         listed(source)
     assert listed(source, image_key="right").rows[0].part.column == "right"
-    with pytest.raises(DataError, match="column images holds bytes within another type; a row must have one file"):
+    with pytest.raises(DataError, match="column images holds bytes inside another type, such as a list; a row must"):
         listed(source, image_key="images")
 
 

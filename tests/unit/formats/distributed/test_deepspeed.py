@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints have its engine's tensors bit for bit, on all stages and one or two ranks; hostile files."""
+"""DeepSpeed's checkpoints, of all ZeRO stages and one or two ranks, are read bit for bit; hostile files are refused."""
 
 import dataclasses
 import shutil
@@ -41,7 +41,9 @@ SETTINGS = {
 
 
 def trained(folder, settings):
-    """By name: this rank's pieces after some steps, and the settings of the groups; saved by DeepSpeed."""
+    """Trains an engine for each of `settings` and saves it with DeepSpeed.
+
+    Returns by name: this rank's pieces, and the optimizer's groups."""
     world = start_world()
     answers = {}
     for name, setting in settings.items():
@@ -55,7 +57,7 @@ def trained(folder, settings):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-rank", "two-ranks"])
 def saved(request, tmp_path_factory):
-    """(folder, by name: whole tensors by kind and name, groups)."""
+    """The folder of the checkpoints; by setting: whole tensors by kind and name, and the optimizer's groups."""
     folder = tmp_path_factory.mktemp("saved")
     ranks = run_distributed(trained, request.param, folder, SETTINGS)
     return folder, {name: (whole([rank[name][0] for rank in ranks]), ranks[0][name][1]) for name in SETTINGS}
@@ -92,35 +94,35 @@ def test_masters_moments_and_frozen_weights_are_read_bitwise(saved, name, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """A folder with a checkpoint of two ranks of stage 2, which tests copy."""
-    folder = tmp_path_factory.mktemp("two")
+def two_ranks(tmp_path_factory):
+    """A folder with checkpoints of two ranks, one of stage 2, which tests copy, and one of stage 3."""
+    folder = tmp_path_factory.mktemp("two-ranks")
     run_distributed(trained, 2, folder, {"zero2": {"stage": 2}, "zero3": {"stage": 3}})
     return folder
 
 
 @pytest.fixture
-def own(two, tmp_path):
-    """(checkpoint's folder, folder of one step) to damage."""
-    root = shutil.copytree(two / "zero2", tmp_path / "own")
+def own_copy(two_ranks, tmp_path):
+    """A copy of the checkpoint of stage 2 that a test may damage: its folder, and the folder of its step."""
+    root = shutil.copytree(two_ranks / "zero2", tmp_path / "own")
     return root, root / f"global_step{STEPS}"
 
 
 @pytest.mark.slow
-def test_files_are_closed_when_much_of_them_was_read(two, tmp_path, monkeypatch):
+def test_files_are_closed_when_the_limit_of_mapped_bytes_is_read(two_ranks, tmp_path, monkeypatch):
     opened = []
     load = deepspeed.load_pt
     monkeypatch.setattr(deepspeed, "load_pt", lambda path: opened.append(path) or load(path))
     monkeypatch.setattr(deepspeed, "_MAPPED", 10_000)
-    model = deepspeed.read(two / "zero3", with_sidecar(tmp_path))
+    model = deepspeed.read(two_ranks / "zero3", with_sidecar(tmp_path))
     before = len(opened)
     assert before == 4
     read = sum(model.tensors[name].nbytes for name in model.tensors)
     assert len(opened) - before > read / 50_000
 
 
-def test_the_encoder_alone_is_read_without_a_configuration(own):
-    root, step = own
+def test_the_encoder_alone_is_read_without_a_configuration(own_copy):
+    root, step = own_copy
     with pytest.raises(CheckpointError, match="no tensor shows how many heads"):
         deepspeed.read(root)
     for folder in (root, step):
@@ -131,8 +133,8 @@ def test_the_encoder_alone_is_read_without_a_configuration(own):
         assert all(name.startswith("vision.") for name in model.tensors)
 
 
-def test_a_configuration_beside_the_checkpoint_or_in_memory_is_used(own, tmp_path):
-    root, _ = own
+def test_a_configuration_beside_the_checkpoint_or_in_memory_is_used(own_copy, tmp_path):
+    root, _ = own_copy
     (tmp_path / "encoder").mkdir()
     write_weights(tiny_stored().encoder_only().tensors, tmp_path / "encoder")
     with pytest.raises(CheckpointError, match=r"has none of univitar.json, config.yaml and config.json"):
@@ -147,8 +149,8 @@ def test_a_configuration_beside_the_checkpoint_or_in_memory_is_used(own, tmp_pat
 
 
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
-def test_a_file_that_names_a_function_is_refused_and_nothing_is_run(own, tmp_path, file):
-    root, step = own
+def test_a_file_that_names_a_function_is_refused_and_nothing_is_run(own_copy, tmp_path, file):
+    root, step = own_copy
     trap = tmp_path / "made"
     content = torch.load(step / file, weights_only=False)
     torch.save({**content, "extra": Trap(trap)}, step / file)
@@ -162,15 +164,15 @@ def test_a_file_that_names_a_function_is_refused_and_nothing_is_run(own, tmp_pat
 
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
 @pytest.mark.parametrize("damage", range(5))
-def test_a_damaged_file_is_one_error_message(own, file, damage):
-    root, step = own
+def test_a_damaged_file_raises_an_error_that_names_it(own_copy, file, damage):
+    root, step = own_copy
     content = list(damages((step / file).read_bytes()))[damage]
     (step / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=file):
         deepspeed.read(root, heads=2)
 
 
-def changed(path, change):
+def edit_file(path, change):
     content = torch.load(path, weights_only=False)
     change(content)
     torch.save(content, path)
@@ -200,18 +202,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_content_that_does_not_fit_is_one_error_message(own, change):
-    root, step = own
+def test_content_that_does_not_fit_raises_a_checkpoint_error(own_copy, change):
+    root, step = own_copy
     where, edit = CHANGES[change]
     rank = "0" if where == "first" else "1"
     name = "mp_rank_00_model_states.pt" if where == "model" else f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-    changed(step / name, edit)
+    edit_file(step / name, edit)
     with pytest.raises(CheckpointError):
         deepspeed.read(root, heads=2)
 
 
-def test_a_missing_rank_a_split_model_and_another_folder_are_refused(own, tmp_path):
-    root, step = own
+def test_a_folder_elsewhere_a_split_model_a_missing_rank_and_no_checkpoint_are_refused(own_copy, tmp_path):
+    root, step = own_copy
     (root / "latest").write_text("../elsewhere")
     assert not deepspeed.recognises(root)
     with pytest.raises(CheckpointError, match=r"names '\.\./elsewhere'; checkpoints must be folders beside it"):
@@ -228,10 +230,10 @@ def test_a_missing_rank_a_split_model_and_another_folder_are_refused(own, tmp_pa
         deepspeed.read(tmp_path)
 
 
-def test_without_moments_there_is_no_optimizer(own, tmp_path):
-    root, step = own
+def test_without_moments_there_is_no_optimizer(own_copy, tmp_path):
+    root, step = own_copy
     for rank in (0, 1):
-        changed(
+        edit_file(
             step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
             lambda c: c["optimizer_state_dict"]["base_optimizer_state"].update(state={}),
         )

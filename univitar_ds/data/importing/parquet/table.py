@@ -1,4 +1,4 @@
-"""Reads the records of a Parquet table, without the bytes of images and videos in it."""
+"""Reads the records of a Parquet table without the bytes of the images and videos that it contains."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from univitar_ds.errors import DataError
 from univitar_ds.extras import extra
 
 BYTES, PATH = "bytes", "path"
-"""The fields of a struct with a file, as `datasets` writes it."""
+"""The fields of the struct in which `datasets` stores a file."""
 _BUFFER = 1 << 20
 _BATCH_ROWS, _BATCH_BYTES = 1024, 64 << 20
-"""Maximum number of rows that are decoded together, and of bytes that they have on average."""
-_WITHIN = Unreadable("holds bytes within another type; a row must have one file")
-_OTHER = Unreadable("cannot be read; is it text in UTF-8?")
+"""Maximum number of rows that are decoded together, and of their bytes, estimated from the average size of a row."""
+_NESTED = Unreadable("holds bytes inside another type, such as a list; a row must have one file")
+_UNDECODABLE = Unreadable("cannot be read; is it text in UTF-8?")
 
 
 def open_parquet(path: Path) -> Any:
-    """Opens a Parquet file, which is read page by page. Raises: DataError if it is none."""
+    """Opens a Parquet file to be read page by page. Raises: DataError if it cannot be read or is not a Parquet file."""
     with extra("parquet"):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     try:
         file = ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
-        file.schema_arrow  # noqa: B018 - parsed on first use
+        file.schema_arrow  # noqa: B018 - the schema is parsed on first use
         return file
     except (OSError, ArrowException) as error:
         raise DataError(f"{path}: is not a Parquet file that can be read ({error}); restore it") from error
@@ -38,7 +38,8 @@ def open_parquet(path: Path) -> Any:
 def read_parquet(path: Path) -> Table:
     """Opens a table. Columns with media have the type `binary` or are structs with a field `bytes`.
 
-    Raises: DataError for a file that cannot be read, here and while records are read.
+    Raises: DataError if the file cannot be read or two columns have the same name; also while records are read, if the
+        file is damaged.
     """
     file = open_parquet(path)
     schema = file.schema_arrow
@@ -60,17 +61,17 @@ def read_parquet(path: Path) -> Table:
 
 
 def batch_rows(file: Any, groups: Sequence[int]) -> int:
-    """Returns the number of rows of row groups to decode together."""
-    most = 1
+    """Returns the number of rows to decode together. Args: groups: indices of the row groups that are read."""
+    row_bytes = 1
     for group in groups:
-        about = file.metadata.row_group(group)
-        most = max(most, about.total_byte_size // max(about.num_rows, 1))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // most))
+        metadata = file.metadata.row_group(group)
+        row_bytes = max(row_bytes, metadata.total_byte_size // max(metadata.num_rows, 1))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
 
 
 def _kind(type_: Any) -> str:
-    """Returns "file" for a struct with the bytes of a file, "binary", "holds binary" for other columns with binary
-    data, and "value"."""
+    """Returns "file" for a struct with the bytes of a file, "binary" for bytes, "holds binary" for other types that
+    contain bytes, and "value" for types without bytes."""
     type_ = getattr(type_, "storage_type", type_)
     type_ = getattr(type_, "value_type", type_) if str(type_).startswith("dictionary<") else type_
     if _is_binary(type_):
@@ -90,7 +91,7 @@ def _records(path: Path, file: Any, kinds: Mapping[str, str], embedded: Sequence
 
     read = [name for name, kind in kinds.items() if kind == "value"]
     named = [name for name in embedded if kinds[name] == "file"]
-    others = {name: _WITHIN for name, kind in kinds.items() if kind != "value" and name not in embedded}
+    others = {name: _NESTED for name, kind in kinds.items() if kind != "value" and name not in embedded}
     number = 0
     try:
         size = batch_rows(file, range(file.num_row_groups))
@@ -102,11 +103,11 @@ def _records(path: Path, file: Any, kinds: Mapping[str, str], embedded: Sequence
                 yield Record(f"row {number}", fields)
                 number += 1
     except (OSError, ArrowException) as error:
-        raise DataError(f"{path}: is damaged after row {number} ({error}); restore it") from error
+        raise DataError(f"{path}: is damaged from row {number} on ({error}); restore it") from error
 
 
 def _name_in(file: Any) -> str:
-    """Returns the path in a struct without its bytes; "" if there is none."""
+    """Returns the path in a struct that was read without its bytes; "" if it has no path."""
     path = file.get(PATH) if isinstance(file, dict) else None
     return path if isinstance(path, str) else ""
 
@@ -123,4 +124,4 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except (ValueError, OverflowError, TypeError):
-        return _OTHER
+        return _UNDECODABLE
