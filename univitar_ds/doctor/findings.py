@@ -16,8 +16,6 @@ OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 WORDS = {OK: "ok", FAILED: "FAILED", SKIPPED: "-"}
 MOST_NAMES = 8
 """Maximum number of nodes or ranks that a row lists."""
-
-
 LISTED = "\n  - "
 """Before each fault in a message that lists several."""
 REMEDIES = {

@@ -35,9 +35,7 @@ def shared_memory(ranks: int, each: int, folder: Path = SHM) -> Row:
     if not os.access(folder, os.W_OK | os.X_OK):
         return Row(SHARED_MEMORY, FAILED, f"{folder} cannot be written", f"run chmod 1777 {folder} as root")
     if usage.free < needed:
-        remedy = (
-            f"remove the files of earlier jobs in {folder}, or enlarge it (docker --shm-size, mount -o remount,size=)"
-        )
+        remedy = f"remove files of earlier jobs in {folder}, or enlarge it (docker --shm-size, mount -o remount,size=)"
         return Row(SHARED_MEMORY, FAILED, f"{text}, but {amount(needed)} are needed for {ranks} ranks", remedy)
     return Row(SHARED_MEMORY, OK, f"{text}; at most {amount(needed)} are needed")
 
