@@ -29,7 +29,7 @@ def test_a_run_in_training_has_neither_results_nor_summary(run_folder):
 
 
 def test_a_folder_that_is_no_run_and_a_damaged_result_are_named(run_folder, tmp_path):
-    with pytest.raises(UserError, match=r"has no config\.yaml; name one"):
+    with pytest.raises(UserError, match=r"it has no config\.yaml\); "):
         read_run(tmp_path)
     folder = run_folder("damaged")
     (folder / "evaluation.json").write_text("{")
