@@ -19,6 +19,8 @@ COLOURS = ("#3b82c4", "#d9772b", "#2f9e6b", "#b05ec2", "#c2554d", "#8a8f3a", "#4
 """Colours of curves, each with a contrast of at least 3 to white and to the page's dark background."""
 MOST_POINTS = 500
 """Maximum number of points of a curve. With more lines, each point is the mean of neighbouring lines."""
+ALL_POINTS, LEAST_POINTS = 80_000, 40
+"""Maximum number of points of all curves, about 15 bytes each on the page, and the least of a curve."""
 STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
 """Placeholders for the colours of texts and lines, which become `currentColor`: light or dark as on the page."""
@@ -82,7 +84,13 @@ def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
 
     Raises: InstallationError without matplotlib.
     """
-    curves = [{panel.key: _curves(run, panel) for panel in PANELS} for run in runs]
+    whole = [{panel.key: _curves(run, panel) for panel in PANELS} for run in runs]
+    count = sum(len(found) for of_run in whole for found in of_run.values())
+    most = max(min(MOST_POINTS, ALL_POINTS // max(count, 1)), LEAST_POINTS)
+    curves = [
+        {key: {name: _averaged(points, most) for name, points in found.items()} for key, found in of_run.items()}
+        for of_run in whole
+    ]
     return [
         _drawn(panel, runs, [of_run[panel.key] for of_run in curves])
         for panel in PANELS
@@ -90,21 +98,21 @@ def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
     ]
 
 
-def _curves(run: RunRecord, panel: Panel) -> dict[str, Points]:
-    """Returns the curves of a panel by metric, without metrics that are always 0."""
+def _curves(run: RunRecord, panel: Panel) -> dict[str, list[tuple[float, float]]]:
+    """Returns all points of the curves of a panel by metric, without metrics that are always 0."""
     lines = [_with_derived(line) for line in run.lines]
     names = sorted({name for line in lines for name in line if re.fullmatch(panel.names, name)})
     found = {}
     for name in names:
         points = [(line["samples_seen"], line[name]) for line in lines if _finite(line, name)]
         if points and any(value for _, value in points):
-            found[name] = _averaged(points)
+            found[name] = points
     return found
 
 
-def _averaged(points: Sequence[tuple[float, float]]) -> Points:
-    """Returns at most `MOST_POINTS` points of a curve: the means of groups of neighbouring points of equal size."""
-    size = -(-len(points) // MOST_POINTS)
+def _averaged(points: Sequence[tuple[float, float]], most: int) -> Points:
+    """Returns at most `most` points of a curve: the means of groups of neighbouring points of equal size."""
+    size = -(-len(points) // most)
     groups = [points[first : first + size] for first in range(0, len(points), size)]
     return [sum(x for x, _ in one) / len(one) for one in groups], [sum(y for _, y in one) / len(one) for one in groups]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.config.load import dumped
-from univitar_ds.errors import UserError
+from univitar_ds.errors import UserError, shortened
 from univitar_ds.evaluation.report import interval_text, name_of, percent, render_results
 from univitar_ds.extras import extra
 from univitar_ds.owned import check_result, drawn_by, write_result
@@ -29,14 +29,24 @@ TEMPLATE = "page.html.jinja"
 GENERATOR = '<meta name="generator" content="univitar-ds report">'
 """The line by which `is_page` recognizes a page that this program wrote."""
 MOST_RUNS = 8
+MOST_BYTES = 5_000_000
+"""Maximum size of a page. Example images and maps get what texts and curves leave."""
 _MAP_BYTES = 30_000
 """Maximum bytes of a map, before base64, which adds a third."""
+_MAPS_SHARE = 1 / 3
+"""Maximum share of the page that maps take."""
 MOST_EVENTS = 200
 """Maximum number of events of a run on the page."""
+_EVENT_LETTERS = 300
+"""Maximum length of the text of an event."""
+_CONFIG_LETTERS = 60_000
+"""Maximum length of the text of a run file."""
 _IMAGE_PX = 1400
 """Maximum width of an image on the page. Wider images are reduced."""
 _IMAGES_BYTES = 3_000_000
 """Maximum bytes of all example images of a page together, before base64. Maps are not included."""
+_EXAMPLE_TEXT = 1000
+"""Bytes of the texts around an example image."""
 _WEBP_PX = 16_383
 """Maximum side of a WebP image, a limit of the format."""
 _UNPRINTED = dict.fromkeys({*range(32), 127} - set(map(ord, "\t\n\r")), "\N{REPLACEMENT CHARACTER}")
@@ -152,27 +162,31 @@ def render_page(runs: Sequence[RunRecord], options: PageOptions = DEFAULTS) -> t
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
     drawn = drawings(runs)
-    each = _IMAGES_BYTES // max(1, sum(len(run.examples) for run in runs))
     environment = Environment(
         loader=PackageLoader("univitar_ds.reporting", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    page = environment.get_template(TEMPLATE).render(
-        generator=GENERATOR,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        runs=runs,
-        facts=_facts(runs),
-        drawings=drawn,
-        strides=[(run.name, run.stride) for run in runs if run.stride > 1],
-        events=[(run.name, shown, hidden) for run in runs for shown, hidden in [_events(run)] if shown],
-        results=_results(runs),
-        checkpoints=[(run.name, _weights(run)) for run in runs if run.evaluation],
-        notes=list(dict.fromkeys(note for run in runs for note in run.evaluation.get("notes", []))),
-        maps=[one for run in runs for one in _maps(run, options)],
-        examples=[image for run in runs for image in _examples(run, each)],
-        differences=differences(runs) if len(runs) > 1 else [],
-        configs=[(run.name, without_credentials(dumped(run.config.model_dump(mode="json")))) for run in runs],
-    )
+    content = {
+        "generator": GENERATOR,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "runs": runs,
+        "facts": _facts(runs),
+        "drawings": drawn,
+        "strides": [(run.name, run.stride) for run in runs if run.stride > 1],
+        "events": [(run.name, shown, hidden) for run in runs for shown, hidden in [_events(run)] if shown],
+        "results": _results(runs),
+        "checkpoints": [(run.name, _weights(run)) for run in runs if run.evaluation],
+        "notes": list(dict.fromkeys(note for run in runs for note in run.evaluation.get("notes", []))),
+        "maps": _maps(runs, options),
+        "examples": [],
+        "differences": differences(runs) if len(runs) > 1 else [],
+        "configs": [(run.name, _run_file(run)) for run in runs],
+    }
+    template = environment.get_template(TEMPLATE)
+    left = (MOST_BYTES - len(template.render(content).encode("utf-8", "replace"))) * 3 // 4  # base64 adds a third
+    each = min(left, _IMAGES_BYTES) // max(1, sum(len(run.examples) for run in runs)) - _EXAMPLE_TEXT
+    content["examples"] = [image for run in runs for image in _examples(run, each)]
+    page = template.render(content)
     return page.translate(_UNPRINTED).encode("utf-8", "replace").decode(), drawn
 
 
@@ -223,9 +237,10 @@ def _events(run: RunRecord) -> tuple[list[tuple[str, str]], int]:
     shown = []
     for event in run.events[:MOST_EVENTS]:
         try:
-            shown.append((str(event["event"]), event_text(event)))
+            kind, text = str(event["event"]), event_text(event)
         except (KeyError, TypeError, ValueError):  # written by another version, or damaged
-            shown.append((str(event.get("event", "?")), ", ".join(f"{name} {one}" for name, one in event.items())))
+            kind, text = str(event.get("event", "?")), ", ".join(f"{name} {one}" for name, one in event.items())
+        shown.append((shortened(kind), shortened(text, _EVENT_LETTERS)))
     return shown, max(0, len(run.events) - MOST_EVENTS)
 
 
@@ -272,17 +287,27 @@ def _examples(run: RunRecord, most: int) -> Iterator[PageImage]:
         )
 
 
-def _maps(run: RunRecord, options: PageOptions) -> Iterator[tuple[str, list[PageImage]]]:
-    """Yields the title and the maps of each file in `options.images`."""
+def _run_file(run: RunRecord) -> str:
+    text = without_credentials(dumped(run.config.model_dump(mode="json")))
+    return text if len(text) <= _CONFIG_LETTERS else f"{text[:_CONFIG_LETTERS]}\n# and more, in {run.folder}"
+
+
+def _maps(runs: Sequence[RunRecord], options: PageOptions) -> list[tuple[str, list[PageImage]]]:
+    """Returns the title and the maps of each file in `options.images`, for each run."""
     if not options.images:
-        return
+        return []
     from univitar_ds.reporting.maps import maps_of  # imports torch, which is slow
 
-    for found in maps_of(run.folder, run.name, options.images, options.caption):
-        yield (
+    files = [one for run in runs for one in maps_of(run.folder, run.name, options.images, options.caption)]
+    count = sum(len(one.maps) for one in files)
+    each = min(_MAP_BYTES, int(MOST_BYTES * _MAPS_SHARE * 3 / 4) // max(count, 1))
+    return [
+        (
             found.title,
-            [PageImage(one.text, f"{found.title}, {one.text}", data_url(one.image)) for one in found.maps],
+            [PageImage(one.text, f"{found.title}, {one.text}", data_url(one.image, each)) for one in found.maps],
         )
+        for found in files
+    ]
 
 
 def file_url(path: Path, most: int) -> str:

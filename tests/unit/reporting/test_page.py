@@ -11,6 +11,8 @@ from PIL import Image
 
 from univitar_ds.cli.main import main
 from univitar_ds.config.data import DataConfig, SourceConfig
+from univitar_ds.reporting import curves
+from univitar_ds.reporting import page as page_module
 from univitar_ds.reporting.page import data_url, read_runs
 
 
@@ -50,9 +52,9 @@ def test_the_page_is_one_file_with_curves_results_events_and_examples(run_folder
     text = " ".join(page.text)
     for shown in ("25.0 %", "20.0 to 30.0", "10.0 %", "loss is nan", "a <b>note</b>", "finished", "Loss", "native"):
         assert shown in text, shown
-    curves = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
-    assert "Loss: photos" in curves
-    assert not any(label.startswith("Samples that were left out") for label in curves)  # all are 0
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert "Loss: photos" in labels
+    assert not any(label.startswith("Samples that were left out") for label in labels)  # all are 0
     (image,) = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).width <= 1400
     svg = (tmp_path / "page.html").read_text()
@@ -72,9 +74,9 @@ def test_evaluations_during_training_have_curves(run_folder, tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     page = page_of(tmp_path, run)
-    curves = {attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"}
+    labels = {attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"}
     for title in ("classification, top-1", "retrieval, R@1"):
-        assert f"Evaluation during training: {title}: photos" in curves
+        assert f"Evaluation during training: {title}: photos" in labels
     assert {name for name in names if name in page.text} == {"zero-shot_top-1_image", "trained/zero-shot_top-1_image"}
 
 
@@ -91,6 +93,20 @@ def test_several_runs_share_curves_and_a_table_and_show_what_differs(run_folder,
     assert "Loss: first, second" in [attributes.get("aria-label") for _, attributes in page.elements]
     assert "secret" not in content
     assert len(content) < 5_000_000
+
+
+def test_a_page_of_long_logs_and_large_images_stays_below_its_limit(run_folder, tmp_path, monkeypatch):
+    """Images get what texts and curves leave, and texts of events and numbers of points are limited."""
+    monkeypatch.setattr(page_module, "MOST_BYTES", 400_000)
+    monkeypatch.setattr(curves, "ALL_POINTS", 1000)
+    runs = [run_folder("first", steps=400), run_folder("second", steps=400)]
+    for run in runs:
+        event = {"step": 3, "event": "skipped", "reason": "x" * 5000, "samples": []}
+        (run / "events.jsonl").write_text(f"{json.dumps(event)}\n" * 100)
+        Image.effect_noise((2000, 1200), 90).convert("RGB").save(run / "examples-video.png")
+    page = page_of(tmp_path, *runs)
+    assert (tmp_path / "page.html").stat().st_size <= 400_000
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == 4
 
 
 def test_runs_of_the_same_name_are_shown_with_their_folders(run_folder, tmp_path):
