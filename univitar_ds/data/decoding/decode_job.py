@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ _BUSY_FACTOR = 4
 """Maximum ratio of wall time to CPU time on a busy machine. `data.decode_timeout_s` is CPU time."""
 
 
-@dataclass(frozen=True)
-class DecodeItem:
+class DecodeItem(NamedTuple):
     """Location of one item's media, and its decoded form: `frames` frames (1 for an image) on a grid.
 
     `crc32` is the checksum of the bytes if known. `draw` seeds the jitter of a video's frames. `size` is (height,
@@ -66,6 +65,14 @@ class DecodeItem:
             sample.augmentation,
             (sample.size.height, sample.size.width) if original else None,
         )
+
+    @classmethod
+    def from_json(cls, document: Sequence[Any]) -> DecodeItem:
+        """Returns the item in a decoded JSON list of its fields."""
+        path, offset, length, grid, frames, crc32, draw, size, change, original = document
+        augmentation = None if change is None else Augmentation.from_json(change)
+        size, original = (None if one is None else tuple(one) for one in (size, original))
+        return cls(path, offset, length, tuple(grid), frames, crc32, draw, size, augmentation, original)
 
     @property
     def bytes(self) -> int:
@@ -108,25 +115,13 @@ class DecodeJob:
             "modality": self.modality,
             "sampling": tuple(vars(self.sampling).values()),  # `astuple` makes deep copies and is ten times slower
             "limits": tuple(vars(self.limits).values()),
-            "items": [
-                (item.path, item.offset, item.length, item.grid, item.frames, item.crc32, item.draw, item.size)
-                for item in self.items
-            ],
-            "augmentations": [item.augmentation for item in self.items],
-            "originals": [item.original for item in self.items],
+            "items": self.items,
             "whole_files": self.whole_files,
         }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> DecodeJob:
-        changes = [None if one is None else Augmentation.from_json(one) for one in document["augmentations"]]
-        originals = [None if one is None else tuple(one) for one in document["originals"]]
-        items = [
-            DecodeItem(path, offset, length, tuple(grid), *rest, None if size is None else tuple(size), change, whole)
-            for (path, offset, length, grid, *rest, size), change, whole in zip(
-                document["items"], changes, originals, strict=True
-            )
-        ]
+        items = [DecodeItem.from_json(item) for item in document["items"]]
         sampling = Sampling(*document["sampling"])
         limits = DecodeLimits(*document["limits"])
         return cls(document["modality"], sampling, limits, items, whole_files=document["whole_files"])
@@ -149,8 +144,9 @@ def decode_pack(
     failures: list[Failure] = []
     start = 0
     for index, item in enumerate(job.items):
+        end = start + item.bytes
         try:
-            _decode_item(job, item, buffer[start : start + item.bytes], settings)
+            _decode_item(job, item, buffer[start:end], settings)
         except SampleError as error:
             failures.append((index, error.kind, str(error)))
         except DataError as error:
@@ -161,7 +157,7 @@ def decode_pack(
             detail = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
             failures.append((index, "too_large", f"{detail}; raise it or store a smaller file"))
         else:
-            start += item.bytes
+            start = end
         after_item()
     return failures
 

@@ -238,7 +238,7 @@ class Stream:
             self._ignored.update(one.kind for one in found.ignored)
             self._monitor.ignored(f"{found.name} at byte {found.address.offset}", found.ignored)
         self._seen_this_epoch.add(reader.group.name)
-        return self._drawn(found, found.address._replace(since=self._packs))
+        return self._drawn(found, SampleAddress(*found.address[:-1], self._packs))
 
     def _count_filtered(self, where: str, rule: str) -> None:
         self._filtered[rule] += 1

@@ -68,7 +68,7 @@ def test_a_supervisor_decodes_into_its_slot_also_after_its_process_was_killed(se
 
 def test_items_decoded_one_by_one_have_the_same_offsets_as_in_a_whole_pack(server, slots, job, caplog):
     good = job.items[0]
-    items = [good, replace(good, length=20), replace(good, grid=(1, 1, 1)), good]
+    items = [good, good._replace(length=20), good._replace(grid=(1, 1, 1)), good]
     whole = WorkerSupervisor(0, server, slots, LOCAL, RestartBudget(0)).decode_pack(0, replace(job, items=items))
     deaths = iter([True, True])
     dying = KillingServer(server, lambda message: b'"decode"' in message and next(deaths, False))
