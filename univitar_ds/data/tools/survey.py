@@ -326,8 +326,8 @@ def _scanned(path: str, shards: Sequence[SourceShard], scratch: Path, packed: bo
                     if kind is None:
                         continue
                     scan.counts[kind] += 1
-                    number = number_of(identity(stream, shard.path, group, packed=packed))
-                    scan.numbers.setdefault(kind, []).append(number)
+                    drawn = number_of(identity(stream, shard.path, group, packed=packed))
+                    scan.numbers.setdefault(kind, []).append(drawn)
                     texts = _texts_of(stream, shard, group, packed) if number < SHARD_TEXTS else None
                     if texts is not None:
                         scan.texts.append(texts)

@@ -47,6 +47,15 @@ def test_the_number_of_samples_of_a_partly_scanned_tar_is_estimated(tmp_path, mo
     assert 50 <= found.counts[None]["image"] <= 70
 
 
+def test_the_texts_of_the_first_samples_of_a_tar_are_read(tmp_path, monkeypatch):
+    members = [(f"{i}.{end}", text) for i in range(8) for end, text in (("jpg", image()), ("txt", f"a text {i}"))]
+    write_tar(tmp_path / "a.tar", members)
+    monkeypatch.setattr(module, "SHARD_TEXTS", 5)
+    found = survey(str(tmp_path / "a.tar"))
+    assert [one.captions for one in found.texts] == [(f"a text {i}",) for i in range(5)]
+    assert len(found.numbers["image"]) == 8
+
+
 def test_damaged_files_are_left_out_of_the_sizes(tmp_path):
     folder = made.sidecars(tmp_path / "here", 8)
     (folder / "0.jpg").write_bytes(b"no image")
