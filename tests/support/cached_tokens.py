@@ -32,9 +32,14 @@ class GivenTokens:
             yield Rows(unit, list(unit.files), [(1, 1, len(one)) for one in some], values, [])
 
 
-def given(items: Sequence[torch.Tensor], computed: list[str] | None = None, nproc: int = 1) -> Request:
+def given(
+    items: Sequence[torch.Tensor],
+    computed: list[str] | None = None,
+    nproc: int = 1,
+    setup: GivenTokens | None = None,
+) -> Request:
     """The request for such tokens."""
-    setup = GivenTokens(items, [] if computed is None else computed)
+    setup = setup or GivenTokens(items, [] if computed is None else computed)
     names = tuple(str(index) for index in range(len(items)))
     settings = {"items": [float(one.double().sum()) for one in items]}
     return Request(setup, [names], settings, nproc, {"model": "made up"}, "features of some", progress=False)

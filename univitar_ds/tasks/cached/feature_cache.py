@@ -274,7 +274,7 @@ def is_complete(entry: Path) -> bool:
         if INDEX not in sums:
             raise ValueError(f"no {INDEX}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _warn_damaged(entry, error)
+        warn_damaged(entry, error)
         return False
     return True
 
@@ -287,7 +287,8 @@ def _sum_of(path: Path) -> int:
     return total
 
 
-def _warn_damaged(entry: Path, error: Exception) -> None:
+def warn_damaged(entry: Path, error: BaseException | None) -> None:
+    """Warns that an entry is computed again."""
     logger.warning("the features in %s are damaged and computed again (%s)", entry, error)
 
 
@@ -306,7 +307,7 @@ def _read(entry: Path, kind: Kind) -> Vectors | None:
         if not len(found.values) == len(found.keys) == len(grids):
             raise ValueError(f"{len(found.values)} rows, {len(found.keys)} keys")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        _warn_damaged(entry, error)
+        warn_damaged(entry, error)
         discard(entry)
         return None
     return found

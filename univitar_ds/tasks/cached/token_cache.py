@@ -40,6 +40,7 @@ from univitar_ds.tasks.cached.feature_cache import (
     left_out,
     make_room,
     touch,
+    warn_damaged,
 )
 
 MOST_GB = 200
@@ -55,6 +56,20 @@ _DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError, struct.error)
 _AT_ONCE = 1 << 14
 """Number of tokens that are read at a time for the mean and deviation."""
 logger = logging.getLogger(__name__)
+
+
+class _DamagedPart(StorageError):
+    """A finished part cannot be read."""
+
+
+@contextmanager
+def _reading_parts(entry: Path) -> Iterator[None]:
+    """Raises: _DamagedPart for an error of `_DAMAGED`. The body only reads finished parts: an error of the same type
+    while the model computes must not discard them."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise _DamagedPart(f"{damaged(entry)} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -177,13 +192,18 @@ class _TokenDestination(Destination):
         self._room, self._model = room, model
         self._counted = False
 
+    def part(self, number: int) -> FinishedPart:
+        with _reading_parts(self.out.parent):
+            return super().part(number)
+
     def begin(self, number: int, kind: Kind, width: int) -> _TokenPart:
-        if not self._counted:  # parts of an earlier call; later ones are counted as they are written
-            done = [self.part(one) for one in range(number)]
-            self._room.items = sum(len(set(one.keys)) + len(one.left_out) for one in done)
-            self._room.written = sum(self._path(one).stat().st_size for one in range(number))
-            self._counted = True
-        scale = _Part.of(self._path(number - 1)).scale if number else None
+        with _reading_parts(self.out.parent):
+            if not self._counted:  # parts of an earlier call; later ones are counted as they are written
+                done = [self.part(one) for one in range(number)]
+                self._room.items = sum(len(set(one.keys)) + len(one.left_out) for one in done)
+                self._room.written = sum(self._path(one).stat().st_size for one in range(number))
+                self._counted = True
+            scale = _Part.of(self._path(number - 1)).scale if number else None
         return _TokenPart(self._path(number), scale, self._room, self._model)
 
     def finish(self, number: int, part: _TokenPart, about: FinishedPart) -> None:
@@ -316,20 +336,27 @@ def tokens(requests: Sequence[Request], cache: Path, most_gb: float) -> Iterator
     Raises: DataError or CheckpointError as `inference.workers.compute`, also for tokens that are not finite;
         StorageError if an entry is too large, or the cache cannot be written.
     """
-    for request in requests:
-        _ensure(request, cache, most_gb)
     with ExitStack() as stack:
-        found = []
-        for request in requests:
-            entry = request.entry(cache)
-            stack.enter_context(held(entry, shared=True))
-            try:
-                found.append(Tokens(entry))
-            except _DAMAGED as error:
-                raise damaged(entry) from error
-            touch(entry)
-        yield found
+        yield [stack.enter_context(_opened(request, cache, most_gb)) for request in requests]
     make_room(cache, None)
+
+
+@contextmanager
+def _opened(request: Request, cache: Path, most_gb: float) -> Iterator[Tokens]:
+    """Computes an entry if it is missing, and opens it. Raises: as `tokens`.
+
+    The entry is held from then on: other requests may take hours, and calls that end meanwhile make room."""
+    entry = request.entry(cache)
+    while True:
+        _ensure(request, cache, most_gb)
+        with held(entry, shared=True):
+            if not is_finished(entry):  # another call made room after `_ensure` had released the entry
+                continue
+            with _reading_parts(entry):
+                found = Tokens(entry)
+            touch(entry)
+            yield found
+            return
 
 
 def _ensure(request: Request, cache: Path, most_gb: float) -> None:
@@ -346,8 +373,8 @@ def _ensure(request: Request, cache: Path, most_gb: float) -> None:
             discard(entry)
         try:
             _compute(request, entry, most_gb)
-        except _DAMAGED as error:  # a finished part of an earlier call
-            logger.warning("the features in %s are damaged and computed again (%s)", entry, error)
+        except _DamagedPart as error:  # of an earlier call
+            warn_damaged(entry, error.__cause__)
             discard(entry)
             _compute(request, entry, most_gb)
 
@@ -356,4 +383,5 @@ def _compute(request: Request, entry: Path, most_gb: float) -> None:
     room = _Room(entry, most_gb, count_items(request.places))
     model = f"{request.title} by {request.about['model']}"
     request.compute(entry, lambda out: _TokenDestination(out, room, model))
-    Tokens(entry)
+    with _reading_parts(entry):
+        Tokens(entry)

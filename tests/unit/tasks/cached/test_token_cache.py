@@ -1,9 +1,11 @@
 """All tokens of items in memory-mapped files: their values, limits of space, and calls that were killed."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from tests.support.cached_tokens import cached, given
+from tests.support.cached_tokens import GivenTokens, cached, given
 from univitar_ds.errors import CheckpointError, StorageError
 from univitar_ds.inference import embed_files
 from univitar_ds.tasks.cached import feature_cache, token_cache
@@ -91,6 +93,41 @@ def test_a_damaged_part_of_a_killed_call_is_computed_again(tmp_path, caplog):
     with cached(tmp_path, made) as (found,):
         assert torch.equal(found.read(range(48), CPU), wanted)
     assert "are damaged and computed again" in caplog.text
+
+
+@dataclass(frozen=True)
+class Failing(GivenTokens):
+    """Fails at item 35, as a bug would."""
+
+    def read(self, rank, units, finished):
+        for unit in units:
+            if "35" in unit.files:
+                raise ValueError("a bug")
+            yield from super().read(rank, iter([unit]), finished)
+
+
+def test_an_error_of_the_model_keeps_the_finished_parts(tmp_path):
+    made, computed = items(), []
+    with pytest.raises(ValueError, match="a bug"), tokens([given(made, setup=Failing(made, []))], tmp_path, 1):
+        pass
+    with tokens([given(made, computed)], tmp_path, 1):
+        assert computed == [str(index) for index in range(20, 48)]  # a part is finished when the next one begins
+
+
+def test_tokens_of_one_split_stay_while_those_of_the_other_are_computed(tmp_path, monkeypatch):
+    learned, scored, computed = items(), items(20), []
+    monkeypatch.setattr(feature_cache, "KEPT_BYTES", 1)
+
+    @dataclass(frozen=True)
+    class MakingRoom(GivenTokens):
+        def read(self, rank, units, finished):
+            feature_cache.make_room(tmp_path, None)  # as another call does when it ends
+            return super().read(rank, units, finished)
+
+    wanted = [given(learned, computed), given(scored, setup=MakingRoom(scored, []))]
+    with tokens(wanted, tmp_path, 1) as found:
+        assert [len(one) for one in found] == [48, 20]
+    assert len(computed) == 48
 
 
 def test_the_expected_size_is_limited_after_the_first_part_and_a_larger_limit_continues(tmp_path):
