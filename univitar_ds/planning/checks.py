@@ -288,7 +288,7 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
         failed; StorageError.
     """
     from univitar_ds.data.contents import check_contents
-    from univitar_ds.data.shards.sources import check_stages
+    from univitar_ds.data.shards.sources import check_parts, check_stages
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.usable_texts import check_texts
     from univitar_ds.planning.counts.unpacked import UnpackedShard, faults_of_texts, find_or_predict
@@ -312,6 +312,7 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
     shards = faults.of(find_training)
     evaluation = faults.of(find_evaluation)
     faults.raise_all()
+    faults.of(check_parts, [*(shards or ()), *(evaluation or ())])
     faults.of(check_contents, config, shards or [], evaluation or [])
     faults.of(check_texts, config, [shard for shard in shards or () if not isinstance(shard, UnpackedShard)])
     for fault in faults_of_texts(config, shards or ()):

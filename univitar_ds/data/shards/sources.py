@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -81,6 +82,26 @@ def check_stages(shards: Sequence[SourceShard], sources: Sequence[SourceConfig],
         for modality in sorted(stage_modalities(stage)):
             if not groups_of(shards, modality, stage.weights):
                 raise _lacking(shards, sources, stage, modality)
+
+
+def check_parts(shards: Sequence[SourceShard]) -> None:
+    """Checks that all sources with a shard divide it in the same way, however their paths are written.
+
+    Args: shards: of training and evaluation. Raises: DataError if a shard is read with different `hold_out`.
+    """
+    if all(shard.hold_out is None for shard in shards):
+        return
+    shares: dict[str, float | None] = {}
+    for shard in shards:
+        own = None if shard.hold_out is None else shard.hold_out.share
+        place = shard.path if shard.path.startswith(S3) else os.path.realpath(shard.path)
+        other = shares.setdefault(place, own)
+        if other != own:
+            one, two = ("null" if value is None else value for value in (other, own))
+            raise DataError(
+                f"shard {shard.path} is in sources with hold_out {one} and {two}, so samples that are trained on could "
+                "be evaluated; give all of them the same hold_out"
+            )
 
 
 def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOCAL) -> list[SourceShard]:

@@ -1,5 +1,7 @@
 """Parts of tars and packed folders without splits: apart, complete, and independent of other samples and processes."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from tests.support.finished import run_config
@@ -12,7 +14,7 @@ from univitar_ds.data.caption_texts import iterate_captions
 from univitar_ds.data.contents import check_contents
 from univitar_ds.data.loader import EvalShare, LaneSet, PackLoader, eval_packs
 from univitar_ds.data.shards.hold_out import HoldOut
-from univitar_ds.data.shards.sources import find_shards, fingerprint
+from univitar_ds.data.shards.sources import check_parts, find_shards, fingerprint
 from univitar_ds.data.shared_listing import listing_of, shards_of
 from univitar_ds.data.storage.base import LOCAL
 from univitar_ds.data.tools.verify import verify
@@ -180,6 +182,20 @@ def test_data_with_splits_and_other_splits_are_refused(tars, tmp_path):
 def test_the_error_for_a_missing_split_names_hold_out(packed):
     with pytest.raises(DataError, match=r"no split 'test'; it has train; .*divide it by hold_out"):
         find_shards([SourceConfig(path=str(packed), split="test")])
+
+
+def test_parts_of_a_shard_that_overlap_are_found_however_the_paths_are_written(tars, tmp_path):
+    (tmp_path / "link").symlink_to(tars)
+    learned = part(tars, "train")
+    for path, share, fits in (("link", 0.3, True), ("link/{0..1}.tar", 0.3, True), ("link/1.tar", None, False)):
+        other = SourceConfig(path=str(tmp_path / path), split="test", hold_out=share)
+        shards = [*find_shards([learned]), *find_shards([other])]
+        with (
+            nullcontext()
+            if fits
+            else pytest.raises(DataError, match=r"1\.tar is in sources with hold_out 0.3 and null")
+        ):
+            check_parts(shards)
 
 
 @pytest.mark.parametrize(
