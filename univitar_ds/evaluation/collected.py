@@ -53,7 +53,7 @@ def collect(paths: Sequence[Path]) -> Collected:
         try:
             result = read_result(path)
         except UserError as error:
-            if len(files) == 1 or not path.exists():
+            if len(files) == 1 or (path in paths and not path.exists()):  # in a folder, a link may lead nowhere
                 raise
             logger.warning("%s; it is left out", error)
             damaged.append(str(error))

@@ -91,6 +91,16 @@ def test_a_damaged_file_is_left_out_and_named(folder: Path, content: str, caplog
         collect([folder / "b.json", folder / "c.json"])
 
 
+def test_in_a_folder_a_link_that_leads_nowhere_is_left_out_and_an_argument_is_not(folder: Path):
+    (folder / "b.json").unlink()
+    (folder / "b.json").symlink_to(folder / "removed.json")
+    found = collect([folder])
+    assert [row[-1] for row in rows_of(render(found))[2:]] == ["-", "-", "10.0 %"]
+    assert "1 files are left out: there is no file " in render(found)
+    with pytest.raises(UserError, match=r"there is no file .*b\.json"):
+        collect([folder, folder / "b.json"])
+
+
 def test_no_result_and_a_file_of_others_are_error_messages(folder: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no result in"):
