@@ -111,12 +111,16 @@ def _source(wanted: _Wanted, options: DataOptions) -> SourceConfig:
 
 def _splits_of_tars(path: str) -> list[str]:
     """Returns the folders of a folder in CLIP_benchmark's layout: FOLDER/SPLIT/*.tar, and for classification
-    FOLDER/classnames.txt. Empty for any other: without that file, all folders must hold tars and texts alone."""
+    FOLDER/classnames.txt. Empty for any other: without that file, FOLDER itself must have no tars, and all folders must
+    hold tars and texts alone."""
     if not os.path.isdir(path) or os.path.isfile(os.path.join(path, MANIFEST)):
         return []
     with suppress(OSError):  # a folder that cannot be read is reported when it is read
-        folders = [one for one in os.scandir(path) if one.is_dir() and not one.name.startswith(".")]
-        if os.path.isfile(os.path.join(path, "classnames.txt")) or all(_holds_tars(one.path) for one in folders):
+        entries = [one for one in os.scandir(path) if not one.name.startswith(".")]
+        folders = [one for one in entries if one.is_dir()]
+        tars = any(one.name.endswith(".tar") for one in entries)
+        named = os.path.isfile(os.path.join(path, "classnames.txt"))
+        if named or (not tars and all(_holds_tars(one.path) for one in folders)):
             return [one.name for one in folders]
     return []
 
