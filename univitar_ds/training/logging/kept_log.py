@@ -59,11 +59,12 @@ class KeptLog(ABC):
     def flush(self) -> None:
         """Tries to write what is kept. Raises: StorageError if that fails with an error that does not pass by itself;
         what `check` raises."""
+        if not self._kept:
+            return
         try:
             with writing(self.path):
                 self._check()
-                if self._kept:
-                    self._put([entry for entry, _ in self._kept])
+                self._put([entry for entry, _ in self._kept])
         except UserError as error:
             if not error.transient:
                 raise
