@@ -300,6 +300,8 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
         try:
             return find_or_predict(config.evaluation.sources, settings, "evaluation.sources")
         except DataError as error:
+            if str(error).startswith("evaluation.sources."):
+                raise
             raise DataError(f"evaluation.sources: {error}") from error
 
     faults = Faults()

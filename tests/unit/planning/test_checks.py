@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
+from tests.unit.drafting import made
 from univitar_ds.errors import ConfigError, DataError, StorageError, UserError
 from univitar_ds.planning.checks import Faults, check_lengths, check_run, existing_parent
 from univitar_ds.run import create_run
@@ -46,6 +47,13 @@ def test_all_missing_sources_of_a_list_are_named(shards):
     with pytest.raises(DataError, match=r"source nowhere: .*; source elsewhere: ") as error:
         check_run(run_config(shards, data={"sources": sources}), "test", 1)
     assert str(shards) not in str(error.value)
+
+
+def test_a_source_to_pack_without_its_split_is_named_once(shards, tmp_path):
+    photos = made.sidecars(tmp_path / "photos", 2)
+    config = run_config(shards, evaluation={"sources": [{"path": str(photos), "split": "test"}]})
+    with pytest.raises(DataError, match=r"^evaluation.sources.0: source .*photos: has no split 'test'; it has train;"):
+        check_run(config, "test", 1)
 
 
 @pytest.mark.parametrize("content", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {"stage": "3"}}])
