@@ -293,7 +293,7 @@ def _labels(text: str) -> tuple[int, ...]:
 
 def _run(arguments: argparse.Namespace) -> None:
     from univitar_ds.evaluation.report import render_figures
-    from univitar_ds.tasks.cached.averaged import Views
+    from univitar_ds.tasks.cached.averaged import ItemViews
     from univitar_ds.tasks.run import TaskOptions, run_task
     from univitar_ds.tasks.sources import DataOptions
 
@@ -302,7 +302,7 @@ def _run(arguments: argparse.Namespace) -> None:
     data = DataOptions(**{name: given[name] for name in names if name in given})
     names = ("templates", "neighbours", "solver", "epochs", "max_tokens", "max_gb", "counts", "by", "png")
     dense = {"dense": _dense_options(given)} if arguments.task == "dense" else {}
-    views = Views(given.get("clips", 1), given.get("crops", 1))
+    views = ItemViews(given.get("clips", 1), given.get("crops", 1))
     options = TaskOptions(**{name: given[name] for name in names if name in given}, **dense, views=views)
     result = run_task(arguments.task, arguments.model, data, options, model_options(arguments))
     if arguments.json:

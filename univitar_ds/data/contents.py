@@ -79,7 +79,7 @@ def contents_of(
     listed: Counter[str] = Counter()
     unknown = []
     for shard in shards:
-        if shard.modality is None or shard.hold_out is not None:  # how many are held out is known only about
+        if shard.modality is None or shard.hold_out is not None:  # its number of held-out samples is unknown
             unknown.append(shard)
         else:
             listed[shard.modality] += 1 if shard.samples is None else shard.samples

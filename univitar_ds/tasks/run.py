@@ -23,7 +23,7 @@ from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.inference.workers import AnySetup, device_of
 from univitar_ds.owned import check_result
-from univitar_ds.tasks.cached.averaged import Views, mean_of
+from univitar_ds.tasks.cached.averaged import ItemViews, mean_of
 from univitar_ds.tasks.cached.feature_cache import Request, Vectors, features
 from univitar_ds.tasks.cached.token_cache import MOST_GB, Tokens, tokens
 from univitar_ds.tasks.curve import drawing, is_drawing
@@ -72,7 +72,7 @@ class TaskOptions:
     counts: Sequence[int] = COUNTS
     by: str | None = None
     png: Path | None = None
-    views: Views = field(default_factory=Views)
+    views: ItemViews = field(default_factory=ItemViews)
 
     def probe(self) -> ProbeOptions:
         """Returns the options of a probe on tokens."""

@@ -28,7 +28,7 @@ AnySetup = TypeVar("AnySetup", Setup, PeerSetup)
 
 
 @dataclass(frozen=True)
-class Views:
+class ItemViews:
     """Numbers of parts of a video and of crops of an item. 1 is the whole video, and the whole image or frame.
 
     Raises: ConfigError for more than `MOST_VIEWS` views."""

@@ -42,8 +42,8 @@ class RunLogs:
     """The logs of one rank: all logs on rank 0, only the sample log on other ranks. The logs are closed until `open`.
 
     An error while writing a log is not raised immediately, since other ranks would wait for this rank. It is kept
-    until all ranks call `raise_unwritten` in `all_ranks_or_none`. An error that passes by itself is none: the log keeps
-    what it could not write (`KeptLog`).
+    until all ranks call `raise_unwritten` in `all_ranks_or_none`. An error that passes by itself is not kept:
+    the log tries again later (`KeptLog`).
     """
 
     def __init__(self, cfg: RunConfig, run: Path, world: World) -> None:

@@ -21,7 +21,7 @@ from univitar_ds.geometry import Modality
 from univitar_ds.inference.embed_files import ModelOptions
 from univitar_ds.inference.reading import LeftOut
 from univitar_ds.peers.model import PeerModel
-from univitar_ds.tasks.cached.averaged import Views, mean_of
+from univitar_ds.tasks.cached.averaged import ItemViews, mean_of
 from univitar_ds.tasks.cached.feature_cache import Vectors, features
 from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sources import DataOptions
@@ -48,7 +48,7 @@ def frames_of(tar: Path) -> np.ndarray:
     return decode_video(data, frames=COUNT, limits=DecodeLimits(10**8, 30.0, 100.0))
 
 
-def averaged(model: Path, tar: Path, cache: Path, modality: Modality, views: Views) -> torch.Tensor:
+def averaged(model: Path, tar: Path, cache: Path, modality: Modality, views: ItemViews) -> torch.Tensor:
     opened = open_model(str(model), ModelOptions(nproc=1, workers=1, frames=2))
     source = source_of(DataOptions(str(tar)))
     setups = views.of(opened.setup(texts=True), modality)
@@ -60,7 +60,7 @@ def averaged(model: Path, tar: Path, cache: Path, modality: Modality, views: Vie
 @pytest.mark.numeric
 def test_a_video_is_the_mean_of_clips_and_crops(run, items, tmp_path):
     frames = frames_of(items)
-    found = averaged(run, items, tmp_path, "video", Views(2, 3))
+    found = averaged(run, items, tmp_path, "video", ItemViews(2, 3))
     views = [
         [Image.fromarray(frames[index][:, left : left + 28]) for index in indices]
         for indices in ((1, 3), (5, 7))  # the middles of two halves of each clip
@@ -74,7 +74,7 @@ def test_a_video_is_the_mean_of_clips_and_crops(run, items, tmp_path):
 @pytest.mark.numeric
 def test_an_image_of_a_peer_is_the_mean_of_its_crops(items, tmp_path):
     clip = save_peer("clip", tmp_path / "clip")
-    found = averaged(clip, items, tmp_path / "cache", "image", Views(5, 2))
+    found = averaged(clip, items, tmp_path / "cache", "image", ItemViews(5, 2))
     model = PeerModel(clip, "clip", None, torch.device("cpu"))
     for row, seed in enumerate((50, 51)):
         image = np.asarray(noise(*SIZE, seed=seed))
@@ -87,9 +87,9 @@ def test_the_command_names_the_views_and_one_view_is_the_whole_item(run, items, 
     assert main([*given, "--crops", "2"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert "Embeddings of images are the mean over 1 parts x 2 crops." in notes
-    assert Views().of("any settings", "video") == ["any settings"]
+    assert ItemViews().of("any settings", "video") == ["any settings"]
     with pytest.raises(ConfigError, match="--clips 20 and --crops 6 are 120 passes over the data; give at most 100"):
-        Views(20, 6)
+        ItemViews(20, 6)
 
 
 def test_an_item_that_lacks_a_view_is_left_out():
