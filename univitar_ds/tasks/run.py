@@ -12,6 +12,7 @@ from typing import Any, Literal
 from univitar_ds import startup
 from univitar_ds.atomic_write import replace_bytes
 from univitar_ds.config.data import SourceConfig
+from univitar_ds.data.storage.address import real_place
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.embed import Embeddings
@@ -206,7 +207,8 @@ def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> 
         if not any(getattr(sample, needs) for items in both for sample in items.samples):
             split = f", split {source.split}" if source.split else ""
             raise DataError(f"no item has a {needs} in {source.path}{split}; name other data or another split")
-    of_each = [{sample.shard.path for items in both for sample in items.samples} for both in listed]
+    paths = [{sample.shard.path for items in both for sample in items.samples} for both in listed]
+    of_each = [set(map(real_place, own)) for own in paths]
     if shared := set.intersection(*of_each) if len(of_each) > 1 else set():
         raise ConfigError(
             f"the probe would learn from the items that it is scored on: both are in {min(shared)}, since tars without "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,7 +14,7 @@ from univitar_ds.data.shards.class_names import read_class_names, shared_names
 from univitar_ds.data.shards.hold_out import HELD_OUT, HoldOut
 from univitar_ds.data.shards.line_watch import LineWatch
 from univitar_ds.data.shards.listing import INIT_HINT, PACK_HINT, Shard, list_shards, place_of, warn_once
-from univitar_ds.data.storage.address import storage_for
+from univitar_ds.data.storage.address import real_place, storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
 from univitar_ds.data.storage.parallel import at_once
 from univitar_ds.errors import DataError
@@ -94,8 +93,7 @@ def check_parts(shards: Sequence[SourceShard]) -> None:
     shares: dict[str, float | None] = {}
     for shard in shards:
         own = None if shard.hold_out is None else shard.hold_out.share
-        place = shard.path if shard.path.startswith(S3) else os.path.realpath(shard.path)
-        other = shares.setdefault(place, own)
+        other = shares.setdefault(real_place(shard.path), own)
         if other != own:
             one, two = ("null" if value is None else value for value in (other, own))
             raise DataError(

@@ -35,6 +35,12 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
     return LocalStorage()
 
 
+def real_place(url: str) -> str:
+    """Returns a name that is the same for all paths of a file: without links and dots. An s3:// address is returned as
+    it is."""
+    return url if url.startswith(S3) else os.path.realpath(url)
+
+
 def is_path_below(name: str) -> bool:
     """Whether the name of an object, below a prefix, is the path of a file below a folder."""
     return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))

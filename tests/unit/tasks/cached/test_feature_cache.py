@@ -184,9 +184,12 @@ def test_a_split_that_does_not_exist_is_reported_before_features_are_computed(
 def test_tars_without_splits_are_not_learned_from_and_scored(run, pets, tmp_path, capsys, packs):
     members = [(f"{name}.{end}", one) for name in "ab" for end, one in (("jpg", datasets.image()), ("cls", name))]
     datasets.write_tar(tmp_path / "t/0.tar", members)
-    assert main(["eval", "knn", str(run), "--data", str(tmp_path / "t"), "--cache", str(tmp_path / "c")]) == 2
-    said = capsys.readouterr().err
-    assert f"scored on: both are in {tmp_path}/t/0.tar, since tars without a manifest have no splits" in said
+    (tmp_path / "link").symlink_to(tmp_path / "t")
+    for train in ((), ("--train-data", str(tmp_path / "link")), ("--train-data", f"{tmp_path}/./t/0.tar")):
+        given = ["--data", str(tmp_path / "t"), "--cache", str(tmp_path / "c"), *train]
+        assert main(["eval", "knn", str(run), *given]) == 2
+        said = capsys.readouterr().err
+        assert f"scored on: both are in {tmp_path}/t/0.tar, since tars without a manifest have no splits" in said
     assert main(["eval", "knn", str(run), "--data", str(tmp_path / "none"), "--cache", str(tmp_path / "c")]) == 2
     assert "init SOURCE" not in capsys.readouterr().err
     assert packs == []
