@@ -123,6 +123,8 @@ def _voc_pairs(data: Path, split: str) -> list[Pair]:
         names = read_utf8(path).removeprefix("\ufeff").split()
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}); fetch it again") from error
+    if not names:
+        raise ConfigError(f"{path} names no image; choose another split, or fetch it again")
     if strange := [name for name in names if name in ("..", ".") or "/" in name]:
         raise ConfigError(f"{path} names {strange[0][:60]!r}, which is no image of {_VOC_IMAGES}; fetch it again")
     pairs = [
@@ -162,14 +164,17 @@ def read_pair(pair: Pair, max_px: int, ignore: Sequence[int]) -> SegmentedImage:
 
 def read_labels(pair: Pair, max_px: int, ignore: Sequence[int]) -> np.ndarray:
     """Returns the labels of an image as in `SegmentedImage`. Args, raises: as `read_pair`."""
-    return _labels(_content(pair.mask), max_px, ignore)
+    try:
+        return _labels(_content(pair.mask), max_px, ignore)
+    except SampleError as error:  # a caller names the image, so the message must name the other file
+        raise SampleError(error.kind, f"its label map {pair.mask}: {error}") from error
 
 
 def _content(path: Path) -> bytes:
     try:
         return read_bytes(path)
     except OSError as error:
-        raise SampleError("unreadable", f"{path} cannot be read: {error.strerror}") from error
+        raise SampleError("unreadable", f"it cannot be read: {error.strerror}") from error
 
 
 def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
@@ -179,14 +184,14 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
         if image.mode not in MASK_MODES:
             raise SampleError(
                 "unreadable",
-                f"its label map is a colour image (mode {image.mode}); store the class number of each pixel, as a grey "
+                f"it is a colour image (mode {image.mode}); store the class number of each pixel, as a grey "
                 "or palette PNG",
             )
         check_memory(image, data, max_px)
         try:
             image.load()
         except Exception as error:  # Pillow's plugins raise many types for damaged data
-            raise SampleError("corrupt", f"its label map cannot be decoded: {reason(error)}") from error
+            raise SampleError("corrupt", f"it cannot be decoded: {reason(error)}") from error
         values = np.array(image if image.mode != "1" else image.convert("L").point(lambda value: value > 0))
     values = values.astype(np.int32)  # uint8 has no -1
     ignored = np.isin(values, ignore)
@@ -194,7 +199,7 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
     if values.min(initial=0) < 0 or values.max(initial=0) >= MOST_LABELS:
         raise SampleError(
             "unreadable",
-            f"its label map has values of {values.min()} to {values.max()}; allowed are class numbers of 0 to "
+            f"it has values of {values.min()} to {values.max()}; allowed are class numbers of 0 to "
             f"{MOST_LABELS - 1}",
         )
     values[ignored] = -1
