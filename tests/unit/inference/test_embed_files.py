@@ -273,6 +273,20 @@ def test_one_process_at_a_time_writes_a_result(run, folder, tmp_path):
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("part-00000.json", "{}"), ("part-00000.json", '{"file": "f", "after": [0, 1], "keys": [3], "left_out": []}'),
+     ("part-00000.json", "[" * 100_000), ("settings.json", "3")],
+)  # fmt: skip
+def test_a_damaged_record_of_an_interrupted_call_is_an_error_with_the_remedy(tmp_path, name, content):
+    begun = Destination(tmp_path / "f.safetensors")
+    with begun.opened({"a": 1}):
+        pass
+    (tmp_path / ".f.safetensors.progress" / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"{name} is damaged; remove .* start again"), begun.opened({"a": 1}):
+        begun.part(0)
+
+
 @pytest.mark.parametrize(("out", "said"), [("f.npy", "must end in"), ("no/f.safetensors", "there is no folder")])
 def test_names_that_cannot_be_written_are_an_error_before_the_work(run, tmp_path, out, said):
     with pytest.raises(ConfigError, match=said):

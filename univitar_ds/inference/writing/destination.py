@@ -41,10 +41,17 @@ class FinishedPart:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads the record that `Destination.finish` has written to `path`."""
-        content = json.loads(read_bytes(path))
-        left_out = [LeftOut(*one) for one in content["left_out"]]
-        return cls(content["file"], Position(*content["after"]), content["keys"], left_out)
+        """Reads the record that `Destination.finish` has written to `path`. Raises: ConfigError for a damaged one."""
+        try:
+            content = json.loads(read_bytes(path))
+            left_out = [LeftOut(*one) for one in content["left_out"]]
+            found = cls(content["file"], Position(*content["after"]), content["keys"], left_out)
+            texts = [found.file, *found.keys, *(text for one in left_out for text in one)]
+            if not all(isinstance(text, str) for text in texts) or not all(isinstance(at, int) for at in found.after):
+                raise TypeError("a value of another type")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{path} is damaged; remove {path.parent} and the parts, and start again") from error
+        return found
 
 
 class Destination:
@@ -95,13 +102,13 @@ class Destination:
         try:
             content = json.loads(read_bytes(self.index))
             found, rows = dict(content["settings"]), sum(part["rows"] for part in content["parts"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{self.index} is not an index of this command; name another --out") from error
         self._compare(found, settings, f"remove {self.index.name} and its parts, or name another --out")
         return rows
 
     def part(self, number: int) -> FinishedPart:
-        """Returns the record of a finished part."""
+        """Returns the record of a finished part. Raises: ConfigError for a damaged one."""
         return FinishedPart.read(self._record(number))
 
     def begin(self, number: int, kind: Kind, width: int) -> Part:
@@ -178,8 +185,8 @@ class Destination:
             replace_text(path, json.dumps(self._settings))
             return
         try:
-            found = json.loads(read_bytes(path))
-        except ValueError as error:
+            found = dict(json.loads(read_bytes(path)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged; remove {self._progress} and the parts, and start again") from error
         self._compare(
             found,

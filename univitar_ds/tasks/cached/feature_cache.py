@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -31,12 +31,12 @@ from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.errors import CheckpointError, StorageError, writing
+from univitar_ds.errors import CheckpointError, ConfigError, StorageError, writing
 from univitar_ds.inference.embed_files import for_places, write_parts
 from univitar_ds.inference.reading import Kind, LeftOut
 from univitar_ds.inference.sources import Place
 from univitar_ds.inference.workers import AnySetup, device_of
-from univitar_ds.inference.writing.destination import Destination
+from univitar_ds.inference.writing.destination import Destination, FinishedPart
 from univitar_ds.inference.writing.parts import SafetensorsPart
 from univitar_ds.owned import is_marked, mark, remove
 from univitar_ds.regular_files import open_regular, read_bytes
@@ -225,23 +225,32 @@ def held(entry: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _can_continue(entry: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether an entry is new, or has undamaged records of an interrupted call with the same settings."""
+    """Whether an entry is new, or has undamaged records and parts of an interrupted call with the same settings."""
     try:
         progress = entry / _PROGRESS
         if progress.is_dir():
-            wanted = json.loads(json.dumps(settings))
-            records = [json.loads(read_bytes(file)) for file in progress.glob("part-*.json")]
+            records = [FinishedPart.read(file) for file in progress.glob("part-*.json")]
+            for part in {one.file for one in records}.intersection(os.listdir(entry)):
+                _check_part(entry / part)
             begun = not (progress / "settings.json").exists()
-            return all(isinstance(one, dict) for one in records) and (
-                begun or json.loads(read_bytes(progress / "settings.json")) == wanted
-            )
+            return begun or json.loads(read_bytes(progress / "settings.json")) == json.loads(json.dumps(settings))
         names = [name for name in os.listdir(entry) if name.startswith("features")]
         if not names:
             return True
-        parts = json.loads(read_bytes(entry / f"{_OUT}.index.json"))["parts"]
-        return all((entry / part["file"]).is_file() for part in parts)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        for part in json.loads(read_bytes(entry / INDEX))["parts"]:
+            _check_part(entry / part["file"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, ConfigError) as error:
+        warn_damaged(entry, error)
         return False
+    return True
+
+
+def _check_part(path: Path) -> None:
+    """Checks that a part has its whole header, and as many bytes as that says.
+
+    Raises: OSError or SafetensorError; a power failure may leave a file shorter than it was written."""
+    with open_regular(path), safe_open(path, "pt"):
+        pass
 
 
 def discard(entry: Path) -> None:
@@ -273,7 +282,7 @@ def is_complete(entry: Path) -> bool:
             raise ValueError(f"{wrong[0]} has other bytes than were written")
         if INDEX not in sums:
             raise ValueError(f"no {INDEX}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warn_damaged(entry, error)
         return False
     return True

@@ -102,11 +102,8 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_call_continues_with_the_first_unfinished_part(run, pets, tmp_path, monkeypatch, packs, caplog):
-    monkeypatch.setattr(feature_cache, "PART_ROWS", 5)
-    cache = tmp_path / "cache"
-    wanted = of_test(run, pets, cache / "whole")
-    del packs[:]
+def kill(run: Path, pets: Path, cache: Path) -> None:
+    """Interrupts a call after its first part of 5 items."""
     finish = embed_files.Destination.finish
 
     def killed(self, number, part, about):
@@ -114,15 +111,38 @@ def test_a_killed_call_continues_with_the_first_unfinished_part(run, pets, tmp_p
             raise Killed
         finish(self, number, part, about)
 
-    monkeypatch.setattr(embed_files.Destination, "finish", killed)
-    with pytest.raises(Killed):
-        of_test(run, pets, cache / "killed")
-    monkeypatch.setattr(embed_files.Destination, "finish", finish)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(embed_files.Destination, "finish", killed)
+        of_test(run, pets, cache)
+
+
+def test_a_killed_call_continues_with_the_first_unfinished_part(run, pets, tmp_path, monkeypatch, packs):
+    monkeypatch.setattr(feature_cache, "PART_ROWS", 5)
+    cache = tmp_path / "cache"
+    wanted = of_test(run, pets, cache / "whole")
+    kill(run, pets, cache / "killed")
     del packs[:]
     found = of_test(run, pets, cache / "killed")
     assert sum(packs) == COUNT - 5
     assert found.keys == wanted.keys
     assert torch.equal(found.values, wanted.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("features-00000.safetensors", b""), (".features.safetensors.progress/part-00000.json", b"{}")],
+)
+def test_what_a_killed_call_left_damaged_is_computed_again(
+    run, pets, tmp_path, monkeypatch, packs, caplog, name, content
+):
+    monkeypatch.setattr(feature_cache, "PART_ROWS", 5)
+    kill(run, pets, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    file.write_bytes(content)
+    del packs[:]
+    assert of_test(run, pets, tmp_path / "cache").keys == [f"0/{index}" for index in range(COUNT)]
+    assert sum(packs) == COUNT
+    assert "are damaged and computed again" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["features-00000.safetensors", "features.safetensors.index.json", "complete.json"])
