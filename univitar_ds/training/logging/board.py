@@ -77,6 +77,8 @@ class Board(KeptLog):
         self._moving = _moving(run / METRICS, step)
         self._resting: dict[str, tuple[int, float]] = {}
         self._step = step
+        self._newest: list[tuple[int, Callable[[Any], object]]] = []
+        """What was written for the last step: a further file begins with that step, and hides it in earlier files."""
         self._board: Any = _opened(self.path, step + 1)
         _quiet()
 
@@ -130,12 +132,17 @@ class Board(KeptLog):
         self._add((step, call), size)
 
     def _put(self, entries: list[tuple[int, Callable[[Any], object]]]) -> None:
+        newest = self._newest
         if self._board is None:  # in a further file, since the earlier one may end within an entry
-            self._board = _opened(self.path, min(step for step, _ in entries))
+            first = min(step for step, _ in entries)
+            entries = [*(one for one in newest if one[0] >= first), *entries]
+            newest = []
+            self._board = _opened(self.path, first)
         try:
             for _, call in entries:
                 call(self._board)
             self._board.flush()
+            self._newest = [one for one in (*newest, *entries) if one[0] == entries[-1][0]]
         except OSError:
             board, self._board = self._board, None
             with suppress(OSError):

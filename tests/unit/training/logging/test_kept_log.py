@@ -159,8 +159,8 @@ def test_nothing_is_written_while_it_is_unknown_whose_the_folder_is(tmp_path):
     assert steps_in(tmp_path) == [1, 2, 3, 4]
 
 
-def test_tensorboard_shows_the_points_of_an_outage_once(tmp_path, monkeypatch):
-    faults = []
+def test_tensorboard_shows_the_points_of_an_outage_and_of_its_step_once(tmp_path, monkeypatch):
+    faults: list[int] = []
 
     def failing(writer, data, real=record_writer.RecordWriter.write):
         if faults:
@@ -170,14 +170,17 @@ def test_tensorboard_shows_the_points_of_an_outage_once(tmp_path, monkeypatch):
     monkeypatch.setattr(record_writer.RecordWriter, "write", failing)
     board = Board(tmp_path, 0)
     for step in range(1, 8):
-        if step == 3:
-            faults.append(errno.EIO)
         if step == 6:
             faults.clear()
+        board.points({"eval/top-1": step}, step)
+        if step == 3:
+            faults.append(errno.EIO)
         board.scalars({"step": step, "loss": 10.0 + step})
     board.close()
-    shown = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("loss/loss")
-    assert [(point.step, point.value) for point in shown] == [(step, 10.0 + step) for step in range(1, 8)]
+    shown = EventAccumulator(str(tmp_path / "tb")).Reload()
+    for name, first in (("loss/loss", 10.0), ("eval/top-1", 0.0)):
+        found = [(point.step, point.value) for point in shown.Scalars(name)]
+        assert found == [(step, first + step) for step in range(1, 8)], name
 
 
 def test_all_logs_of_a_run_outlast_an_outage(tmp_path, disk):
