@@ -326,6 +326,12 @@ class RunConfig(Section):
                     f"the sources at {shortened(source.path)} have hold_out {one} and {other}, so samples that are "
                     "trained on could be evaluated; give all of them the same hold_out"
                 )
+        for source in self.evaluation.sources:
+            if source.hold_out is not None and source.split == "train":
+                raise ValueError(
+                    f"the source to evaluate at {shortened(source.path)} has hold_out and split train, the part to "
+                    "train on; give it split: test"
+                )
         return self
 
     @model_validator(mode="after")

@@ -199,8 +199,7 @@ def _labels(data: bytes, max_px: int, ignore: Sequence[int]) -> np.ndarray:
     if values.min(initial=0) < 0 or values.max(initial=0) >= MOST_LABELS:
         raise SampleError(
             "unreadable",
-            f"it has values of {values.min()} to {values.max()}; allowed are class numbers of 0 to "
-            f"{MOST_LABELS - 1}",
+            f"it has values of {values.min()} to {values.max()}; allowed are class numbers of 0 to {MOST_LABELS - 1}",
         )
     values[ignored] = -1
     return values.astype(np.int16)

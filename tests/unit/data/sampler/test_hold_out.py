@@ -203,6 +203,7 @@ def test_parts_of_a_shard_that_overlap_are_found_however_the_paths_are_written(t
     [
         ({"hold_out": 0.1}, {"split": "test"}, "have hold_out 0.1 and null"),
         ({"hold_out": 0.1}, {"split": "test", "hold_out": 0.2, "path": "a/"}, "have hold_out 0.1 and 0.2"),
+        ({"hold_out": 0.1}, {"hold_out": 0.1}, "has hold_out and split train, .*give it split: test"),
         ({"hold_out": 1.0}, {}, "must be below 1"),
         ({"hold_out": 0.1, "split": None}, {}, "hold_out with split null would read both parts"),
     ],

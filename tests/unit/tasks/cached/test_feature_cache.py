@@ -111,9 +111,10 @@ def kill(run: Path, pets: Path, cache: Path) -> None:
             raise Killed
         finish(self, number, part, about)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embed_files.Destination, "finish", killed)
-        of_test(run, pets, cache)
+        with pytest.raises(Killed):
+            of_test(run, pets, cache)
 
 
 def test_a_killed_call_continues_with_the_first_unfinished_part(run, pets, tmp_path, monkeypatch, packs):

@@ -131,7 +131,11 @@ def test_lists_of_pascal_voc_name_images_and_palette_label_maps(run, tmp_path, c
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("../../0", "which is no image of"), ("9", "names 1 images that are missing"), ("\r\n", "names no image; choose another split")],
+    [
+        ("../../0", "which is no image of"),
+        ("9", "names 1 images that are missing"),
+        ("\r\n", "names no image; choose another split"),
+    ],
 )
 def test_a_list_of_pascal_voc_that_cannot_be_used_is_an_error(tmp_path, text, said):
     data = voc(tmp_path, {"train": text})
