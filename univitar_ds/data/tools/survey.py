@@ -147,7 +147,8 @@ def _of_rows(path: str, title: str, options: ReadOptions, wanted: str | None = N
     split = wanted if wanted in splits else training_split(splits)
     rows = [row for row in listing.rows if row.split == split]
     with tempfile.TemporaryDirectory() as scratch:
-        media = _sizes(path, _jobs(rows, listing.root, Path(scratch)))
+        media, faults = _sizes(path, _jobs(rows, listing.root, Path(scratch)))
+    _check_media(path, len(rows), len(media), faults)
     unnamed: Modality = "video" if media and all(size.kind == "video" for size in media) else "image"
     counts: dict[str | None, Counter[Modality]] = {}
     for row in listing.rows:
@@ -238,8 +239,20 @@ def _some(items: Sequence[Any], most: int) -> list[Any]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def _sizes(path: str, jobs: Sequence[Job]) -> tuple[MediaSize, ...]:
-    """Returns the sizes of the media files that can be read within the limits."""
+def _check_media(path: str, files: int, read: int, faults: Sequence[str]) -> None:
+    """Warns of media files that cannot be read. Args: files: number of files; read: of those that can be read.
+
+    Raises: DataError if none of them can be read."""
+    if not faults:
+        return
+    about = f"{path}: {len(faults)} of {read + len(faults)} media files that were looked at cannot be read"
+    if len(faults) == files:
+        raise DataError(f"{about}, the first: {faults[0]}; put readable files in their place")
+    _log.warning("%s, and such files are left out; the first: %s", about, faults[0])
+
+
+def _sizes(path: str, jobs: Sequence[Job]) -> tuple[tuple[MediaSize, ...], list[str]]:
+    """Returns the sizes of the media files that can be read within the limits, and the faults of others."""
     left, small = MEDIA_BYTES, []
     for job in jobs:
         with suppress(OSError):
@@ -247,22 +260,24 @@ def _sizes(path: str, jobs: Sequence[Job]) -> tuple[MediaSize, ...]:
             if length <= left:
                 left, small = left - length, [*small, job]
     found: list[MediaSize] = []
+    faults: list[str] = []
     end = time.monotonic() + MEDIA_S
     bar = progress_bar(desc=f"looking at {path}", unit="file", total=len(small))
     with bar, closing(_examined(small)) as results:
-        for info in results:
+        for index, info in results:
             bar.update()
             if info.fault is None:
                 found.append(MediaSize(info.kind, info.height, info.width, info.frames, info.duration_s))
+            else:
+                faults.append(f"{small[index].path.name}: {info.fault}")
             if time.monotonic() > end:
                 break
-    return tuple(found)
+    return tuple(found), faults
 
 
 def _examined(jobs: Sequence[Job]) -> Iterator[Any]:
     if jobs:
-        for _, info in examine_all(jobs, 1):
-            yield info
+        yield from examine_all(jobs, 1)
 
 
 @dataclass
@@ -290,7 +305,7 @@ def _of_shards(path: str, source: SourceConfig, shards: Sequence[SourceShard], s
         shards = find_shards([source], settings)
     with tempfile.TemporaryDirectory() as scratch:
         scan, jobs = _scanned(path, shards, Path(scratch), packed)
-        media = (*scan.media, *_sizes(path, jobs))
+        media = (*scan.media, *_sizes(path, jobs)[0])
     if not packed:
         share = max(1.0, sum(shard.size for shard in shards) / max(scan.covered, 1))
         share = 1.0 if scan.whole else share

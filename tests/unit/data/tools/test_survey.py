@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.support.datasets import image, write_tar
+from tests.support.datasets import image, write, write_tar
 from tests.support.s3 import s3_server
 from tests.unit.drafting import made
 from univitar_ds.data.storage.base import StorageSettings
@@ -62,6 +62,16 @@ def test_damaged_files_are_left_out_of_the_sizes(tmp_path):
     found = survey(str(folder))
     assert found.counts == {"train": {"image": 8}}
     assert len(found.media) == 7
+
+
+def test_files_of_which_none_can_be_read_are_an_error_and_a_part_of_them_a_warning(tmp_path, caplog):
+    files = {"cats/0.jpg": b"", "dogs/0.jpg": b"nothing"}
+    write(tmp_path, files)
+    with pytest.raises(DataError, match=r"2 of 2 media files .* cannot be read, the first: 0\.jpg: unreadable"):
+        survey(str(tmp_path))
+    write(tmp_path, {"cats/1.jpg": image()})
+    assert len(survey(str(tmp_path)).media) == 1
+    assert "2 of 3 media files that were looked at cannot be read, and such files are left out" in caplog.text
 
 
 def test_a_listing_that_takes_too_long_is_an_error_with_a_remedy(tmp_path, monkeypatch):
