@@ -65,8 +65,7 @@ def test_damaged_files_are_left_out_of_the_sizes(tmp_path):
 
 
 def test_files_of_which_none_can_be_read_are_an_error_and_a_part_of_them_a_warning(tmp_path, caplog):
-    files = {"cats/0.jpg": b"", "dogs/0.jpg": b"nothing"}
-    write(tmp_path, files)
+    write(tmp_path, {"cats/0.jpg": b"", "dogs/0.jpg": b"nothing"})
     with pytest.raises(DataError, match=r"2 of 2 media files .* cannot be read, the first: 0\.jpg: unreadable"):
         survey(str(tmp_path))
     write(tmp_path, {"cats/1.jpg": image()})
