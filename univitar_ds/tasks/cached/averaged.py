@@ -60,7 +60,8 @@ class ItemViews:
         parts = self.parts if modality == "video" else 1
         if parts == self.crops == 1:
             return []
-        return [f"Embeddings of {modality}s are the mean over {parts} parts x {self.crops} crops."]
+        counts = [f"{count} {what}" for count, what in ((parts, "parts"), (self.crops, "crops")) if count > 1]
+        return [f"Embeddings of {modality}s are the mean over {' x '.join(counts)}."]
 
 
 def mean_of(views: Sequence[Vectors]) -> Vectors:

@@ -86,7 +86,7 @@ def test_the_command_names_the_views_and_one_view_is_the_whole_item(run, items, 
     given = ["eval", "zero-shot", str(run), "--data", str(items), "--cache", str(tmp_path), "--json"]
     assert main([*given, "--crops", "2"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
-    assert "Embeddings of images are the mean over 1 parts x 2 crops." in notes
+    assert "Embeddings of images are the mean over 2 crops." in notes
     assert ItemViews().of("any settings", "video") == ["any settings"]
     with pytest.raises(ConfigError, match="--clips 20 and --crops 6 are 120 passes over the data; give at most 100"):
         ItemViews(20, 6)
