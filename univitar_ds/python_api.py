@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -83,6 +82,7 @@ def _run(words: Sequence[str], nproc: int, report: Callable[[str], None]) -> Non
         start_new_session=True,  # Ctrl-C on a terminal reaches it once, through this process
     )
     assert process.stdout is not None
+    # It is stopped by SIGTERM, since a process ignores SIGINT if a shell started this one in the background.
     last = ""
     failed: BaseException | None = None
     while True:
@@ -93,10 +93,10 @@ def _run(words: Sequence[str], nproc: int, report: Callable[[str], None]) -> Non
                     report(last)
             break
         except KeyboardInterrupt:  # the run saves and ends; what it prints meanwhile is still reported
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         except BaseException as error:  # raised by `report`: the run saves and ends, so that no process is left running
             failed = error
-            process.send_signal(signal.SIGINT)
+            process.terminate()
     code = process.wait()
     if failed is not None:
         raise failed

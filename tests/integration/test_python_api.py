@@ -1,5 +1,7 @@
 """Training from Python: errors before anything starts, an interrupt that saves, and `resume`."""
 
+import signal
+
 import pytest
 
 from tests.support.runs import metrics, small_config
@@ -30,11 +32,20 @@ def test_a_run_that_cannot_start_has_a_message_and_an_exit_code(tmp_path):
     assert any("absent" in line for line in lines)
 
 
+@pytest.fixture
+def in_background():
+    """This process ignores SIGINT, as those that a shell starts in the background, and so do those that it starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_background")
 def test_an_interrupt_saves_a_checkpoint_and_so_does_an_error_of_the_report_function(tmp_path):
     write_demo_shards(tmp_path / "shards")
     config = small_config(tmp_path / "shards", tmp_path / "runs")
-    long = [stage.model_copy(update={"samples": 1_000_000}) for stage in config.stages]  # it never ends by itself
+    long = [stage.model_copy(update={"samples": 20_000}) for stage in config.stages]  # minutes, if nothing ends it
     run = tmp_path / "runs" / "small"
     sent = []
 
