@@ -90,7 +90,7 @@ def _table(arguments: argparse.Namespace) -> TableConfig | None:
 def _init(arguments: argparse.Namespace) -> None:
     from univitar_ds.data.storage.base import StorageSettings
     from univitar_ds.data.tools.survey import survey
-    from univitar_ds.drafting.draft import draft, is_measured, processes
+    from univitar_ds.drafting.draft import draft, has_one_pair, is_measured, processes
     from univitar_ds.drafting.machine import measured_core_flops, this_machine
 
     twice = next((source for source in arguments.sources if arguments.sources.count(source) > 1), None)
@@ -108,4 +108,6 @@ def _init(arguments: argparse.Namespace) -> None:
     show(text.removesuffix("\n"))
     if not is_measured(text):
         _log.warning("no split of held-out data was found, so the run will not be measured; the file says what to do")
+    if has_one_pair(text):
+        _log.warning("a step would have one pair, and the contrastive loss of one pair is 0: add samples")
     _log.info("saved as run.yaml, the run starts with: univitar-ds train --config run.yaml --nproc %d", processes(text))

@@ -32,6 +32,10 @@ TEMPLATE = "a photo of a {}"
 _SOFTMAX_BELOW = 1024
 """Pairs per step below which softmax converges faster than the sigmoid loss."""
 _NOT_MEASURED = "evaluation: {sources: []}"
+_ONE_PAIR = "# TOO FEW SAMPLES: a step has one pair, and the contrastive loss of one pair is 0. Add samples."
+_PARTS_OF_EPOCH = 4
+"""The shuffle buffer is at most a lane's epoch divided by this. With half of an epoch of 132 photos, one or two packs
+of 400 were less than 90 % full, with a quarter none."""
 _WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*")
 
@@ -72,6 +76,11 @@ def is_measured(text: str) -> bool:
     return _NOT_MEASURED not in text.splitlines()
 
 
+def has_one_pair(text: str) -> bool:
+    """Returns whether a step of a drafted run has one pair, from which nothing is learned."""
+    return _ONE_PAIR in text.splitlines()
+
+
 def processes(text: str) -> int:
     """Returns the number of processes for which a run file was drafted."""
     found = re.search(r"--nproc (\d+)", text)
@@ -110,6 +119,8 @@ def _head(basis: Basis, length: Length) -> Iterator[str]:
     yield "# `univitar-ds config KEY` describes a key. Numbers are choices of this draft, unless marked as published."
     for survey in facts.training:
         yield f"# {json.dumps(survey.path)}: {_contents(survey)}"
+    if basis.budget.pairs < 2 and not basis.classifies:
+        yield _ONE_PAIR
     gpus = f"{machine.gpus} GPUs of {amount(machine.gpu_memory)}" if basis.on_gpu else "no GPU"
     assumed = " (assumed: this machine has fewer)" if machine.assumed else ""
     yield f"# Machine: {machine.cores} cores, {amount(machine.memory)} of memory, {gpus}{assumed}."
@@ -197,9 +208,10 @@ def _data(basis: Basis, s3: Mapping[str, str]) -> Iterator[str]:
     yield f"  workers: {workers}  # decoding processes of each process, for which {available}"
     fewest: Modality = min(basis.modalities, key=basis.facts.count)
     per_lane = basis.facts.count(fewest) // budget.lanes
-    if per_lane < 2 * DataConfig.model_fields["pool_samples"].default:
+    if per_lane < _PARTS_OF_EPOCH * DataConfig.model_fields["pool_samples"].default:
         # A buffer of more than an epoch waits for its last samples, and packs before an epoch's end are not full.
-        yield f"  pool_samples: {max(1, per_lane // 2)}  # half of a lane's epoch of {fewest}s, so that packs are full"
+        samples = max(1, per_lane // _PARTS_OF_EPOCH)
+        yield f"  pool_samples: {samples}  # a quarter of a lane's epoch of {fewest}s, so that packs are full"
     if s3:
         yield f"  s3: {{{', '.join(f'{key}: {_quoted(value)}' for key, value in s3.items())}}}"
 
