@@ -62,12 +62,13 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A measure of the evaluation, with a cell for each run. `chance`: in percent, as text; `n`: number of queries."""
+    """A measure of the evaluation, with a cell for each run. `chance` (in percent) and `n` (number of queries) are
+    texts: one value, or if the runs differ, the value of each run that has the measure, in their order."""
 
     task: str
     measure: str
     chance: str
-    n: int
+    n: str
     cells: list[Cell]
 
 
@@ -266,7 +267,13 @@ def _row(found: Mapping[int, Mapping[str, Any]], count: int) -> Row:
     cells = [
         _cell(found[index], found[index]["value"] == best) if index in found else Cell("") for index in range(count)
     ]
-    return Row(name_of(first), first["measure"], percent(first["chance"]), first["n"], cells)
+    figures = [found[index] for index in sorted(found)]
+    chance = _of_runs([percent(figure["chance"]) for figure in figures])
+    return Row(name_of(first), first["measure"], chance, _of_runs([str(figure["n"]) for figure in figures]), cells)
+
+
+def _of_runs(texts: Sequence[str]) -> str:
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def _cell(figure: Mapping[str, Any], best: bool) -> Cell:

@@ -121,7 +121,9 @@ def test_runs_that_were_evaluated_on_different_data_are_not_compared(run_folder,
     result["figures"][0]["n"] = 51
     (second / "evaluation.json").write_text(json.dumps(result))
     page_of(tmp_path, first, second)
-    assert 'class="number best"' not in (tmp_path / "page.html").read_text()
+    content = (tmp_path / "page.html").read_text()
+    assert 'class="number best"' not in content
+    assert '<td class="number">50 / 51</td>' in content
 
 
 def test_a_run_before_its_first_line_has_a_page(run_folder, tmp_path, capsys):
