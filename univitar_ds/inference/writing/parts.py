@@ -23,7 +23,7 @@ from univitar_ds.geometry import cumulative, token_count
 from univitar_ds.inference.reading import Kind, Rows
 
 SUFFIXES = (".safetensors", ".parquet")
-_HEADER = 1024
+HEADER = 1024
 """Bytes reserved for the header of a safetensors file, which is written last."""
 _GROUP_BYTES = 64 << 20
 """Bytes of features in a row group of a Parquet file; the rows of a unit are not divided."""
@@ -56,23 +56,51 @@ def check_suffix(path: Path) -> None:
         _pyarrow()
 
 
-class SafetensorsPart:
+class SafetensorsFile:
+    """A safetensors file that is written as its values are computed, and its header last, into HEADER bytes."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: StorageError, as the methods do, if the storage fails."""
+        self._path, self._partial = path, _partial(path)
+        with writing(path):
+            self._file: BinaryIO = self._partial.open("wb")
+            self._file.write(bytes(HEADER))
+
+    def append(self, values: np.ndarray) -> None:
+        """Writes the bytes of a C-contiguous array."""
+        with writing(self._path):
+            self._file.write(values.data)
+
+    def complete(self, header: dict[str, Any], rest: bytes) -> None:
+        """Writes the last bytes and the header, and gives the file its name."""
+        text = json.dumps(header).encode().ljust(HEADER - 8)
+        assert len(text) == HEADER - 8, header
+        with writing(self._path):
+            self._file.write(rest)
+            self._file.seek(0)
+            self._file.write(struct.pack("<Q", len(text)) + text)
+            self._file.close()
+            move_into_place(self._partial, self._path, durable=True)
+
+    def drop(self) -> None:
+        """Removes what is written so far."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class SafetensorsPart(SafetensorsFile):
     """A part as safetensors. Vectors are written immediately, so that memory does not grow with the part.
 
     Args: grids: whether `grid_thw` is stored for vectors too."""
 
     def __init__(self, path: Path, kind: Kind, width: int, *, grids: bool = False) -> None:
-        self._path, self._kind, self._width, self._with_grids = path, kind, width, grids
-        self._partial = _partial(path)
+        super().__init__(path)
+        self._kind, self._width, self._with_grids = kind, width, grids
         self._vectors = 0
         self._grids: list[tuple[int, int, int]] = []
-        with writing(path):
-            self._file: BinaryIO = self._partial.open("wb")
-            self._file.write(bytes(_HEADER))
 
     def add(self, rows: Rows) -> None:
-        with writing(self._path):
-            self._file.write(np.ascontiguousarray(rows.values, "<f4").data)
+        self.append(np.ascontiguousarray(rows.values, "<f4"))
         self._vectors += len(rows.values)
         self._grids += rows.grids
 
@@ -89,18 +117,7 @@ class SafetensorsPart:
         if self._kind == "tokens" or self._with_grids:
             begin, rest = size + len(rest), rest + grids.tobytes()
             header["grid_thw"] = _about("I64", [len(grids), 3], begin, size + len(rest))
-        text = json.dumps(header).encode().ljust(_HEADER - 8)
-        assert len(text) == _HEADER - 8, header
-        with writing(self._path):
-            self._file.write(rest)
-            self._file.seek(0)
-            self._file.write(struct.pack("<Q", len(text)) + text)
-            self._file.close()
-            move_into_place(self._partial, self._path, durable=True)
-
-    def drop(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self.complete(header, rest)
 
 
 class ParquetPart:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from univitar_ds.atomic_write import move_into_place
-from univitar_ds.errors import StorageError, writing
+from univitar_ds.errors import StorageError
 from univitar_ds.geometry import cumulative
 from univitar_ds.inference.reading import Kind, LeftOut, Rows
 from univitar_ds.inference.sources import count_items
 from univitar_ds.inference.writing.destination import Destination, FinishedPart
+from univitar_ds.inference.writing.parts import HEADER, SafetensorsFile
 from univitar_ds.regular_files import read_bytes
 from univitar_ds.tasks.cached.feature_cache import (
     INDEX,
@@ -47,8 +47,6 @@ MOST_GB = 200
 """Default maximum size of the tokens of a split, in GB."""
 _SPARE_BYTES = 1 << 30
 """Space that is left free on the disk."""
-_HEADER = 1024
-"""Bytes of the header of a part, which is written last."""
 _LARGEST = 65504.0
 """The largest float16."""
 _DAMAGED = (FileNotFoundError, ValueError, KeyError, TypeError, struct.error)
@@ -120,21 +118,17 @@ class _Room:
         )
 
 
-class _TokenPart:
+class _TokenPart(SafetensorsFile):
     """A part that is being written, see `inference.writing.parts.Part`. Tokens are written immediately.
 
     Args: scale: mean and deviation of the first items, (2, D) float32; None: they are those of the first unit."""
 
     def __init__(self, path: Path, scale: np.ndarray | None, room: _Room, model: str) -> None:
-        self._path, self._room, self._model = path, room, model
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._scale = scale
+        super().__init__(path)
+        self._room, self._model, self._scale = room, model, scale
         self._lengths: list[int] = []
         self._classes: set[int] = set()
         self._width = 0
-        with writing(path):
-            self._file = self._partial.open("wb")
-            self._file.write(bytes(_HEADER))
 
     def add(self, rows: Rows) -> None:
         values = rows.values
@@ -150,8 +144,7 @@ class _TokenPart:
                 stored = np.concatenate([stored, rows.columns], axis=1)
             self._width = stored.shape[1]
         self._room.check(stored.nbytes)
-        with writing(self._path):
-            self._file.write(np.ascontiguousarray(stored, "<i2").data)
+        self.append(np.ascontiguousarray(stored, "<i2"))
         self._room.written += stored.nbytes
         self._room.items += len(set(rows.keys)) + len(rows.left_out)
         self._lengths += [t * h * w for t, h, w in rows.grids]
@@ -171,17 +164,7 @@ class _TokenPart:
             span = [end, end + values.nbytes]
             header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": span}
             end = span[1]
-        text = json.dumps(header).encode().ljust(_HEADER - 8)
-        with writing(self._path):
-            self._file.write(b"".join(values.tobytes() for _, values in tensors.values()))
-            self._file.seek(0)
-            self._file.write(struct.pack("<Q", len(text)) + text)
-            self._file.close()
-            move_into_place(self._partial, self._path, durable=True)
-
-    def drop(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self.complete(header, b"".join(values.tobytes() for _, values in tensors.values()))
 
 
 class _TokenDestination(Destination):
@@ -225,16 +208,16 @@ class _Part:
         """Opens a part. Raises: OSError, ValueError or KeyError for a damaged file."""
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length != _HEADER - 8:
+            if length != HEADER - 8:
                 raise ValueError(f"{path.name} has a header of {length} bytes")
             header = json.loads(file.read(length))
             small = {}
             for name, dtype in (("offsets", "<i8"), ("scale", "<f4"), ("classes", "<i8")):
                 begin, end = header[name]["data_offsets"]
-                file.seek(_HEADER + begin)
+                file.seek(HEADER + begin)
                 small[name] = np.frombuffer(file.read(end - begin), dtype).reshape(header[name]["shape"])
         shape = tuple(header["rows"]["shape"])
-        mapped = np.memmap(path, "<i2", "r", _HEADER, shape) if shape[0] else np.empty(shape, np.int16)
+        mapped = np.memmap(path, "<i2", "r", HEADER, shape) if shape[0] else np.empty(shape, np.int16)
         scale = small["scale"] if small["scale"].size else None
         return cls(mapped, small["offsets"], scale, small["classes"].tolist())
 
