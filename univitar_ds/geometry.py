@@ -103,3 +103,8 @@ def item_bytes(grid_thw: Sequence[int], frames: int) -> int:
     """Returns the number of bytes of one item's pixels: `frames` frames of h*14 x w*14 RGB, uint8."""
     _, h, w = grid_thw
     return frames * h * w * PATCH * PATCH * 3
+
+
+def pixel_bytes(tokens: float, *, video: bool) -> float:
+    """Returns the bytes of a pack's pixels (uint8). A token is a patch of an image, or of two frames of a video."""
+    return tokens * PATCH * PATCH * 3 * (TUBELET if video else 1)

@@ -13,8 +13,8 @@ With ZeRO-3, gathered weights are added while modules run. In addition:
 | update | float32 copies of the optimizer; on a CPU two temporaries of AdamW; five copies of a rank's Muon matrices |
 | evaluation | between steps, with its own pixels: whole weights of each kind, the buffer that gathers them, a block |
 
-The prediction is the largest of these sums. `tests/simulated_gpu/test_memory.py` compares it with the real step on a
-simulated GPU, `benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
+The prediction is the largest of these sums. `tests/simulated_gpu` compares it with the real step on a simulated GPU,
+`benchmarks/bench_plan_memory.py` with the memory of processes on a CPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from univitar_ds.config.encoder import EncoderConfig
-from univitar_ds.geometry import PATCH
-from univitar_ds.model.blocks.activations import FUSED, SELECTIVE, SPLIT, Kept, Kind, bytes_of_block, bytes_per_token
+from univitar_ds.model.blocks import activations
+from univitar_ds.model.blocks.activations import FUSED, SELECTIVE, SPLIT, Kept, Kind
 
 FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
@@ -100,7 +100,8 @@ class StepLoad:
     `tokens`: of a pack, after `patch_dropout`; `pixels`: bytes of the pixels of a pack; `items`: of a pack; `packs`: of
     the rank; `kind`: recomputation, as `checkpoint_every`; `texts`: of all ranks; `chunk`: texts that the loss compares
     at a time; `kept`: packs whose autograd graphs are in memory together; `trains_encoder`: whether blocks of the
-    encoder get gradients; `tensor`: ranks that share the weights of a block; `evaluation`: None if it is not counted.
+    encoder get gradients; `tensor`, `sequence`: ranks that share a block's weights, and a pack; `evaluation`:
+    None if it is not counted.
     """
 
     encoder: EncoderConfig
@@ -117,6 +118,7 @@ class StepLoad:
     kept: int = 1
     trains_encoder: bool = True
     tensor: int = 1
+    sequence: int = 1
     evaluation: EvaluationLoad | None = None
 
 
@@ -231,7 +233,7 @@ def kept_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kerne
     Args: kind: recomputation, as `checkpoint_every`; width: bytes of a value; tensor: ranks that share the weights of a
         block.
     """
-    return bytes_per_token(encoder, kind, width=width, tensor=tensor, block=_block(kernels, width, tensor))
+    return activations.bytes_per_token(encoder, kind, width=width, tensor=tensor, block=_block(kernels, width, tensor))
 
 
 def backward_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: Kernels, tensor: int = 1) -> float:
@@ -245,7 +247,7 @@ def backward_bytes(encoder: EncoderConfig, kind: Kind, *, width: int, kernels: K
     across, inner = encoder.hidden_size, encoder.inner_width
     of_inner = _SPLIT_GRADIENTS[width] if tensor > 1 else 4 if kernels == "plain" else 2
     gradients = width * (2 * across + of_inner * inner / tensor)
-    block = bytes_of_block(encoder, width=width, tensor=tensor, block=_block(kernels, width, tensor))
+    block = activations.bytes_of_block(encoder, width=width, tensor=tensor, block=_block(kernels, width, tensor))
     if kind == "selective" and tensor > 1:
         return gradients + block - SELECTIVE.bytes(encoder, width=width, tensor=tensor)
     if kind == "selective":
@@ -262,6 +264,8 @@ def encoder_kept(load: StepLoad, states: States) -> float:
     if not load.trains_encoder:
         return 0.0
     kept = kept_bytes(load.encoder, load.kind, width=states.width, kernels=states.kernels, tensor=load.tensor)
+    if load.sequence > 1:
+        kept += activations.exchanged_bytes(load.encoder, load.kind, width=states.width)
     return load.tokens * (kept + _pooling(load, states))
 
 
@@ -408,8 +412,3 @@ def _sum(parts: list[Mapping[str, float]]) -> dict[str, float]:
         for name, size in one.items():
             total[name] = total.get(name, 0.0) + size
     return {name: size for name, size in total.items() if size}
-
-
-def pixel_bytes(tokens: float, *, video: bool) -> float:
-    """Returns the bytes of a pack's pixels (uint8). A token is a patch of an image, or of two frames of a video."""
-    return tokens * PATCH * PATCH * 3 * (2 if video else 1)

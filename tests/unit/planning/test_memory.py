@@ -13,6 +13,7 @@ from benchmarks.bench_recompute import GRIDS, TOKENS, Counter
 from tests.support.paths import ROOT
 from tests.support.simulated_gpu.recipe import Setting, foreseen
 from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.geometry import pixel_bytes
 from univitar_ds.model.blocks.activations import LADDER
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.encoder import UniViTAR
@@ -27,7 +28,6 @@ from univitar_ds.planning.memory import (
     kept_bytes,
     moments,
     peak,
-    pixel_bytes,
 )
 from univitar_ds.training.checkpoint import whole_weights
 

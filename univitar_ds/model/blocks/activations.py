@@ -81,13 +81,29 @@ def bytes_of_block(config: EncoderConfig, *, width: int, tensor: int = 1, block:
     return (block or fused).bytes(config, width=width, tensor=tensor)
 
 
-def bytes_of_pack(config: EncoderConfig, kind: Kind, tokens: float, *, width: int, tensor: int = 1) -> float:
-    """Returns the peak bytes of a pack: the kept ones and, if blocks are recomputed, those of one whole block."""
+def exchanged_bytes(config: EncoderConfig, kind: Kind, *, width: int) -> float:
+    """Returns the bytes that all blocks keep for one token in addition if ranks share a pack: copies of the values and
+    of the attention's result, in the order of heads."""
+    layers = config.num_hidden_layers
+    recomputed = -(-layers // kind) if isinstance(kind, int) and kind else 0
+    return (layers - recomputed) * width * 2 * config.hidden_size
+
+
+def bytes_of_pack(
+    config: EncoderConfig, kind: Kind, tokens: float, *, width: int, tensor: int = 1, sequence: int = 1
+) -> float:
+    """Returns the peak bytes of a pack: the kept ones and, if blocks are recomputed, those of one whole block.
+
+    Args: sequence: ranks that share the pack, of which each has `tokens` tokens.
+    """
     block = bytes_of_block(config, width=width, tensor=tensor) if kind else 0
-    return tokens * (bytes_per_token(config, kind, width=width, tensor=tensor) + block)
+    exchanged = exchanged_bytes(config, kind, width=width) if sequence > 1 else 0
+    return tokens * (bytes_per_token(config, kind, width=width, tensor=tensor) + block + exchanged)
 
 
-def least_recomputation(config: EncoderConfig, tokens: float, free: float, *, width: int, tensor: int = 1) -> Kind:
+def least_recomputation(
+    config: EncoderConfig, tokens: float, free: float, *, width: int, tensor: int = 1, sequence: int = 1
+) -> Kind:
     """Returns the first kind of `LADDER` with which a pack fits into `free` bytes; the last one if none does."""
-    fitting = (kind for kind in LADDER if bytes_of_pack(config, kind, tokens, width=width, tensor=tensor) <= free)
-    return next(fitting, LADDER[-1])
+    size = {"width": width, "tensor": tensor, "sequence": sequence}
+    return next((kind for kind in LADDER if bytes_of_pack(config, kind, tokens, **size) <= free), LADDER[-1])

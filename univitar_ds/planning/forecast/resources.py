@@ -8,11 +8,11 @@ from itertools import accumulate
 
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.collate import AHEAD
+from univitar_ds.geometry import pixel_bytes
 from univitar_ds.planning.counts.batch import kept_after
 from univitar_ds.planning.forecast.cluster import Cluster, value
 from univitar_ds.planning.forecast.stage import StagePlan
 from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, group_size
-from univitar_ds.planning.memory import pixel_bytes
 from univitar_ds.planning.sizes import checkpoint_bytes, memory_of_rank
 
 FP32 = 4

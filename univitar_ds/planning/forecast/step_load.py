@@ -9,7 +9,7 @@ from typing import Any
 from univitar_ds.config.deepspeed import lanes_per_rank, sharing_ranks
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.geometry import Modality
+from univitar_ds.geometry import Modality, pixel_bytes
 from univitar_ds.model.blocks.activations import LADDER, Kind
 from univitar_ds.model.config import compiles
 from univitar_ds.planning.counts.batch import pack_sizes
@@ -22,7 +22,6 @@ from univitar_ds.planning.memory import (
     TeacherMemory,
     TextShape,
     peak,
-    pixel_bytes,
 )
 from univitar_ds.planning.sizes import Counts, compute_width, encoder_of, gradient_width, memory_of_rank
 from univitar_ds.training.engine.optim import trained_parts
@@ -31,13 +30,15 @@ from univitar_ds.training.engine.optim import trained_parts
 @dataclass(frozen=True)
 class PlannedModel:
     """A run and its model. `description`: as `ContrastiveModel.description`; `counts`: parameters by part; `teacher`:
-    None without one; `evaluated`: number of samples of an evaluation by modality, empty if unknown."""
+    None without one; `evaluated`: number of samples of an evaluation by modality, empty if unknown; `classes`: None
+    without a classifier."""
 
     config: RunConfig
     description: Mapping[str, Any]
     counts: Counts
     teacher: TeacherMemory | None = None
     evaluated: Mapping[Modality, int] = field(default_factory=dict)
+    classes: int | None = None
 
     @property
     def evaluated_kinds(self) -> int:
@@ -147,6 +148,7 @@ def load_of(model: PlannedModel, stage: StageConfig, ranks: int, kind: Kind, kep
         kept=min(kept, packs),
         trains_encoder="blocks" in parts or "patch_embedding" in parts,
         tensor=config.model.tensor_parallel,
+        sequence=parts_of_pack,
     )
 
 

@@ -47,9 +47,10 @@ def recomputation_of(cfg: RunConfig, stage: StageConfig, engine: Engine, memory:
     free = float(gather_numbers([free], engine.world).min())
     config, ranks, tensor = engine.module.vision.config, cfg.model.sequence_parallel, cfg.model.tensor_parallel
     tokens = stage.token_budget * (1 - stage.patch_dropout) / ranks
-    kind = least_recomputation(config, tokens, free, width=width, tensor=tensor)
+    shared = {"width": width, "tensor": tensor, "sequence": ranks}
+    kind = least_recomputation(config, tokens, free, **shared)
     if engine.world.is_main:
-        sizes = {one: bytes_of_pack(config, one, tokens, width=width, tensor=tensor) for one in LADDER}
+        sizes = {one: bytes_of_pack(config, one, tokens, **shared) for one in LADDER}
         needs = [f"{size / 1e9:.1f} GB ({NAMES[one]})" for one, size in sizes.items()]
         fits = sizes[kind] <= free
         logger.log(
