@@ -28,6 +28,7 @@ LAYERS = [
     {"data.tools", "viz", "training.step"},
     {"training.logging"},
     {"training"},
+    {"simulation"},
     {"planning", "drafting"},
     {"evaluation", "convert", "run", "inference", "peers", "python_api"},
     {"doctor", "launch", "tasks", "reporting"},
@@ -38,10 +39,14 @@ LAYERS = [
 LAYER_OF = {f"univitar_ds.{name}": layer for layer, names in enumerate(LAYERS) for name in names}
 NEIGHBOURS = {"model", "objectives", "data"}
 """Packages that do not import each other."""
-PACKAGES_WITHOUT_INIT = {"univitar_ds.kernels": {"dispatch", "reference"}}
+PACKAGES_WITHOUT_INIT = {"univitar_ds.kernels": {"dispatch", "gpu", "reference"}}
 """Their doors: a folder of the top level must give way to an installed package of its name."""
 LIBRARIES = {
-    "deepspeed": {"univitar_ds.training.engine.engine", "univitar_ds.training.engine.zero3"},
+    "deepspeed": {
+        "univitar_ds.training.engine.engine",
+        "univitar_ds.training.engine.zero3",
+        "univitar_ds.simulation.patches",
+    },
     "transformers": {
         "univitar_ds.model.packed",
         "univitar_ds.model.teacher.teacher",

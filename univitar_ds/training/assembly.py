@@ -19,6 +19,7 @@ from univitar_ds.config.deepspeed import resolve_deepspeed
 from univitar_ds.config.load import before_extension, changed_result, check_config
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, START, TOKENIZER
 from univitar_ds.config.schema import RunConfig
+from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.storage.session import session_folder
 from univitar_ds.errors import CheckpointError
 from univitar_ds.formats import checkpoint_dir
@@ -72,10 +73,7 @@ def _build(cfg: RunConfig, run: Path, groups: Groups, last: _Last) -> tuple[Engi
         began = {part: saved["began"].get(part, saved["updates"]) for part in parts}
         start = _start(cfg, run) if folder is None else None
         model = _build_model(cfg, run, start, run_description(run, cfg, saved.get("model")))
-        _split(model, groups)
-        freeze_but(model, parts)
-        if cfg.model.fp8:
-            use_fp8(model)
+        prepare_model(model, cfg, stage, groups)
         content = json.loads((run / DEEPSPEED).read_text(encoding="utf-8"))
         ds_config = resolve_deepspeed(cfg, world.size, content, (str(run / CONFIG), str(run / DEEPSPEED)))
     startup.phase("building DeepSpeed's engine")
@@ -122,14 +120,22 @@ def _build_model(
     return build_contrastive(cfg.model, **special.of_text_model, **given)
 
 
-def _split(model: ContrastiveModel | ClassificationModel, groups: Groups) -> None:
-    """Replaces the weights of the encoder, on the CPU, by this rank's tensor-parallel slices, and sets the group that
-    shares packs."""
+def prepare_model(
+    model: ContrastiveModel | ClassificationModel, cfg: RunConfig, stage: StageConfig, groups: Groups
+) -> None:
+    """Prepares a model on the CPU for the engine of a stage, in place.
+
+    The weights of the encoder are replaced by this rank's tensor-parallel slices. The encoder gets the group that
+    shares packs. Parts that the stage does not train are frozen. With `model.fp8`, matrix products are converted.
+    """
     if groups.tensor.size > 1:
         from univitar_ds.model.blocks.tensor_parallel import split_encoder  # imports Megatron-Core, which takes seconds
 
         split_encoder(model.vision, groups.tensor)
     model.vision.sequence = groups.sequence
+    freeze_but(model, trained_parts(cfg, stage))
+    if cfg.model.fp8:
+        use_fp8(model)
 
 
 class _Last(NamedTuple):

@@ -1,4 +1,4 @@
-"""The environment of a simulated GPU: the CUDA build of torch in its own folder, with stand-ins for CUDA's libraries.
+"""The environment of a simulated GPU: the CUDA build of torch in its own folder, with stubs of CUDA's libraries.
 
 A process with a simulated GPU runs in the environment of the tests, with this folder first on its path. The folder is
 made once (30 s and 1.2 GB: torch without the 3 GB of CUDA's libraries), used again, and removed by `make clean`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -21,17 +20,14 @@ from typing import Any
 
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
-from tests.support.simulated_gpu import libraries
+from univitar_ds.simulation import libraries
+from univitar_ds.simulation.process import NoSimulation, check_compiler, triton_driver
 
 FOLDER = ROOT / ".venv-simulated-gpu"
 MARK = ".univitar-ds"
 """The file by which `make clean` recognizes the folder. It is also the lock between processes that make the folder."""
 MADE = "made.json"
 """The file with the versions that the folder was made from. It is written last."""
-
-
-class NoSimulation(Exception):
-    """Raised if this machine cannot simulate a GPU. The message is the reason."""
 
 
 def prepare() -> float:
@@ -43,10 +39,7 @@ def prepare() -> float:
         raise NoSimulation(
             f"CUDA builds of torch are for Linux on x86-64, this is {platform.system()} {platform.machine()}"
         )
-    if missing := libraries.missing_programs():
-        raise NoSimulation(
-            f"the stand-ins for CUDA's libraries need {', '.join(missing)} (apt-get install gcc binutils)"
-        )
+    check_compiler()
     if FOLDER.is_symlink() or (FOLDER.exists() and not (FOLDER / MARK).is_file()):
         raise NoSimulation(f"{FOLDER} exists and was not made by the tests; move it")
     FOLDER.mkdir(exist_ok=True)
@@ -61,13 +54,13 @@ def prepare() -> float:
         made.unlink(missing_ok=True)
         if before.get("torch") != wanted["torch"]:
             _install(wanted["torch"])
-        libraries.build(FOLDER / "torch/lib", _triton_driver())
+        libraries.build(FOLDER / "torch/lib", triton_driver(), FOLDER / "torch/lib")
         made.write_text(json.dumps(wanted), encoding="utf-8")
         return time.monotonic() - begin
 
 
 def run_simulated(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a module of the tests in a process with a simulated GPU."""
+    """Runs a module in a process with a simulated GPU."""
     lib = FOLDER / "torch/lib"
     left_out = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "UNIVITAR_DS_KERNELS"}
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
@@ -84,17 +77,10 @@ def run_simulated(module: str, *arguments: str) -> subprocess.CompletedProcess[s
 
 def _ingredients() -> dict[str, Any]:
     digest = hashlib.sha256()
-    for path in (Path(libraries.__file__), *libraries.SOURCES.values(), _triton_driver()):
+    for path in (Path(libraries.__file__), *libraries.SOURCES.values(), triton_driver()):
         digest.update(path.read_bytes())
     version = importlib.metadata.version("torch").partition("+")[0]
     return {"torch": version, "sources": digest.hexdigest()}
-
-
-def _triton_driver() -> Path:
-    found = importlib.util.find_spec("triton")
-    if found is None:
-        raise NoSimulation("triton is not installed")
-    return Path(found.origin).parent / "backends/nvidia/driver.c"
 
 
 def _install(version: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.support.simulated_gpu import attention, patches
-from tests.support.simulated_gpu.gpu import SimulatedGPU
+from univitar_ds.simulation import attention, patches
+from univitar_ds.simulation.gpu import SimulatedGPU
 
 
 def main() -> None:

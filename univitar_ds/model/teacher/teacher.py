@@ -235,6 +235,13 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
     shape = read_teacher(config)
     dtype = DTYPES[config.dtype]
     model = _own_encoder(config.path, dtype) if shape.kind == OWN else _image_model(config.path, shape, dtype)
+    return teacher_of(model, shape, config, merge=merge, device=device)
+
+
+def teacher_of(
+    model: nn.Module, shape: TeacherShape, config: TeacherConfig, *, merge: int, device: torch.device
+) -> Teacher:
+    """Returns the frozen teacher of a model that is read already; see `build_teacher`."""
     model = model.eval().requires_grad_(False).to(device)
     cache = None
     if config.cache is not None:
@@ -244,6 +251,19 @@ def build_teacher(config: TeacherConfig, *, merge: int, device: torch.device) ->
         partition(model)
     tower: Tower = PackTower(model) if shape.kind == OWN else _frame_tower(model, shape, whole=not partitioned)
     return Teacher(tower, shape.width, merge=merge, cache=cache)
+
+
+def dinov2_without_values(width: int, layers: int, config: TeacherConfig) -> tuple[nn.Module, TeacherShape]:
+    """Returns a DINOv2 of another size on the device "meta", and its description: for counting, not for computing.
+
+    Raises: InstallationError if transformers cannot be imported.
+    """
+    with working_imports("transformers"):
+        from transformers import Dinov2Config
+    shape = Dinov2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width // 64))
+    with torch.device("meta"):
+        model = _loader("dinov2")(shape).to(DTYPES[config.dtype])
+    return model, TeacherShape("dinov2", width, shape.patch_size, *IMAGENET)
 
 
 def partition(model: nn.Module) -> None:

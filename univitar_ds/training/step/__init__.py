@@ -4,6 +4,7 @@ __all__ = [
     "classification",
     "counts",
     "curriculum",
+    "distillation",
     "feature_snapshot",
     "guard",
     "kept_packs",

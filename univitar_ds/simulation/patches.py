@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tests.support.simulated_gpu.gpu import SimulatedGPU
+from univitar_ds.simulation.gpu import SimulatedGPU
 
 FIRST_ADDRESS = 1 << 52
 """As in `cuda_driver.c`."""
@@ -135,7 +136,8 @@ def launches_counted(gpu: SimulatedGPU) -> Iterator[None]:
         values = list(arguments)
         strides = {value for value in values if isinstance(value, int)}
         for tensor in (value for value in values if isinstance(value, Tensor)):
-            rows_apart = tensor.ndim == 2 and tensor.stride(1) == 1 and tensor.stride(0) in strides
+            within = [math.prod(tensor.shape[axis + 1 :]) for axis in range(1, tensor.ndim)]
+            rows_apart = tensor.ndim > 1 and list(tensor.stride()[1:]) == within and tensor.stride(0) in strides
             if not tensor.is_contiguous() and not rows_apart:
                 raise RuntimeError(f"{kernel.__name__} gets a tensor {list(tensor.shape)} of strides {tensor.stride()}")
 

@@ -27,10 +27,12 @@ def missing_programs() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
-def build(torch_lib: Path, triton_driver: Path) -> None:
-    """Compiles the stub libraries into the folder of torch's own libraries, which search there.
+def build(torch_lib: Path, triton_driver: Path, folder: Path) -> None:
+    """Compiles the stub libraries into `folder`.
 
-    Args: triton_driver: the C source of Triton's launcher, which calls the driver too.
+    Args: torch_lib: the folder of torch's own libraries; triton_driver: the C source of Triton's launcher, which calls
+        the driver too.
+    Raises: subprocess.CalledProcessError if a compiler or linker fails.
     """
     wanted, libraries = _undefined(torch_lib)
     wanted[""] |= set(re.findall(r"\bcu[A-Z]\w+(?=\()", triton_driver.read_text(encoding="utf-8")))
@@ -46,7 +48,7 @@ def build(torch_lib: Path, triton_driver: Path) -> None:
         # The functions need the version that torch was linked against.
         version = _VERSIONS.get(library, library)
         script = f"{version} {{ global: {' '.join(f'{name};' for name in sorted(names))} }};\n" if names else ""
-        _compile(torch_lib / library, code, script)
+        _compile(folder / library, code, script)
 
 
 _VERSIONS = {"libnvshmem_host.so.3": "NVSHMEM"}

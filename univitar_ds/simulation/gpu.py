@@ -30,6 +30,7 @@ KNOWN_BYTES = 1 << 22
 """Tensors up to this size keep their values: messages of 256 ranks to one fit."""
 UNKNOWN_RESULT = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided)
 WRITES_ALL = (aten.zero_, aten.fill_, aten.copy_)
+SIMULATION = "/univitar_ds/simulation/"
 OWN_FILES = ("/univitar_ds/", "/kernels/", "/deepspeed/", "/transformers/", "/tests/simulated_gpu/")
 
 
@@ -47,8 +48,8 @@ class Record:
     """What the device did in the body of a context manager.
 
     `waits` counts the places at which the host waits for the device, as "kind file:function". `collectives` and
-    `collective_bytes` are by operation, `launches` by kernel or operation. `peak` has the bytes by the phase that
-    allocated them, at the moment at which most memory was in use.
+    `collective_bytes`, in and out, are by operation, `launches` by kernel or operation. `peak` has the bytes by the
+    phase that allocated them, at the moment at which most memory was in use, and `moment` is the phase of that moment.
     """
 
     waits: Counter[str]
@@ -56,6 +57,7 @@ class Record:
     collective_bytes: Counter[str]
     launches: Counter[str]
     peak: dict[str, int]
+    moment: str = "build"
 
 
 class SimulatedGPU(TorchDispatchMode):
@@ -83,7 +85,7 @@ class SimulatedGPU(TorchDispatchMode):
 
     def reset(self) -> Record:
         """Begins a new record and returns it."""
-        self.record = Record(Counter(), Counter(), Counter(), Counter(), dict(self.live))
+        self.record = Record(Counter(), Counter(), Counter(), Counter(), dict(self.live), self.phase)
         return self.record
 
     @contextmanager
@@ -114,9 +116,11 @@ class SimulatedGPU(TorchDispatchMode):
         device = kwargs.get("device")
         to_device = device is not None and torch.device(device).type == "cuda"
         exchanged = function.namespace == "c10d" and function.overloadpacket.__name__ != "barrier"
-        if not fakes and not to_device and not exchanged:
-            return function(*args, **kwargs)  # on the host only
         packet = function.overloadpacket
+        if not fakes and not to_device and not exchanged:  # on the host only
+            made = function(*args, **kwargs)
+            # What old memory contains would make results differ from run to run.
+            return made.zero_() if packet in UNKNOWN_RESULT else made
         if packet is aten.record_stream:
             return None
         if packet is aten._local_scalar_dense and fakes[0].device.type == "cuda":
@@ -179,7 +183,7 @@ class SimulatedGPU(TorchDispatchMode):
     def _follow_collective(self, name: str, args: Any) -> None:
         """Computes the results of a collective, under the assumption that all ranks do what this rank does."""
         if name == "allgather_base":
-            self._assign(args[0], [args[1]] * dist.get_world_size())
+            self._assign(args[0], [args[1]] * (args[0].numel() // max(1, args[1].numel())))
         elif name in ("allgather", "gather"):
             for outputs, tensor in zip(args[0], args[1], strict=True):
                 for output in outputs:
@@ -188,11 +192,11 @@ class SimulatedGPU(TorchDispatchMode):
             for output, inputs in zip(args[0], args[1], strict=True):
                 self._assign(output, [inputs[0]])
         elif name == "allreduce":
-            operation = args[2].op()
+            operation, ranks = args[2].op(), dist.ProcessGroup.unbox(args[1]).size()
             for tensor in args[0]:
                 known = self._known(tensor)
                 if known is not None and operation == dist.ReduceOp.SUM:
-                    known.mul_(dist.get_world_size()) if known.dtype != torch.bool else None
+                    known.mul_(ranks) if known.dtype != torch.bool else None
         elif name != "broadcast" and name != "barrier" and args and not isinstance(args[0], int):
             for tensor in tree_leaves(args[0]):
                 if isinstance(tensor, Tensor):
@@ -271,7 +275,7 @@ class SimulatedGPU(TorchDispatchMode):
     def _grow(self, storage: _Storage) -> None:
         self.live[storage.phase] += storage.bytes
         if self.live.total() > sum(self.record.peak.values()):
-            self.record.peak = dict(self.live)
+            self.record.peak, self.record.moment = dict(self.live), self.phase
 
     def _freed(self, key: int) -> None:
         storage = self._storages.pop(key)
@@ -299,7 +303,7 @@ def _place() -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         for folder in OWN_FILES:
-            if folder in name:
+            if folder in name and SIMULATION not in name:
                 return f"{folder.strip('/')}/{name.rpartition(folder)[2]}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.simulated_gpu.gpu import SimulatedGPU
+from univitar_ds.simulation.gpu import SimulatedGPU
 
 WIDEST = {"flash2": 256, "flash3": 256, "flash4": 256}
 """Maximum width of a head on Hopper, from the README and the checks of each package."""
@@ -74,6 +74,7 @@ def _flash2(gpu: SimulatedGPU) -> Callable[..., Any]:
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
+        """Many arguments because they are those of flash-attn 2."""
         return _run("flash2", gpu, q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))[0]
 
     return flash_attn_varlen_func
@@ -86,6 +87,7 @@ def _flash3(gpu: SimulatedGPU) -> Callable[..., Any]:
         attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
         return_attn_probs=False,
     ):  # fmt: skip
+        """Many arguments because they are those of flash-attn 3."""
         return _run("flash3", gpu, q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))[0]
 
     return flash_attn_varlen_func
@@ -98,6 +100,7 @@ def _flash4(gpu: SimulatedGPU) -> Callable[..., Any]:
         learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
         aux_tensors=None, return_lse=False,
     ):  # fmt: skip
+        """Many arguments because they are those of flash-attn 4."""
         return _run("flash4", gpu, q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
 
     return flash_attn_varlen_func
