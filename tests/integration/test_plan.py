@@ -7,7 +7,7 @@ from PIL import Image
 
 from univitar_ds.cli.main import main
 
-RUN = ["plan", "--config", "univitar_0p3b", "--nodes", "2"]
+RUN = ["plan", "--config", "univitar_0p3b", "--nodes", "2", "--formulas"]
 
 
 def test_it_prints_one_json_object_and_draws_a_plot(capsys, tmp_path):

@@ -26,9 +26,11 @@ labels of a classification run. model.init_from is opened, and copied first if i
   univitar-ds plan --config run.yaml --nodes 2 --gpus-per-node 8 --gpu a100 --sweep
   univitar-ds plan --config univitar_1b --nodes 8 --gpu h200 --json stages.1.token_budget=65536
 
-Memory follows from shapes. Times follow from published and chosen rates, none of which was measured on a GPU. All
-assumptions are printed with their sources. If the run does not fit into the GPUs, the exit status is 2 and the
-message has a remedy; with --sweep the table shows what fits."""
+With a CUDA build of torch, memory and collectives of each stage are those of the trainer's own step on a simulated
+GPU, which takes a minute or more; --formulas predicts them within seconds, as without such a build. Times follow
+from published and chosen rates, none of which was measured on a GPU. All assumptions are printed with their
+sources. If the run does not fit into the GPUs, the exit status is 2 and the message has a remedy; with --sweep the
+table shows what fits."""
 
 
 def add_plan(commands) -> None:
@@ -50,6 +52,9 @@ def add_plan(commands) -> None:
         "--sweep", action="store_true", help="also try token budgets x recomputation x ZeRO for a stage"
     )
     parser.add_argument("--stage", metavar="NAME", help="the stage of --sweep (default: the longest)")
+    parser.add_argument(
+        "--formulas", action="store_true", help="simulate no step: formulas predict memory and collectives"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--png", type=expand, metavar="FILE", help="also draw memory by part and scaling")
     add_overrides(parser)
@@ -73,6 +78,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         check_stage(config, arguments.stage)
     given = arguments.tokens_per_item
     plan = plan_run(config, cluster, given)
+    if not arguments.formulas:
+        plan = _simulated(plan)
     trials = sweep(plan, stage_named(plan, arguments.stage)) if arguments.sweep else []
     scales = list(scaling(plan, known_means(config), given))
     if arguments.json:
@@ -83,6 +90,28 @@ def _plan(arguments: argparse.Namespace) -> None:
         _draw(arguments.png, plan, scales)
     if (reason := plan.misfit()) is not None:
         raise ConfigError(reason)
+
+
+def _simulated(plan: Plan) -> Plan:
+    """Returns the plan with simulated steps, or with a note why there are none."""
+    from dataclasses import replace
+
+    from univitar_ds.planning.forecast.simulated import simulate_plan
+    from univitar_ds.simulation.process import NoSimulation
+
+    def started(steps: int) -> None:
+        print(
+            f"simulating {steps} training step{'' if steps == 1 else 's'} of a GPU, which takes a minute or more "
+            "(--formulas: a prediction within seconds)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    try:
+        return simulate_plan(plan, started)
+    except NoSimulation as reason:
+        note = f"formulas predict memory and collectives, since no GPU can be simulated here: {reason}"
+        return replace(plan, notes=[*plan.notes, note])
 
 
 def _check_image(path: Path) -> None:

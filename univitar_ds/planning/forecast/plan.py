@@ -122,7 +122,7 @@ def planned_model(config: RunConfig, ranks: int) -> tuple[PlannedModel, list[str
     description, classes = _description(config, start, notes)
     width = None if teacher is None else teacher.width
     counts = count_parameters(config, description, teacher_width=width, classes=classes)
-    return PlannedModel(config, description, counts, teacher, evaluated_items(config)), notes
+    return PlannedModel(config, description, counts, teacher, evaluated_items(config), classes), notes
 
 
 def _description(config: RunConfig, start: StoredModel | None, notes: list[str]) -> Model:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from univitar_ds.config.deepspeed import read_deepspeed, resolve_deepspeed
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.config.stage import StageConfig
+from univitar_ds.geometry import Modality
 from univitar_ds.model.blocks.activations import LADDER, Kind
 from univitar_ds.model.blocks.rank_group import sharing_bytes, sharing_collectives
 from univitar_ds.model.flops import cost_coefficients
@@ -39,6 +40,29 @@ HOST_RATIOS = {
 
 
 @dataclass(frozen=True)
+class SimulatedStep:
+    """A training step of one modality on a simulated GPU, see `simulation.step.simulated`.
+
+    `peak`: bytes by part at the moment of the maximum; `launches`: number of kernels; `waits`: times that the host
+    waits for the GPU; `collectives`, `collective_bytes`: number and bytes (in and out) by kind; `error`: why the step
+    could not be simulated, None if it was.
+    """
+
+    modality: Modality
+    peak: Mapping[str, int] = field(default_factory=dict)
+    moment: str = ""
+    launches: int = 0
+    waits: int = 0
+    collectives: Mapping[str, int] = field(default_factory=dict)
+    collective_bytes: Mapping[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """The plan of a stage. Numbers of a step are means over images and videos.
 
@@ -48,7 +72,7 @@ class StagePlan:
     these collectives; `budgets`: the largest `token_budget` that fits, by recomputation; `pack_tflops`: TFLOPs of a
     full pack; `recomputed_flops`: of all ranks in a step; `group_bytes`, `group_messages`: bytes and number of the
     collectives within blocks, between ranks that share packs or weights; `muon_flops`: of Muon's iterations, on all
-    ranks.
+    ranks; `simulated`: the steps on a simulated GPU from which memory and collectives come, empty: from formulas.
     """
 
     name: str
@@ -71,6 +95,7 @@ class StagePlan:
     group_bytes: float = 0.0
     group_messages: int = 0
     muon_flops: float = 0.0
+    simulated: Sequence[SimulatedStep] = ()
 
     @property
     def step_s(self) -> float:

@@ -113,6 +113,7 @@ def _stage_object(stage: StagePlan) -> dict[str, Any]:
         "hours": stage.hours,
         "largest_token_budget": {str(kind): budget for kind, budget in stage.budgets.items()},
         "pack_tflops": stage.pack_tflops,
+        "simulated": [vars(step) for step in stage.simulated],
     }
 
 
@@ -146,9 +147,7 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
     yield f"    by part: {shares}"
     again = f" + {100 * stage.recomputed_flops / stage.flops:.0f} % recomputed" if stage.recomputed_flops else ""
     yield f"a step computes {flops_text(stage.flops)}{again}; a full pack is {stage.pack_tflops:.3g} TFLOP"
-    if stage.collectives:
-        moved = ", ".join(f"{kind} {amount(size)}" for kind, size in stage.collectives.items())
-        yield f"weights and gradients of a step, each GPU: {moved}, in about {stage.messages} collectives"
+    yield from _collectives(stage)
     if stage.group_messages:
         moved = f"{amount(stage.group_bytes)} in {stage.group_messages:,} collectives"
         yield f"within groups of {group_size(plan.config)} GPUs that share packs or weights, each GPU: {moved}"
@@ -161,11 +160,28 @@ def _stage(plan: Plan, stage: StagePlan) -> Iterator[str]:
     yield f"{stage.steps:,} steps, {duration(stage.hours)}, {short(stage.hours * plan.cluster.ranks)} GPU hours"
 
 
+def _collectives(stage: StagePlan) -> Iterator[str]:
+    moved = ", ".join(f"{kind} {amount(size)}" for kind, size in stage.collectives.items())
+    if not stage.simulated:
+        if moved:
+            yield f"weights and gradients of a step, each GPU: {moved}, in about {stage.messages} collectives"
+        return
+    for step in stage.simulated:
+        own = ", ".join(
+            f"{kind} {amount(step.collective_bytes[kind])} in {count}" for kind, count in step.collectives.items()
+        )
+        yield (
+            f"a step of {step.modality}s, simulated, each GPU: {step.launches:,} launches, {step.waits} waits of the "
+            f"host; collectives, in and out: {own or 'none'}"
+        )
+
+
 def _memory(plan: Plan, stage: StagePlan) -> Iterator[str]:
     free = plan.cluster.room - stage.peak.bytes
     yield (
         f"memory of a GPU: {amount(stage.peak.bytes)} of the {amount(plan.cluster.room)} that may be filled, most in "
-        f"'{stage.peak.moment}'" + ("" if free >= 0 else f": {amount(-free)} TOO MUCH")
+        f"'{stage.peak.moment}'{', simulated' if stage.simulated else ''}"
+        + ("" if free >= 0 else f": {amount(-free)} TOO MUCH")
     )
     for name, size in sorted(stage.peak.parts.items(), key=lambda part: -part[1]):
         yield f"    {name:<22} {amount(size):>10}"
@@ -263,6 +279,12 @@ def _cell(one: Trial, best: Trial | None) -> str:
 
 def _assumptions(plan: Plan) -> Iterator[str]:
     yield "nothing was measured on a GPU; times follow from the rates below, memory from shapes"
+    if any(stage.simulated for stage in plan.stages):
+        yield (
+            "memory, collectives, launches and waits of the stages are those of the trainer's step on a simulated GPU "
+            "(the second step, packs full of items of one size, captions of full length, an H100 for every GPU); "
+            "formulas predict scaling, sweep and evaluations, and at which token_budget the memory is full"
+        )
     own: Mapping[str, Assumption] = {name: one for name, one in ASSUMPTIONS.items() if name not in _UNUSED}
     for zero, ratios in HOST_RATIOS.items():
         found = ", ".join(f"{ratio} at {ranks:,} ranks" for ranks, ratio in ratios.items())
