@@ -43,7 +43,8 @@ def loader(folder, *, workers=0, lanes_of_rank=(0, 1), stage=STAGE, tokenizer=No
     sources = [SourceConfig(path=str(folder))]
     data = DataConfig(sources=sources, workers=workers, pool_samples=24, **(limits or {}))
     about = {"count": given.pop("lanes", 2), "seed": 3}
-    about |= {name: given.pop(name) for name in ("seed", "cursors", "first_step", "content") if name in given}
+    names = ("seed", "cursors", "first_step", "content", "warns")
+    about |= {name: given.pop(name) for name in names if name in given}
     fields = {"modality_of": schedule, "context_length": 16, **given}
     return PackLoader(data, stage, LaneSet(lanes_of_rank, **about), tokenizer=tokenizer, **fields)
 

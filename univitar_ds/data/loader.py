@@ -58,7 +58,8 @@ class LaneSet:
 
     `cursors` maps each owned lane to its saved `PackedBatch.cursor`; None: lanes start at the beginning. `first_step`
     is the number of the first step. `shards` is the result of `validate_sources` and `content` that of `content_of` for
-    these shards, if they are known.
+    these shards, if they are known. `warns`: whether this rank logs warnings about its lanes; of several ranks that own
+    the same lanes, one does.
     """
 
     owned: Sequence[int]
@@ -68,6 +69,7 @@ class LaneSet:
     first_step: int = 0
     content: str | None = None
     shards: Sequence[SourceShard] | None = None
+    warns: bool = True
 
     def starts(self, fingerprint: str, accept_changed_sources: bool) -> list[LaneCursor]:
         """Returns the start of each owned lane, in ascending order of lane.
@@ -87,6 +89,7 @@ class LaneSet:
                 seed=self.seed,
                 fingerprint=fingerprint,
                 accept_changed_sources=accept_changed_sources,
+                warns=self.warns and lane == 0,  # it holds for all lanes
             )
             starts.append(cursor)
         return starts
@@ -154,11 +157,14 @@ class PackLoader:
         shards = lanes.shards
         if shards is None:
             shards = validate_sources(data.sources, [stage], StorageSettings.of(data))
-        configs = stream_config(shards, data=data, stage=stage, lanes=lanes.count, seed=lanes.seed, cost=cost)
+        if not lanes.warns:
+            shards = [replace(shard, watch=None) for shard in shards]
+        about = {"lanes": lanes.count, "seed": lanes.seed, "cost": cost, "warns": lanes.warns}
+        configs = stream_config(shards, data=data, stage=stage, **about)
         self.fingerprint = fingerprint(shards, lanes.content)
         self._starts = lanes.starts(self.fingerprint, data.accept_changed_sources)
         self._tokenizer = None if tokenizer is None else tokenization.load_tokenizer(tokenizer)
-        self._monitor = DecodingMonitor(bad_policy(data))
+        self._monitor = DecodingMonitor(bad_policy(data, lanes.warns))
 
         def plans_of(probe: Prober) -> Iterator[Plan]:
             probing = {modality: replace(config, probe=probe) for modality, config in configs.items()}

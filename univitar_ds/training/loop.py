@@ -393,6 +393,7 @@ class _Trainer:
             first_step=progress.step,
             content=content,
             shards=shards,
+            warns=self.groups.first_reader,
         )
         with all_ranks_or_none(self.world):
             loader = PackLoader(

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import resource
 import signal
@@ -335,6 +336,56 @@ def test_cursors_of_other_data_and_missing_cursors_are_refused(folder, tmp_path)
         loader(other, cursors=cursors)
     with pytest.raises(DataError, match="no saved data cursor for lane 1 of 2"):
         loader(folder, cursors={0: cursors[0]})
+
+
+def faulty_shard(folder, first):
+    """A shard with all that a lane warns of while it reads, also of its source."""
+    samples = []
+    for index in range(first, first + 24):
+        content = image(80 if index % 4 < 2 else 50, 60, index)
+        members = {"jpg": content, "txt": f"caption {index}\nand another line".encode()}
+        if index % 8 == 1:
+            members["jpg"] = content[:-200]
+        elif index % 8 == 2:
+            members["json"] = b'{"label": [1]}'
+        elif index % 8 == 3:
+            del members["txt"]
+        samples.append((f"k{index:02d}", members))
+    return write_tar(folder / "a.tar", samples).parent
+
+
+def test_of_several_ranks_with_the_same_lanes_one_warns_and_all_read_the_same_packs(tmp_path, caplog):
+    images, limits = STAGE.model_copy(update={"video_ratio": 0.0}), {"max_bad_per_thousand": 1000}
+    before, after = faulty_shard(tmp_path / "before", 0), faulty_shard(tmp_path / "after", 100)
+    given = {"stage": images, "modality_of": lambda step: "image"}
+    cursors = {pack.lane: pack.cursor for pack in take(3, before, limits=limits, warns=False, **given)[-1]}
+    resumed = given | {"cursors": cursors, "first_step": 3}
+    starts = [
+        (before, limits, given),
+        (before, limits | {"max_image_px": 4000}, resumed),
+        (after, limits | {"accept_changed_sources": True}, resumed),
+    ]
+
+    def read(warns):
+        return [take(3, folder, limits=limits, warns=warns, **settings) for folder, limits, settings in starts]
+
+    with caplog.at_level(logging.INFO):
+        silent = read(False)  # first, since some warnings are logged once per process
+        assert caplog.text == ""
+        warned = read(True)
+    for said in (
+        "sample left out (no_caption, number 1; lane ",
+        "sample left out (corrupt, number 1; lane ",
+        "bad_label ignored (number 1; lane ",
+        "its .txt members have several lines",
+        "reported only once), because",
+        "this stage leaves out samples (too_large)",
+        "the sources have changed since the data cursors were saved",
+    ):
+        assert said in caplog.text, said
+    for one, other in zip(silent, warned, strict=True):
+        for steps in zip(one, other, strict=True):
+            assert all(same(*packs) for packs in zip(*steps, strict=True))
 
 
 def test_a_missing_tokenizer_or_modality_is_an_error_before_processes_start(folder, tmp_path):

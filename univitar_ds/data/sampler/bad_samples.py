@@ -51,12 +51,13 @@ class BadPolicy:
     """`data.on_bad`, `data.max_bad_per_thousand` and `data.max_bad_in_a_row`.
 
     All monitors with this policy share `logged`, the number of messages by kind, so that many lanes log as little as
-    one lane.
+    one lane. `warns`: whether they log at all; not on a rank whose lanes another rank reads too, and logs.
     """
 
     on_bad: Literal["skip", "fail"] = "skip"
     max_per_thousand: int = 100
     max_in_a_row: int = 64
+    warns: bool = True
     logged: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
 
@@ -137,6 +138,8 @@ class BadSampleMonitor:
 
         The first ten of each kind are logged, then every tenth, from a hundred on every hundredth, and so on.
         """
+        if not self._policy.warns:
+            return 0
         logged = self._policy.logged
         logged[what] += 1
         number = logged[what]

@@ -84,10 +84,18 @@ class LaneCursor:
         return {**head, "fingerprint": self.fingerprint, "packs": self.packs, "streams": streams, "decoding": decoding}
 
     def expect(
-        self, *, lane: int, lanes: int, seed: int, fingerprint: str, accept_changed_sources: bool = False
+        self,
+        *,
+        lane: int,
+        lanes: int,
+        seed: int,
+        fingerprint: str,
+        accept_changed_sources: bool = False,
+        warns: bool = True,
     ) -> LaneCursor:
         """Checks that the cursor belongs to this run. Returns it, at a new epoch if sources have changed.
 
+        Args: warns: whether to log a warning if sources have changed, once per process.
         Raises: DataError with the difference and the remedy.
         """
         pairs = {"lane": (self.lane, lane), "data.lanes": (self.lanes, lanes), "seed": (self.seed, seed)}
@@ -103,10 +111,11 @@ class LaneCursor:
                 f"{fingerprint}): restore the same shards in the same order, set data.accept_changed_sources to "
                 "continue with the next epoch of the new ones, or start a new run"
             )
-        warn_once(  # once, not per lane
-            f"the sources have changed since the data cursors were saved (fingerprint {self.fingerprint}, now "
-            f"{fingerprint}); the rest of the epoch is skipped and the next begins (data.accept_changed_sources)"
-        )
+        if warns:
+            warn_once(
+                f"the sources have changed since the data cursors were saved (fingerprint {self.fingerprint}, now "
+                f"{fingerprint}); the rest of the epoch is skipped and the next begins (data.accept_changed_sources)"
+            )
         streams = {name: stream.restarted() for name, stream in self.streams.items()}
         return replace(self, fingerprint=fingerprint, streams=streams)
 

@@ -65,7 +65,7 @@ class StreamConfig:
 
     def is_first_warning(self, what: str) -> bool:
         """Returns whether no lane has logged this warning yet, and records that it is logged now."""
-        first = what not in self.warned
+        first = self.policy.warns and what not in self.warned
         self.warned.add(what)
         return first
 
@@ -78,8 +78,11 @@ def stream_config(
     lanes: int,
     seed: int,
     cost: tuple[float, float] = (0.0, 0.0),
+    warns: bool = True,
 ) -> dict[Modality, StreamConfig]:
-    """Returns the configuration of each modality that a stage reads. Args: cost: FLOPs, see `packing.item_cost`."""
+    """Returns the configuration of each modality that a stage reads.
+
+    Args: cost: FLOPs, see `packing.item_cost`; warns: whether the lanes log warnings."""
     tflops = stage.cost_budget_tflops
     balance_time = tflops == "auto"
     if balance_time:
@@ -102,7 +105,7 @@ def stream_config(
             ),
             token_budget=stage.token_budget,
             pool_samples=data.pool_samples,
-            policy=bad_policy(data),
+            policy=bad_policy(data, warns),
             augment=None if stage.augment.is_off else Augment(**stage.augment.model_dump()),
             weights=stage.weights,
             cost=scale_for_dropout(cost, stage.patch_dropout),
@@ -114,5 +117,5 @@ def stream_config(
     }
 
 
-def bad_policy(data: DataConfig) -> BadPolicy:
-    return BadPolicy(data.on_bad, data.max_bad_per_thousand, data.max_bad_in_a_row)
+def bad_policy(data: DataConfig, warns: bool = True) -> BadPolicy:
+    return BadPolicy(data.on_bad, data.max_bad_per_thousand, data.max_bad_in_a_row, warns)

@@ -48,7 +48,7 @@ class Groups:
 
     @property
     def first_reader(self) -> bool:
-        """Whether this rank reports the packs, which all ranks of its reader read."""
+        """Whether this rank reports the packs and lanes, which all ranks of its reader read."""
         return self.writes and self.sequence.rank == 0
 
     def lanes(self, config: RunConfig) -> list[int]:
