@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+_Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
 
 
 class UserError(Exception):
@@ -71,6 +74,43 @@ class RunError(UserError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class SeveralFaults(ConfigError):
+    """Several errors of one run. The message lists the message of each; `errors` holds the errors."""
+
+    def __init__(self, errors: Sequence[UserError]) -> None:
+        lines = [str(error).replace("\n  - ", "\n    - ") for error in errors]
+        super().__init__("\n  - ".join([f"{len(lines)} errors:", *lines]))
+        self.errors = tuple(errors)
+
+
+class Faults:
+    """Collects the errors of checks that do not depend on each other, so that all are raised together."""
+
+    def __init__(self) -> None:
+        self._errors: list[UserError] = []
+
+    def of(self, check: Callable[_Given, _Result], *given: _Given.args, **options: _Given.kwargs) -> _Result | None:
+        """Calls `check(*given, **options)` and returns its result; None if it raised a UserError, which is kept."""
+        try:
+            return check(*given, **options)
+        except UserError as error:
+            self._errors += error.errors if isinstance(error, SeveralFaults) else [error]
+            return None
+
+    def add(self, error: UserError) -> None:
+        self._errors.append(error)
+
+    def __bool__(self) -> bool:
+        return bool(self._errors)
+
+    def raise_all(self) -> None:
+        """Raises the error that was kept, or a SeveralFaults if there are several. Does nothing without errors."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise SeveralFaults(self._errors) from self._errors[0]
 
 
 _REMEDIES = {

@@ -13,6 +13,7 @@ from tests.support.progress import run_watched
 from tests.unit.drafting import made
 from univitar_ds.cli.main import main
 from univitar_ds.config.load import load_config
+from univitar_ds.data.importing import recognise
 from univitar_ds.data.tools import survey
 
 VIDEOS = "stages.0.video_ratio=0.5 stages.0.video.min_tokens=64 stages.0.video.max_tokens=64 stages.0.video_frames=2"
@@ -70,6 +71,24 @@ def test_the_plan_of_a_drafted_run_is_printed_and_nothing_is_written(form, tmp_p
         assert re.search(r"native: [\d,]+ samples, about \d+ steps", plan), "the sizes of the items are known"
     if form == "classes":
         assert "(3 classes)" in plan
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize(("form", "broken"), [("folder", "0.jpg"), ("classes", "train/green/1.jpg")])
+def test_a_plan_lists_a_source_that_is_not_packed_once(form, broken, tmp_path, monkeypatch, capsys, caplog):
+    """Training and evaluation read parts of it. What is wrong with its files is reported once."""
+    (made.SOURCES[form](tmp_path / "here", 36) / broken).write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "here", "--gpus", "0"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    caplog.clear()
+    listed = []
+    monkeypatch.setattr(recognise, "check_split", listed.append)  # each listing begins with it
+    assert main(["train", "--config", "run.yaml", "--dry-run"]) == 0
+    assert len(listed) == 1
+    assert "evaluation: here: " in capsys.readouterr().out
+    (warning,) = [line for line in caplog.messages if "cannot be read" in line]
+    assert f"the first: {broken.rpartition('/')[2]}: " in warning
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median_low
 from typing import Any
 
-from univitar_ds.errors import UserError, first_line, storage_error
-from univitar_ds.planning.checks import SeveralFaults
+from univitar_ds.errors import SeveralFaults, UserError, first_line, storage_error
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 WORDS = {OK: "ok", FAILED: "FAILED", SKIPPED: "-"}

@@ -15,7 +15,7 @@ from univitar_ds.config.load import load_config
 from univitar_ds.config.paths import expand
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.data.writing.packed_sources import with_packed_sources
+from univitar_ds.data.tools.survey import Surveys
 from univitar_ds.divisors import divisors
 from univitar_ds.doctor.context import Check, Context
 from univitar_ds.doctor.findings import OK, SKIPPED, Found, Row, from_any, listed
@@ -184,8 +184,9 @@ def _checkpoint(context: Context, found: Inputs) -> int:
 
 def _sources(context: Context, config: RunConfig, rows: list[Row]) -> None:
     """Adds a row about the sources, and sets `shards` and `checkpoints`; `config` names the packed sources then."""
-    packed = _tried(rows, "sources", lambda: with_packed_sources(config, pack=False))
-    found = None if packed is None else _tried(rows, "sources", lambda: checks.check_sources(packed))
+    surveys = Surveys()
+    packed = _tried(rows, "sources", lambda: surveys.packed_before(config))
+    found = None if packed is None else _tried(rows, "sources", lambda: checks.check_sources(packed, surveys))
     if found is None:
         return
     context.config, (shards, evaluation) = packed, found

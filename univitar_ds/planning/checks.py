@@ -10,63 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from univitar_ds import startup
 from univitar_ds.classes import ClassList, class_list
 from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.run_folder import CLASSES, TOKENIZER
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import CheckpointError, ConfigError, DataError, InstallationError, UserError
+from univitar_ds.errors import CheckpointError, ConfigError, DataError, Faults, InstallationError
 from univitar_ds.extras import extra
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
 from univitar_ds.plugins import OBJECTIVES, OPTIMIZERS, calling, load_plugins, objective_named, optimizer_of
 
 if TYPE_CHECKING:
     from univitar_ds.data.shards.sources import SourceShard
+    from univitar_ds.data.tools.survey import Surveys
     from univitar_ds.model.teacher.teacher import TeacherShape
     from univitar_ds.planning.deepspeed_auto import Choice
 
 Model = tuple[Mapping[str, Any], int | None]
 """The description of a model (`ContrastiveModel.description`), and its number of classes; None: not a classifier."""
-_Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
-
-
-class SeveralFaults(ConfigError):
-    """Several errors of one run. The message lists the message of each; `errors` holds the errors."""
-
-    def __init__(self, errors: Sequence[UserError]) -> None:
-        lines = [str(error).replace("\n  - ", "\n    - ") for error in errors]
-        super().__init__("\n  - ".join([f"{len(lines)} errors:", *lines]))
-        self.errors = tuple(errors)
-
-
-class Faults:
-    """Collects the errors of checks that do not depend on each other, so that all are raised together."""
-
-    def __init__(self) -> None:
-        self._errors: list[UserError] = []
-
-    def of(self, check: Callable[_Given, _Result], *given: _Given.args, **options: _Given.kwargs) -> _Result | None:
-        """Calls `check(*given, **options)` and returns its result; None if it raised a UserError, which is kept."""
-        try:
-            return check(*given, **options)
-        except UserError as error:
-            self._errors += error.errors if isinstance(error, SeveralFaults) else [error]
-            return None
-
-    def add(self, error: UserError) -> None:
-        self._errors.append(error)
-
-    def __bool__(self) -> bool:
-        return bool(self._errors)
-
-    def raise_all(self) -> None:
-        """Raises the error that was kept, or a SeveralFaults if there are several. Does nothing without errors."""
-        if len(self._errors) == 1:
-            raise self._errors[0]
-        if self._errors:
-            raise SeveralFaults(self._errors) from self._errors[0]
 
 
 @dataclass(frozen=True)
@@ -237,12 +200,14 @@ def _sources(
 
     If `faults` has errors already, nothing is packed, and sources are checked only if all of them are shards.
     """
+    from univitar_ds.data.tools.survey import Surveys
     from univitar_ds.data.writing.packed_sources import all_are_shards, with_packed_sources
 
     if faults and not all_are_shards(config):
         return config, (), ()
-    packed = faults.of(with_packed_sources, config, pack=pack)
-    found = None if packed is None else faults.of(check_sources, packed)
+    surveys = Surveys()
+    packed = faults.of(with_packed_sources if pack else surveys.packed_before, config)
+    found = None if packed is None else faults.of(check_sources, packed, surveys)
     return packed or config, *(found or ((), ()))
 
 
@@ -281,8 +246,8 @@ def check_zero_stage(deepspeed: dict[str, Any], name: str) -> int:
     return stage
 
 
-def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShard]]:
-    """Returns the shards of training and evaluation.
+def check_sources(config: RunConfig, surveys: Surveys) -> tuple[list[SourceShard], list[SourceShard]]:
+    """Returns the shards of training and evaluation. Args: surveys: has what was listed before.
 
     Raises: DataError that names all sources that are missing or have no usable samples; SeveralFaults if several checks
         failed; StorageError.
@@ -298,7 +263,7 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
 
     def find_evaluation() -> list[SourceShard]:
         try:
-            return find_or_predict(config.evaluation.sources, settings, "evaluation.sources")
+            return find_or_predict(config.evaluation.sources, settings, "evaluation.sources", surveys)
         except DataError as error:
             if str(error).startswith("evaluation.sources."):
                 raise
@@ -307,7 +272,7 @@ def check_sources(config: RunConfig) -> tuple[list[SourceShard], list[SourceShar
     faults = Faults()
 
     def find_training() -> list[SourceShard]:
-        found = find_or_predict(config.data.sources, settings, "data.sources")
+        found = find_or_predict(config.data.sources, settings, "data.sources", surveys)
         check_stages(found, config.data.sources, config.stages)
         return found
 

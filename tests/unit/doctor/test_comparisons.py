@@ -4,8 +4,7 @@ import pytest
 
 from univitar_ds.doctor import checkpoints, clocks, connection, network, speed, storage
 from univitar_ds.doctor.findings import FAILED, OK, REMEDIES, SKIPPED, Answers, Row, from_error, merged
-from univitar_ds.errors import ConfigError
-from univitar_ds.planning.checks import SeveralFaults
+from univitar_ds.errors import ConfigError, SeveralFaults
 
 NODES = ["a", "a", "b", "b", "c", "c"]
 

@@ -8,8 +8,8 @@ import pytest
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
 from tests.unit.drafting import made
-from univitar_ds.errors import ConfigError, DataError, StorageError, UserError
-from univitar_ds.planning.checks import Faults, check_lengths, check_run, existing_parent
+from univitar_ds.errors import ConfigError, DataError, Faults, StorageError, UserError
+from univitar_ds.planning.checks import check_lengths, check_run, existing_parent
 from univitar_ds.run import create_run
 
 

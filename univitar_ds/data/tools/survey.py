@@ -21,6 +21,7 @@ from typing import Any
 
 from univitar_ds.config.data import SourceConfig, TableConfig
 from univitar_ds.config.paths import written
+from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.importing.parquet.media import read_cells
 from univitar_ds.data.importing.recognise import known_formats, read_source
 from univitar_ds.data.importing.rows import Cell, Listing, ReadOptions, Row
@@ -35,7 +36,7 @@ from univitar_ds.data.shards.sources import SourceShard, find_shards, spread
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
 from univitar_ds.data.storage.streams import RangeReader
 from univitar_ds.data.writing.examine import Job, examine_all
-from univitar_ds.data.writing.packed_sources import format_to_pack, reading_options
+from univitar_ds.data.writing.packed_sources import format_to_pack, reading_options, with_packed_sources
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import Modality
 from univitar_ds.screen import end_status, has_terminal, progress_bar, show_status
@@ -116,14 +117,50 @@ def survey(path: str, settings: StorageSettings = LOCAL, table: TableConfig | No
         if shards:
             return _of_shards(path, source, shards, settings)
     options = ReadOptions() if form is None else replace(reading_options(source, form), format=None)
-    return replace(_of_rows(path, known_formats()[form or "folder"].title, options), table=table)
+    listing = _within(LISTING_S, path, lambda: read_source(path, options))
+    found = _of_rows(path, known_formats()[form or "folder"].title, listing, _split_to_see(listing, None))
+    return replace(found, table=table)
 
 
-def survey_files(source: SourceConfig, form: str) -> Survey:
-    """Surveys a source that is packed when a run starts. Its split, if it has that, is the one whose media and texts
-    are seen. Args: form: `packed_sources.format_to_pack` of it. Raises: DataError as `survey`."""
-    path = source.path if "://" in source.path else place_of(source)
-    return _of_rows(path, known_formats()[form].title, reading_options(source, form), source.split)
+class Surveys:
+    """Surveys of the sources of a run that are packed when it starts. Each source is listed once, also if training and
+    evaluation read parts of it, and media files of one split are looked at once."""
+
+    def __init__(self) -> None:
+        self._listings: dict[tuple[str, ReadOptions], Listing] = {}
+        self._surveys: dict[tuple[str, ReadOptions, str | None], Survey] = {}
+
+    def listing(self, path: str, options: ReadOptions) -> Listing:
+        """Returns the listing of a source, as `read_source`.
+
+        Raises: DataError as `read_source`, or if it takes more than `LISTING_S` seconds."""
+        wanted = _absolute(path), options
+        if wanted not in self._listings:
+            self._listings[wanted] = _within(LISTING_S, path, lambda: read_source(path, options))
+        return self._listings[wanted]
+
+    def packed_before(self, config: RunConfig) -> RunConfig:
+        """Returns the configuration with the packed folders of those sources that were packed before as their paths.
+
+        Raises: as `with_packed_sources`, or DataError as `listing`."""
+        return with_packed_sources(config, pack=False, read=self.listing)
+
+    def of_files(self, source: SourceConfig, form: str) -> Survey:
+        """Surveys a source. Its split, if it has that, is the one whose media and texts are seen.
+
+        Args: form: `packed_sources.format_to_pack` of the source. Raises: DataError as `survey`."""
+        path = source.path if "://" in source.path else place_of(source)
+        options = reading_options(source, form)
+        listing = self.listing(path, options)
+        split = _split_to_see(listing, source.split)
+        wanted = _absolute(path), options, split
+        if wanted not in self._surveys:
+            self._surveys[wanted] = _of_rows(path, known_formats()[form].title, listing, split)
+        return self._surveys[wanted]
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 def training_split(counts: Iterable[str | None]) -> str | None:
@@ -141,10 +178,13 @@ def _may_be_shards(source: SourceConfig) -> bool:
     return not os.path.isdir(path) or any(name.endswith(".tar") or name == MANIFEST for name in os.listdir(path))
 
 
-def _of_rows(path: str, title: str, options: ReadOptions, wanted: str | None = None) -> Survey:
-    listing = _within(LISTING_S, path, lambda: read_source(path, options))
+def _split_to_see(listing: Listing, wanted: str | None) -> str | None:
+    """Returns the split `wanted` if the listing has it, else the one to train on."""
     splits = dict.fromkeys(row.split for row in listing.rows)
-    split = wanted if wanted in splits else training_split(splits)
+    return wanted if wanted in splits else training_split(splits)
+
+
+def _of_rows(path: str, title: str, listing: Listing, split: str | None) -> Survey:
     rows = [row for row in listing.rows if row.split == split]
     with tempfile.TemporaryDirectory() as scratch:
         media, faults = _sizes(path, _jobs(rows, listing.root, Path(scratch)))

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,8 @@ _KEYS = {
     "--hold-out": "hold_out",
 }
 """Maps options of `data pack` to the keys of a source in the run file that have the same meaning."""
+ReadSource = Callable[[str, ReadOptions], Listing]
+"""Returns the listing of a source, as `read_source` and `survey.Surveys.listing`."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -48,18 +50,20 @@ def all_are_shards(config: RunConfig) -> bool:
     return all(format_to_pack(source) is None for source in (*config.data.sources, *config.evaluation.sources))
 
 
-def with_packed_sources(config: RunConfig, *, training: bool = True, pack: bool = True) -> RunConfig:
+def with_packed_sources(
+    config: RunConfig, *, training: bool = True, pack: bool = True, read: ReadSource = read_source
+) -> RunConfig:
     """Packs sources that are not shards. Returns the configuration with the packed folders as their paths.
 
     The folders are in `data.cache.folder`, or in the folder `output` if the cache has none. All ranks must be able to
     read them. Call this in one process, before the others start. A source keeps its name in `stages.N.weights`.
 
     Args: training: whether `data.sources` are packed too, or only `evaluation.sources`; pack: whether sources may be
-        packed now; if not, those that were not packed before stay as they are.
+        packed now; if not, those that were not packed before stay as they are; read: lists a source.
     Raises: DataError if a source cannot be read or packed (see `writer.pack_folder`), with its key in the run file;
         StorageError if the folder cannot be written.
     """
-    packer = _Packer(Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute(), pack)
+    packer = _Packer(Path(config.data.cache.folder or config.output, PACKED_SOURCES).absolute(), pack, read)
     if training:
         sources = _packed(config.data.sources, packer, "data.sources")
         config = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
@@ -87,7 +91,7 @@ def packed_sources(sources: Sequence[SourceConfig], folder: Path) -> list[Source
     Returns: all sources, with the packed folders as their paths.
     Raises: DataError if a source cannot be read or packed; StorageError if the folder cannot be written.
     """
-    packer = _Packer((folder / PACKED_SOURCES).absolute(), True)
+    packer = _Packer((folder / PACKED_SOURCES).absolute(), True, read_source)
     return [packer.packed(source) for source in sources]
 
 
@@ -123,11 +127,12 @@ class _Packer:
     """Packs sources into folders in `place`.
 
     Sources that differ only in what packing does not use, such as the split, share one folder, which is listed, packed
-    and logged once. `pack`: whether sources may be packed now.
+    and logged once. `pack`: whether sources may be packed now; `read`: lists a source.
     """
 
     place: Path
     pack: bool
+    read: ReadSource
     _targets: dict[tuple[str, ReadOptions, float | None], Path | None] = field(default_factory=dict)
 
     def packed(self, source: SourceConfig) -> SourceConfig:
@@ -155,7 +160,7 @@ class _Packer:
     def _target(self, path: str, options: ReadOptions, hold_out: float | None) -> Path | None:
         """Returns the folder of the packed source. If the source is not packed yet, packs it, or returns None if
         `pack` is false."""
-        listing = read_source(path, options)
+        listing = self.read(path, options)
         if hold_out is not None:
             check_splits(path, {row.split for row in listing.rows})
         title = known_formats()[str(options.format)].title

@@ -15,7 +15,7 @@ from univitar_ds.data.shards.listing import Shard, no_split
 from univitar_ds.data.shards.sources import SourceShard, find_shards, of_source
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.data.storage.local import LocalStorage
-from univitar_ds.data.tools.survey import Survey, survey_files
+from univitar_ds.data.tools.survey import Survey, Surveys
 from univitar_ds.data.usable_texts import nothing_usable
 from univitar_ds.data.writing.packed_sources import format_to_pack, in_run_file
 from univitar_ds.errors import DataError, SampleError
@@ -37,10 +37,12 @@ class UnpackedShard(SourceShard):
         return dict(Counter(str(round(size.height * size.width / PATCH**2)) for size in sizes))
 
 
-def find_or_predict(sources: Sequence[SourceConfig], settings: StorageSettings, key: str) -> list[SourceShard]:
+def find_or_predict(
+    sources: Sequence[SourceConfig], settings: StorageSettings, key: str, surveys: Surveys
+) -> list[SourceShard]:
     """Returns the shards of sources in order as `find_shards`, and `UnpackedShard`s for those that are not packed yet.
 
-    Args: key: of the sources in the run file, for messages.
+    Args: key: of the sources in the run file, for messages; surveys: has what was listed before.
     Raises: DataError as `find_shards`, or if a source cannot be packed.
     """
     forms = [format_to_pack(source) for source in sources]
@@ -56,15 +58,14 @@ def find_or_predict(sources: Sequence[SourceConfig], settings: StorageSettings, 
             shards += next(own)
             continue
         try:
-            shards += _predicted(source, form, settings)
+            shards += _predicted(source, surveys.of_files(source, form), form, settings)
         except DataError as error:
             raise DataError(f"{key}.{number}: {in_run_file(str(error), f'{key}.{number}')}") from error
     return shards
 
 
-def _predicted(source: SourceConfig, form: str, settings: StorageSettings) -> list[SourceShard]:
+def _predicted(source: SourceConfig, survey: Survey, form: str, settings: StorageSettings) -> list[SourceShard]:
     whole = source.hold_out is not None or source.split is None
-    survey = survey_files(source, form)
     if source.hold_out is not None:
         check_splits(source.path, set(survey.counts), source.split)
     elif source.split is not None and source.split not in survey.counts:
