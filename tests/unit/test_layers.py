@@ -71,7 +71,8 @@ LIBRARIES = {
         "univitar_ds.data.importing.parquet.media",
         "univitar_ds.data.importing.parquet.table",
     },
-    "sklearn": {"univitar_ds.tasks.linear"},
+    "scipy": {"univitar_ds.evaluation.scores"},
+    "sklearn": {"univitar_ds.tasks.dense.miou", "univitar_ds.tasks.knn", "univitar_ds.tasks.linear"},
     "torchao": {"univitar_ds.training.fp8"},
     "onnxscript": {"univitar_ds.convert.program"},
 }

@@ -87,8 +87,8 @@ votes weighted by exp(cosine / 0.07).
         "linear probe on the encoder's features",
         """Train a linear classifier on the pooled features of the training split, and score it on the test split.
 
---solver lbfgs: scikit-learn's logistic regression (pip install 'univitar_ds[eval]'). The strength of its penalty is
-chosen on a fifth of the training items. All features are in memory in float64.
+--solver lbfgs: scikit-learn's logistic regression. The strength of its penalty is chosen on a fifth of the training
+items. All features are in memory in float64.
 --solver sgd: as in DINOv2, heads with 13 learning rates are trained together in float32: SGD with momentum 0.9, no
 weight decay, a cosine schedule, batches of 1,024, 10 epochs (at least 1,000 steps). The best rate is chosen on a fifth
 of the training items; a new head is then trained with it on all of them. All features are in memory in float32: 5 GB

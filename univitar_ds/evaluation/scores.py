@@ -1,13 +1,15 @@
 """Results with their chance levels, and ranks of similarity scores with ties.
 
 Scores that differ by at most `TIE` are tied. The result is the expectation over random orders of tied scores. Therefore
-a model with one embedding for all items gets exactly the chance level, and the order of the data has no effect.
+a model with one embedding for all items gets exactly the chance level, and the order of the data has no effect. This
+is why top-k accuracy and R@k are not computed by scikit-learn or torchmetrics, which order tied candidates by index;
+without ties they are equal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch import Tensor
 
 RESAMPLES = 1000
 """Number of resamples of a bootstrap interval."""
+DRAWN_ROWS = 1 << 16
+"""Number of rows that are drawn at a time, of one or more resamples. It limits memory; results do not depend on it."""
 TIE = 1e-6
 """Maximum difference of tied scores: above the rounding error of a cosine of float32 vectors."""
 CHUNK, CELLS = 1024, 1 << 26
@@ -56,19 +60,40 @@ def bootstrap_interval(hits: Tensor, classes: Tensor | None = None) -> tuple[flo
     Args: hits: (n,) in 0..1; classes: None, or the (n,) class of each query: then the mean of each class is computed
         first, and the result is the mean over classes.
     """
-    draws = np.random.default_rng(0)
-    values, of_class = hits.double().numpy(), None if classes is None else classes.numpy()
+    values = hits.double().numpy()
+    if classes is None:
+        ends = percentile_interval(np.mean, values)
+    else:
+        ends = percentile_interval(_means_of_classes, values, classes.numpy())
+    return float(ends[0]), float(ends[1])
+
+
+def percentile_interval(statistic: Callable[..., np.ndarray], *data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both ends of the 95 % percentile interval of a statistic by scipy's bootstrap, the same in each call.
+
+    Args: statistic: takes b resamples of each of `data`, (b, n), and `axis`, which is -1; returns (..., b); data: (n,)
+        each, of which the same rows are drawn, with replacement.
+    """
+    from scipy.stats import bootstrap  # its import takes more time than most commands
+
+    n = len(data[0])
+    if n == 1:  # all resamples are equal, which scipy refuses
+        only = statistic(*(one[None] for one in data), axis=-1)[..., 0]
+        return only, only
+    found = bootstrap(
+        data, statistic, paired=len(data) > 1, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+        batch=max(1, DRAWN_ROWS // n), rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return found.low, found.high
+
+
+def _means_of_classes(hits: np.ndarray, classes: np.ndarray, axis: int) -> np.ndarray:
+    """Returns the mean over classes of the mean of each class, (b,). Args: hits, classes: (b, n)."""
     means = []
-    for _ in range(RESAMPLES):
-        rows = draws.integers(len(values), size=len(values))
-        if of_class is None:
-            means.append(values[rows].mean())
-        else:
-            counts = np.bincount(of_class[rows])
-            sums = np.bincount(of_class[rows], weights=values[rows])
-            means.append((sums[counts > 0] / counts[counts > 0]).mean())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    for values, of_class in zip(hits, classes, strict=True):
+        counts, sums = np.bincount(of_class), np.bincount(of_class, weights=values)
+        means.append((sums[counts > 0] / counts[counts > 0]).mean())
+    return np.array(means)
 
 
 def chunks(queries: int, candidates: int) -> tuple[Tensor, ...]:
@@ -123,6 +148,8 @@ def accuracies(
     truth: Tensor, hits: Mapping[int, Tensor], task: str, modality: str, classes: int, name: str | None = None
 ) -> list[Figure]:
     """Returns top-k accuracy for each k of `hits` below `classes`, and the mean of the top-1 accuracies of the classes.
+
+    The latter is scikit-learn's `balanced_accuracy_score`, which takes classes, not probabilities of a hit.
 
     Args: truth: (n,) class index of each item; hits: maps each k, 1 included, to the (n,) probabilities that the class
         of an item is among the first k; classes: number of classes; name: name of the data set.

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from univitar_ds.errors import DataError
-from univitar_ds.evaluation.scores import Figure, accuracies, hit_at, rank_counts
+from univitar_ds.evaluation.scores import Figure, accuracies, chunks, hit_at, rank_counts
 from univitar_ds.formats.weight_files import some
 from univitar_ds.tasks.cached.feature_cache import Vectors
 from univitar_ds.tasks.items import Items
@@ -52,9 +51,12 @@ class Labelled:
 
     def accuracies(self, scores: Tensor, task: str, modality: str) -> list[Figure]:
         """Returns the results of a probe. Args: scores: of each class for each test item, (n, classes) float64."""
-        ranks = rank_counts(scores, F.one_hot(self.test_classes, len(self.classes)).bool())
-        hits = {k: hit_at(k, *ranks) for k in KS}
-        return accuracies(self.test_classes, hits, task, modality, len(self.classes))
+        columns, hits = torch.arange(len(self.classes)), torch.empty(len(KS), len(scores), dtype=torch.float64)
+        for rows in chunks(*scores.shape):
+            counts = rank_counts(scores[rows], self.test_classes[rows, None] == columns)
+            for of_k, k in zip(hits, KS, strict=True):
+                of_k[rows] = hit_at(k, *counts)
+        return accuracies(self.test_classes, dict(zip(KS, hits, strict=True)), task, modality, len(self.classes))
 
 
 def labelled(train: Features, test: Features, kind: str, names: Sequence[str] = ()) -> Labelled:

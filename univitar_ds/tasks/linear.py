@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from univitar_ds.evaluation.scores import Figure
-from univitar_ds.extras import extra
 from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.labelled import Labelled, divided
 
@@ -26,10 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def linear(data: Labelled, modality: str, *, progress: bool) -> tuple[list[Figure], list[str]]:
-    """Returns top-1 and top-5 accuracy of the probe, and a note about the chosen strength.
-
-    Raises: InstallationError if scikit-learn is not installed.
-    """
+    """Returns top-1 and top-5 accuracy of the probe, and a note about the chosen strength."""
     train, test = _standardised(data.train, data.test)
     learns, checks = divided(data.train_classes)
     best, held_out = _chosen(train, data.train_classes, learns, checks, progress)
@@ -55,20 +51,19 @@ def _chosen(train: Tensor, classes: Tensor, learns: Tensor, checks: Tensor, prog
     if not len(checks):  # every class has one item
         return 1.0, float("nan")
     results: dict[float, float] = {}
-    learned, held_out = train[learns], train[checks].numpy()
+    learned, held_out, right = train[learns], train[checks].numpy(), classes[checks].numpy()
     with progress_bar(total=len(STRENGTHS), desc="linear probe", unit="fit", disable=not progress) as bar:
         for strength in STRENGTHS:
-            found = torch.as_tensor(_fitted(learned, classes[learns], strength).predict(held_out))
-            results[strength] = (found == classes[checks]).double().mean().item()
+            results[strength] = float(_fitted(learned, classes[learns], strength).score(held_out, right))
             bar.update()
     best = max(results, key=lambda strength: (results[strength], -strength))
     return best, results[best]
 
 
 def _fitted(features: Tensor, classes: Tensor, strength: float) -> Any:
-    with extra("eval"):
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
+    from sklearn.exceptions import ConvergenceWarning  # its import takes more time than most commands
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         probe = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS).fit(features.numpy(), classes.numpy())

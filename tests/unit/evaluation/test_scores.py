@@ -1,4 +1,4 @@
-"""Ranks with ties, compared with counting every order."""
+"""Ranks with ties, compared with counting every order, and accuracies, compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from itertools import permutations
 import pytest
 import torch
 
-from univitar_ds.evaluation.scores import chance_at, hit_at, rank_counts
+from univitar_ds.evaluation.scores import accuracies, chance_at, hit_at, rank_counts
+
+
+def test_accuracies_without_ties_are_those_of_scikit_learn():
+    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+    draws = torch.Generator().manual_seed(0)
+    truth = torch.cat([torch.arange(9), torch.randint(9, (391,), generator=draws)])
+    scores = torch.rand(400, 9, generator=draws, dtype=torch.float64) + 0.5 * torch.eye(9)[truth]
+    counts = rank_counts(scores, truth[:, None] == torch.arange(9))
+    found = accuracies(truth, {k: hit_at(k, *counts) for k in (1, 5)}, "task", "image", 9)
+    wanted = [top_k_accuracy_score(truth, scores, k=k) for k in (1, 5)]
+    wanted.append(balanced_accuracy_score(truth, scores.argmax(1)))
+    assert [figure.value for figure in found] == pytest.approx(wanted, rel=1e-12)
+    assert 0.2 < wanted[0] < wanted[1] < 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9])

@@ -17,7 +17,6 @@ from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import ConfigError
 from univitar_ds.tasks.sizes import at_most
 
-pytest.importorskip("sklearn")
 CLASSES = ("cat", "dog", "horse")
 EACH = 4
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

@@ -24,7 +24,6 @@ from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sources import DataOptions
 from univitar_ds.tasks.sources import test_source as source_of
 
-pytest.importorskip("sklearn")
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dog", "horse")
 EACH = 3

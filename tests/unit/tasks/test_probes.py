@@ -1,4 +1,4 @@
-"""kNN and the linear probe, compared with scikit-learn's, and at chance on random features."""
+"""kNN and the linear probe, compared with plain formulas and scikit-learn, and at chance on random features."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from univitar_ds.errors import ConfigError, DataError
+from univitar_ds.evaluation import scores
 from univitar_ds.evaluation.scores import bootstrap_interval
 from univitar_ds.tasks.knn import TEMPERATURE, class_votes, knn
 from univitar_ds.tasks.labelled import Features, Labelled, labelled
 from univitar_ds.tasks.linear import linear
 from univitar_ds.tasks.templates import read_templates
-
-pytest.importorskip("sklearn")
 
 
 def random_data(rows: int = 240, classes: int = 4, signal: float = 0.0, seed: int = 0) -> Labelled:
@@ -25,14 +24,19 @@ def random_data(rows: int = 240, classes: int = 4, signal: float = 0.0, seed: in
 
 
 @pytest.mark.parametrize("neighbours", [1, 7])
-def test_votes_are_those_of_scikit_learn(neighbours):
-    from sklearn.neighbors import KNeighborsClassifier
-
+def test_votes_are_weighted_by_the_cosine_as_in_dino(neighbours):
     data = random_data(signal=1.0)
-    weights = {"metric": "cosine", "algorithm": "brute", "weights": lambda far: np.exp((1 - far) / TEMPERATURE)}
-    model = KNeighborsClassifier(neighbours, **weights).fit(data.train.double(), data.train_classes)
-    wanted = model.predict_proba(data.test.double().numpy())
-    assert np.abs(class_votes(data, neighbours).numpy() - wanted).max() < 1e-9
+    cosines = F.cosine_similarity(data.test.double()[:, None], data.train.double()[None], dim=-1)
+    near = cosines.topk(neighbours, dim=1)
+    weights = torch.zeros(len(data.test), len(data.classes), dtype=torch.float64)
+    weights.scatter_add_(1, data.train_classes[near.indices], (near.values / TEMPERATURE).exp())
+    assert (class_votes(data, neighbours) - weights / weights.sum(1, keepdim=True)).abs().max() < 1e-9
+
+
+def test_classes_of_one_item_are_no_warning(recwarn: pytest.WarningsRecorder):
+    data = Labelled(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), ["a", "b", "c"])
+    assert class_votes(data, 1).argmax(1).tolist() == [0, 1, 2]
+    assert not recwarn
 
 
 def test_more_neighbours_than_items_are_all_items():
@@ -102,6 +106,22 @@ def test_an_interval_is_that_of_the_mean():
     assert abs(high - (0.25 + half)) < 0.15 * half
     assert bootstrap_interval(hits) == (low, high)
     assert bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 301])
+def test_an_interval_is_that_of_a_plain_loop_of_resamples(n, monkeypatch):
+    """Its figures do not depend on how many resamples are drawn at a time."""
+    hits, classes = torch.rand(n, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 7
+    draws, values, means, of_classes = np.random.default_rng(0), hits.double().numpy(), [], []
+    for _ in range(scores.RESAMPLES):
+        rows = draws.integers(n, size=n)
+        means.append(values[rows].mean())
+        found = [values[rows[classes.numpy()[rows] == one]] for one in range(7)]
+        of_classes.append(np.mean([one.mean() for one in found if len(one)]))
+    for at_once in (scores.DRAWN_ROWS, 1000):
+        monkeypatch.setattr(scores, "DRAWN_ROWS", at_once)
+        assert bootstrap_interval(hits) == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=1e-12)
+        assert bootstrap_interval(hits, classes) == pytest.approx(np.percentile(of_classes, [2.5, 97.5]), rel=1e-12)
 
 
 def test_an_interval_of_a_mean_of_classes_weighs_classes_equally():

@@ -307,6 +307,7 @@ class _Probe:
     @torch.no_grad()
     def _held_out(self, heads: Sequence[nn.Linear], checks: Tensor) -> list[float]:
         """Returns mIoU of each head on held-out windows, with the predicted class of a patch for each of its pixels."""
+        # Not `counted`: patches have numbers of pixels of each class, and stay on the device.
         found = torch.zeros(len(heads), 3, len(self.classes), dtype=torch.float64)
         for items in self.tokens.packs(checks.tolist(), self.job.token_budget):
             counts, values = self._counts(self._labels(items)), self.standard.read(self.tokens, items)

@@ -202,6 +202,7 @@ class _Learned:
     @torch.no_grad()
     def _accuracies(self, heads: Sequence[AttentiveHead], checks: list[int]) -> list[float]:
         """Returns the top-1 accuracy of each head on the held-out items; NaN if there are none."""
+        # Not scikit-learn's: items are counted pack by pack, for all heads, and logits that are not finite are wrong.
         hits = torch.zeros(len(heads), dtype=torch.float64)
         for places in self._packs(checks):
             logits = self._logits(heads, places).cpu()

@@ -93,6 +93,7 @@ def _accuracies(heads: Sequence[nn.Linear], features: _Standardised, classes: Te
     """Returns the top-1 accuracy of each head on the held-out items; NaN without any, and for a head that diverged."""
     if not len(checks):
         return [float("nan")] * len(heads)
+    # Not scikit-learn's: rows are counted batch by batch, on the device, for all heads.
     hits = torch.zeros(len(heads), dtype=torch.float64)
     for rows in checks.split(1 << 14):
         given, right = features.rows(rows), classes[rows]

@@ -19,7 +19,6 @@ from univitar_ds.tasks.cached.feature_cache import Vectors, features
 from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sources import DataOptions
 
-pytest.importorskip("sklearn")
 COUNT = 12
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tests.support.closeness import assert_sums_close, encoder_terms
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.evaluation.scores import RESAMPLES
 from univitar_ds.model.encoder import UniViTAR
 from univitar_ds.tasks.dense import probe
 from univitar_ds.tasks.dense.miou import accuracy, constant, counted, intervals, mean_iou
@@ -91,17 +92,22 @@ def test_enlarging_some_rows_at_a_time_changes_nothing(monkeypatch):
 
 
 def test_mean_iou_is_that_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
+    from sklearn.metrics import jaccard_score
+
     draws = torch.Generator().manual_seed(0)
     guess, labels = (torch.randint(low, 5, (6, 20, 30), generator=draws) for low in (0, -1))
     images = torch.stack([counted(*one, 6) for one in zip(guess, labels, strict=True)])  # a class occurs nowhere
     known = labels >= 0
-    wanted = metrics.jaccard_score(labels[known].numpy(), guess[known].numpy(), average="macro")
+    wanted = jaccard_score(labels[known].numpy(), guess[known].numpy(), average="macro")
     assert mean_iou(images.sum(0)).item() == pytest.approx(wanted)
     assert accuracy(images.sum(0)).item() == pytest.approx((guess == labels)[known].double().mean().item())
-    (low, high), _ = intervals(images)
-    assert low < wanted < high
-    assert intervals(images) == intervals(images)
+    draws, resampled = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        sums = images[draws.integers(6, size=6)].sum(0)
+        resampled.append([mean_iou(sums).item(), accuracy(sums).item()])
+    both = np.percentile(resampled, [2.5, 97.5], axis=0).T
+    assert np.array(intervals(images)) == pytest.approx(both, rel=1e-12)
+    assert both[0, 0] < wanted < both[0, 1]
 
 
 def test_always_predicting_one_class_has_its_share_of_the_pixels():

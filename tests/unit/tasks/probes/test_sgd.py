@@ -1,6 +1,5 @@
 """The linear probe by SGD, compared with scikit-learn and a plain loop, and at chance on random features."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,11 +29,12 @@ def trained(data: Labelled, rates: list[float], steps: int, batch: int) -> list[
 
 
 def test_a_head_ends_where_logistic_regression_of_scikit_learn_does():
-    linear_model = pytest.importorskip("sklearn.linear_model")
+    from sklearn.linear_model import LogisticRegression
+
     data = random_data(signal=1.0)
     (head,) = trained(data, [1.0], 400, len(data.train))
     found = head(data.test).softmax(1).double().detach()
-    model = linear_model.LogisticRegression(C=1e6, tol=1e-8, max_iter=5000)
+    model = LogisticRegression(C=1e6, tol=1e-8, max_iter=5000)
     model.fit(data.train.double().numpy(), data.train_classes.numpy())
     wanted = torch.from_numpy(model.predict_proba(data.test.double().numpy()))
     # The optimum has no closed form: both stop near it. Other heads, as after 40 steps, are 100 times as far away.
