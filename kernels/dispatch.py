@@ -110,6 +110,11 @@ def softmax_pairs(
     )
 
 
+def runs_plain_on_cpu(x: Tensor) -> bool:
+    """Whether the operations on `x` run as plain torch on a CPU."""
+    return x.device.type == "cpu" and implementation("cpu", x.dtype).__name__ == IMPLEMENTATIONS["reference"]
+
+
 def compile_on_cpu(wanted: bool) -> None:
     """Sets whether the operations on a CPU run compiled in this process; the default is not compiled."""
     global _compile

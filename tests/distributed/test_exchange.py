@@ -1,5 +1,7 @@
 """The contrastive losses over several ranks: values, gradients, kernels and messages."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from tests.support.distributed import run_distributed
 from tests.support.messages import counted, fake_process_group
 from tests.unit.objectives.test_losses import BIAS, DENSE, SCALE, dense_gradients, embeddings, terms
 from univitar_ds.objectives.exchange import GATHERED_BYTES, Exchange
+from univitar_ds.objectives.sigmoid import sigmoid_loss
 from univitar_ds.objectives.softmax import softmax_loss
 from univitar_ds.training.distributed.process_group import start_world
 
@@ -86,6 +89,26 @@ def test_kernels_depend_on_the_number_of_texts_and_the_chunk_and_not_on_the_rank
                 assert none == {}
                 assert sum(messages.values()) == MESSAGES[loss_of]
                 assert ours == theirs | {"copy_": theirs.get("copy_", 0) + 1}  # in gloo's reduce-scatter
+
+
+PER_CHUNK = {
+    (sigmoid_loss, False): {"mm": 2, "neg_": 2, "softplus": 1, "sum": 1, "sigmoid_": 1, "addmm_": 1},
+    (sigmoid_loss, True): {"mm": 2, "eq": 1, "addcmul_": 2, "softplus": 1, "sum": 1, "sigmoid_": 1, "addmm_": 1},
+    (softmax_loss, False): {"mm": 1, "logsumexp": 2, "logaddexp": 1, "addmm_": 3, "exp_": 1},
+    (softmax_loss, True): {"mm": 1, "logsumexp": 2, "logaddexp": 1, "addmm_": 3, "exp_": 1},
+}
+"""Kernels of a chunk in plain torch on a CPU, of the loss and of its gradients."""
+
+
+@pytest.mark.parametrize("kind", PER_CHUNK, ids=lambda kind: f"{kind[0].__name__}-{kind[1]}")
+def test_a_chunk_has_at_most_eight_kernels(kind):
+    """Counts operations of torch that compute, also those that write into given memory; nine with the comparison of
+    captions of the sigmoid loss."""
+    vision, text, ids = embeddings(24, captions=3)
+    kernels = [Counter(spent(*kind, vision, text, ids, 24 // chunks)[0]) for chunks in (2, 6)]
+    found = {name: count / 4 for name, count in (kernels[1] - kernels[0]).items()}
+    assert found == PER_CHUNK[kind]
+    assert sum(found.values()) - found.get("eq", 0) <= 8
 
 
 def costs_in_fake_process_groups():

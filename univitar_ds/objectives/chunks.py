@@ -1,8 +1,8 @@
 """Compares all images of this rank with the texts of a step, one chunk of texts at a time.
 
-A chunk needs one block of logits, 4 * n * chunk bytes for n images of this rank, since the fused losses replace the
-logits by their gradient in place. Plain torch, on a CPU, needs up to two more such blocks. Every chunk runs the same
-kernels, whichever rank its texts come from.
+A chunk needs one block of logits, 4 * n * chunk bytes for n images of this rank, since the losses replace the logits by
+their gradient in place. Plain torch, on a CPU, needs up to two more such blocks. Every chunk runs the same kernels,
+whichever rank its texts come from.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ class Chunk:
 
 
 def compared(
-    images: Tensor, texts: Tensor, ids: tuple[Tensor, Tensor] | None, *, chunk: int, first: int
+    images: Tensor,
+    texts: Tensor,
+    ids: tuple[Tensor, Tensor] | None = None,
+    *,
+    chunk: int,
+    first: int,
+    shifts: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Chunk]:
     """Yields the chunks with the products of `images` (n, k) and `texts` (m, k). The next chunk reuses the memory.
 
     Args: ids: caption ids of all images and of all texts. first: the index of the text of image 0 among the texts.
+        shifts: (n,) of rows and (m,) of columns; log(exp(row's shift) + exp(column's shift)) is added to each product.
     """
     if not len(images):
         return
@@ -42,5 +49,9 @@ def compared(
     for start in range(0, len(texts), chunk):
         span = slice(start, min(start + chunk, len(texts)))
         logits = buffer[:, : span.stop - span.start]
-        torch.mm(images, texts[span].T, out=logits)
+        if shifts is None:
+            torch.mm(images, texts[span].T, out=logits)
+        else:
+            torch.logaddexp(shifts[0][:, None], shifts[1][None, span], out=logits)
+            logits.addmm_(images, texts[span].T)
         yield Chunk(span, logits, first - start, None if ids is None else (ids[0], ids[1][span]))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from univitar_ds.kernels import dispatch
-from univitar_ds.objectives.chunks import compared
 from univitar_ds.objectives.exchange import ContrastiveResult, Exchange, nothing, pack_rows, unpack_rows
+from univitar_ds.objectives.softmax_blocks import Fused, Plain
 
 
 @torch.no_grad()
@@ -32,10 +32,7 @@ def softmax_loss(
     same_caption_positive: bool = False,
     exchange: Exchange | None = None,
 ) -> ContrastiveResult:
-    """Computes the loss and the gradients. Arguments and result as in `sigmoid_loss`; `bias` is not used.
-
-    Long because the second pass over the texts needs all that the first one has computed.
-    """
+    """Computes the loss and the gradients. Arguments and result as in `sigmoid_loss`; `bias` is not used."""
     exchange = exchange or Exchange(len(vision), vision.device)
     if not exchange.items:
         return nothing(vision, text)
@@ -45,35 +42,24 @@ def softmax_loss(
     own_ids = caption_ids.to(vision.device) if same_caption_positive else None
     rows = pack_rows(text.float(), own_ids)
     blocks = exchange.blocks(rows)
+    compared = (Plain if dispatch.runs_plain_on_cpu(images) else Fused)(images, own_ids, chunk)
 
-    row_norms = images.new_full((len(images),), -torch.inf)
     text_norms = images.new_full((len(rows), 1), -torch.inf)
-    counts, sums = torch.zeros_like(row_norms), torch.zeros_like(row_norms)
     for owner in blocks.owners():
         texts, ids = unpack_rows(blocks.gather(rows, owner), width, own_ids)
-        norms = images.new_full((len(texts),), -torch.inf)
-        for part in compared(images, texts, ids, chunk=chunk, first=blocks.first(owner)):
-            dispatch.softmax_norms(part.logits, row_norms, norms[part.span], counts, sums, part.first, part.ids)
-        norms = blocks.logsumexp(norms)
+        norms = blocks.logsumexp(compared.norms(texts, ids, blocks.first(owner)))
         text_norms = torch.logaddexp(text_norms, blocks.rows_of(norms, owner)[:, None])
         rows, text_norms = blocks.shift(rows, text_norms, owner)
     # The relation of positives is symmetric, so the means over rows and over columns have the same sum.
-    loss = row_norms.sum(dtype=torch.float64) + text_norms.sum(dtype=torch.float64)
-    loss = (loss - 2 * (sums / counts).sum(dtype=torch.float64)) / (2 * items)
+    loss = compared.row_norms.sum(dtype=torch.float64) + text_norms.sum(dtype=torch.float64)
+    loss = (loss - 2 * (compared.sums / compared.counts).sum(dtype=torch.float64)) / (2 * items)
 
-    row_shifts, weights = -row_norms, 2 / counts
-    pulls = torch.zeros_like(images)  # per image, the sum over texts of gradient times text, without scale
     text_grad = images.new_zeros(len(rows), width)
     for owner in blocks.owners():
         if blocks.groups > 1:  # otherwise `texts` still has all of them
             texts, ids = unpack_rows(blocks.gather(rows, owner), width, own_ids)
             norms = blocks.gather(text_norms, owner)[:, 0]
-        gradient = images.new_zeros(len(texts), width)
-        shifts = -norms
-        for part in compared(images, texts, ids, chunk=chunk, first=blocks.first(owner)):
-            dispatch.softmax_pairs(part.logits, row_shifts, shifts[part.span], weights, part.first, part.ids)
-            pulls.addmm_(part.logits, texts[part.span])
-            torch.mm(part.logits.T, images, out=gradient[part.span])
+        gradient = compared.gradient(texts, ids, norms, blocks.first(owner))
         del texts  # frees memory for the message of the gradients
         text_grad += blocks.scatter_sum(gradient, owner)
         del gradient
@@ -82,8 +68,8 @@ def softmax_loss(
     return ContrastiveResult(
         loss=exchange.total(loss),
         items=items,
-        vision_grad=pulls * (scale / (2 * items)),
+        vision_grad=compared.pulls * (scale / (2 * items)),
         text_grad=text_grad / (2 * items),
-        scale_grad=((vision * pulls).sum(dtype=torch.float64) / (2 * items)).float().reshape(1),
+        scale_grad=((vision * compared.pulls).sum(dtype=torch.float64) / (2 * items)).float().reshape(1),
         bias_grad=torch.zeros(1, device=vision.device),
     )
