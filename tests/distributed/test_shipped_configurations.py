@@ -1,11 +1,14 @@
 """Every file of `ds_configs/` trains on four CPU ranks, and equals plain torch up to the rounding of its precision."""
 
+import os
+
 import pytest
 import torch
 
 from benchmarks import bench_host
 from tests.support.closeness import assert_sums_close
 from tests.support.dense import dense_training
+from tests.support.disk import needs_disk
 from tests.support.distributed import run_distributed
 from tests.support.standin import HALF_NUMBER_TERMS, LANES, STANDIN_TERMS, StandIn
 from tests.support.training import losses, lr, steps
@@ -18,7 +21,8 @@ from univitar_ds.training.engine.engine import build_engine
 
 pytestmark = pytest.mark.distributed
 STEPS = 3
-SHIPPED = sorted(file.stem for file in deepspeed_path("zero3_cpu").parent.glob("*.json"))
+ON_DISK = "zero3_nvme"
+SHIPPED = sorted({file.stem for file in deepspeed_path("zero3_cpu").parent.glob("*.json")} - {ON_DISK})
 
 
 def resolved(name):
@@ -33,11 +37,12 @@ def resolved(name):
     )
 
 
-def every_file():
-    """The losses with each file. The four ranks have the names of two machines."""
+def every_file(names, folder):
+    """The losses with each of the files. The four ranks have the names of two machines."""
     world, answers = start_world(), {}
+    os.environ["UNIVITAR_DS_NVME"] = folder
     node_sharding.os.uname = lambda: type("uname", (), {"nodename": f"node{world.rank // 2}"})
-    for name in SHIPPED:
+    for name in names:
         engine = build_engine(StandIn(), OptimizerConfig(betas=(0.9, 0.98)), resolved(name), world)
         answers[name] = losses(steps(engine, 0, STEPS)), str(engine.dtype)
         engine.close()
@@ -45,11 +50,14 @@ def every_file():
 
 
 @pytest.mark.numeric
-def test_each_trains_as_plain_torch():
+@pytest.mark.parametrize(
+    "names", [SHIPPED, pytest.param([ON_DISK], marks=needs_disk)], ids=lambda names: "-".join(names)
+)
+def test_each_trains_as_plain_torch(names, tmp_path):
     assert {"zero1", "zero2", "zero3", "zero3_node", "zero3_offload"} <= set(SHIPPED)
     curve = dense_training(StandIn(), STEPS, lr=lr, clip=1.0).curve
     wanted = [loss for loss, _ in curve]
-    for rank, answers in enumerate(run_distributed(every_file, 4)):
+    for rank, answers in enumerate(run_distributed(every_file, 4, names, str(tmp_path))):
         for name, (found, dtype) in answers.items():
             if name == "zero3_cpu":
                 for step, pair in enumerate(zip(found, wanted, strict=True), 1):

@@ -61,6 +61,7 @@ class Untrained:
     def __init__(self, model: ContrastiveModel | ClassificationModel) -> None:
         self.module = model
         self.world = World(0, 1, 0, torch.device("cpu"))
+        self.disk = None
 
     def pieces(self) -> Iterator[ParamShard]:
         for name, parameter in self.module.named_parameters():

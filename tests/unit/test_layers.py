@@ -12,8 +12,8 @@ from tests.support.progress import run_watched
 
 LAYERS = [
     {
-        "divisors", "errors", "expressions", "extras", "geometry", "import_path", "processes", "randomness",
-        "regular_files", "screen", "startup", "strict_yaml",
+        "divisors", "errors", "expressions", "extras", "geometry", "import_path", "locked_folder", "processes",
+        "randomness", "regular_files", "screen", "startup", "strict_yaml",
     },
     {"atomic_write", "classes", "identity", "image_ops", "kernels", "owned", "plugins", "tokenization"},
     {"config", "run_lock", "data.storage", "data.media"},

@@ -20,8 +20,11 @@ SHARDING = "sharding_ranks"
 under ZeRO-3, or NODE. Without the key, all ranks share one."""
 NODE = "node"
 """Value of SHARDING: the ranks of each machine."""
-OFFLOADS = ("offload_optimizer", "offload_param")
+OFFLOADED_OPTIMIZER = "offload_optimizer"
+OFFLOADS = (OFFLOADED_OPTIMIZER, "offload_param")
 """Sections of `zero_optimization` that move a part of the training state off the GPUs."""
+DISK = "nvme"
+"""Value of `device` in these sections for a local disk."""
 OWNED_BY_RUN = {
     "optimizer": "optimizer",
     "scheduler": "stages.*.lr",
@@ -132,11 +135,7 @@ def resolve_deepspeed(
         faults.append(f"fp16 is enabled in {json_file}; bf16 and fp32 are supported: set bf16.enabled")
     faults += _sharding_faults(content, world_size, json_file)
     faults += _tensor_faults(config, content, names)
-    faults += [
-        f"{name}.device is nvme in {json_file}; checkpoints read the training state in memory: set it to cpu"
-        for name in OFFLOADS
-        if _offload(content, name) == "nvme"
-    ]
+    faults += _disk_faults(content, json_file)
     if faults:
         raise ConfigError("\n  - ".join(["the two configurations contradict each other:", *faults]))
     quiet = {
@@ -146,6 +145,11 @@ def resolve_deepspeed(
         "zero_allow_untested_optimizer": True,
     }
     return {**quiet, **content, **owned}
+
+
+def on_disk(content: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration keeps the optimizer states on a local disk."""
+    return _offload(content, OFFLOADED_OPTIMIZER) == DISK
 
 
 def _offload(content: Mapping[str, Any], name: str) -> str:
@@ -177,6 +181,27 @@ def _tensor_faults(config: RunConfig, content: Mapping[str, Any], names: tuple[s
     for name in OFFLOADS:
         if _offload(content, name) != "none":
             yield f"{name} is set in {json_file} {where}; they have not been tried together, remove one of them"
+
+
+def _disk_faults(content: Mapping[str, Any], json_file: str) -> Iterator[str]:
+    """Yields sentences about a training state on a disk that cannot be used."""
+    zero = content.get("zero_optimization", {})
+    if _offload(content, "offload_param") == DISK:
+        yield (
+            f"offload_param.device is nvme in {json_file}; only the optimizer can be on a disk: set it to cpu, or "
+            "remove offload_param"
+        )
+    if not on_disk(content):
+        return
+    where, section = f"{OFFLOADED_OPTIMIZER}.device is nvme in {json_file}", zero[OFFLOADED_OPTIMIZER]
+    if zero.get("stage") != 3:
+        yield f"{where} with ZeRO stage {zero.get('stage', 0)}; it needs stage 3: set the stage, or the device to cpu"
+    path = section.get("nvme_path")
+    if not isinstance(path, str) or not path:
+        yield f"{where} without nvme_path; name a folder on a local disk there"
+    for key in ("pipeline_read", "pipeline_write"):
+        if section.get(key):
+            yield f"{where} with {key}, while checkpoints need files that are written completely; remove {key}"
 
 
 def _sharding_faults(content: Mapping[str, Any], world_size: int, json_file: str) -> Iterator[str]:

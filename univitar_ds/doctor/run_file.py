@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from univitar_ds.classes import ClassList
-from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, on_disk, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.load import load_config
 from univitar_ds.config.paths import expand
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, TOKENIZER
@@ -31,6 +31,7 @@ from univitar_ds.planning.counts.samples import expected_tokens
 from univitar_ds.planning.counts.unpacked import UnpackedShard
 from univitar_ds.planning.sizes import checkpoint_bytes, count_parameters
 from univitar_ds.tokenization import load_tokenizer, special_ids
+from univitar_ds.training.engine.engine import check_disk
 
 NAME, PARTS, FOLDER = "run file", "contents of the run file", "run folder"
 
@@ -121,6 +122,8 @@ def _deepspeed(config: RunConfig, context: Context) -> str:
     content = read_deepspeed(config.deepspeed)
     stage = checks.check_zero_stage(content, config.deepspeed)
     resolve_deepspeed(config, context.ranks.size, content, (str(context.recipe), config.deepspeed))
+    if on_disk(content):
+        return f"{config.deepspeed}: ZeRO-{stage}, optimizer states in {check_disk(content)}"
     return f"{config.deepspeed}: ZeRO-{stage}"
 
 

@@ -158,9 +158,11 @@ def _memory(plan: Plan, counts: sizes.Counts) -> Iterator[str]:
     plural = "" if sharing == 1 else "s"
     yield f"{sizes.RULE[resolved['zero_optimization']['stage']]} over {sharing} rank{plural}{groups}"
     for part, size in memory.parts.items():
-        yield f"{part:<16} {amount(size):>15}" + ("  (in host memory)" if part in memory.offloaded else "")
+        where = "  (on the disk)" if part in memory.stored else "  (in host memory)" if part in memory.offloaded else ""
+        yield f"{part:<16} {amount(size):>15}{where}"
     total = f"{'total':<16} {amount(memory.device):>15}"
-    yield total + (f", and {amount(memory.host)} of host memory" if memory.offloaded else "")
+    total += f", and {amount(memory.host)} of host memory" if memory.offloaded else ""
+    yield total + (f", {amount(memory.disk)} of a disk" if memory.stored else "")
     where = f" (in stage {name})" if len(config.stages) > 1 else ""
     yield f"between steps{where}; a step adds activations, buffers, gathered weights and a teacher:"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from univitar_ds.config.deepspeed import OFFLOADED_OPTIMIZER, on_disk
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
 from univitar_ds.config.stage import StageConfig
@@ -97,11 +98,13 @@ def _bytes_of(cfg: OptimizerConfig, group: Mapping[str, str]) -> int:
 class RankMemory:
     """Bytes of a rank between steps by part, without activations, communication buffers and teacher.
 
-    `offloaded`: names of the parts in host memory; `device`, `host`: the sums on the device and in host memory.
+    `offloaded`: names of the parts that are not on the device, `stored`: those of them that are on a local disk instead
+    of in host memory; `device`, `host`, `disk`: the sums.
     """
 
     parts: Mapping[str, float]
     offloaded: tuple[str, ...]
+    stored: tuple[str, ...] = ()
 
     @property
     def device(self) -> float:
@@ -109,7 +112,11 @@ class RankMemory:
 
     @property
     def host(self) -> float:
-        return sum(size for name, size in self.parts.items() if name in self.offloaded)
+        return sum(size for name, size in self.parts.items() if name in self.offloaded and name not in self.stored)
+
+    @property
+    def disk(self) -> float:
+        return sum(size for name, size in self.parts.items() if name in self.stored)
 
 
 def count_parameters(
@@ -160,8 +167,13 @@ def memory_of_rank(
     }
     if config.optimizer.ema_decay is not None:
         parts["average"] = trained * FP32 * share
-    offloaded = ("optimizer", "average") if _offloads(zero, "offload_optimizer") else ()
-    return RankMemory(parts, (*offloaded, "weights") if _offloads(zero, "offload_param") else offloaded)
+    offloaded = ("optimizer", "average") if _offloads(zero, OFFLOADED_OPTIMIZER) else ()
+    stored = offloaded if on_disk(resolved) else ()
+    if stored:  # DeepSpeed reads and writes one sub-group at a time
+        states = sum(size for name, size in parts.items() if name in stored)
+        parts["buffers"] = states * min(1.0, zero.get("sub_group_size", 10**9) / max(1.0, trained * share))
+        offloaded = (*offloaded, "buffers")
+    return RankMemory(parts, (*offloaded, "weights") if _offloads(zero, "offload_param") else offloaded, stored)
 
 
 def checkpoint_bytes(config: RunConfig, stage: StageConfig, counts: Counts, resolved: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from univitar_ds.config.deepspeed import (
     SHARDING,
     deepspeed_path,
     divisors,
+    on_disk,
     packs_per_rank,
     read_deepspeed,
     resolve_deepspeed,
@@ -132,7 +133,7 @@ def test_a_missing_json_names_the_shipped_ones():
 
 def test_shipped_jsons_hold_no_key_of_the_run_file():
     for file in deepspeed_path("zero3_cpu").parent.glob("*.json"):
-        assert set(json.loads(file.read_text())) <= {"bf16", "data_types", "zero_optimization", SHARDING}
+        assert set(json.loads(file.read_text())) <= {"aio", "bf16", "data_types", "zero_optimization", SHARDING}
 
 
 @pytest.mark.parametrize(("value", "ranks"), [(None, 16), (NODE, 8), (4, 4), (16, 16)])
@@ -162,13 +163,28 @@ def test_a_sharding_that_cannot_be_used_is_an_error_message(config, value, zero,
         resolve_deepspeed(config, 4, content, NAMES)
 
 
-@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_a_state_on_nvme_is_refused_with_the_remedy(config, name):
-    content = {"zero_optimization": {"stage": 3, name: {"device": "nvme", "nvme_path": "/disk"}}}
-    with pytest.raises(ConfigError, match=rf"{name}\.device is nvme in zero\.json; .*set it to cpu"):
-        resolve_deepspeed(config, 2, content, NAMES)
-    content["zero_optimization"][name] = {"device": "cpu"}
-    assert resolve_deepspeed(config, 2, content, NAMES)
+DISK = {"device": "nvme", "nvme_path": "/disk"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "said"),
+    [
+        (3, {"offload_param": DISK}, "offload_param.device is nvme in zero.json; only the optimizer can .* to cpu"),
+        (2, {"offload_optimizer": DISK}, "offload_optimizer.device is nvme in zero.json with ZeRO stage 2; it needs"),
+        (3, {"offload_optimizer": {"device": "nvme"}}, "without nvme_path; name a folder on a local disk"),
+        (3, {"offload_optimizer": {**DISK, "nvme_path": 3}}, "without nvme_path; name a folder on a local disk"),
+        (3, {"offload_optimizer": {**DISK, "pipeline_write": True}}, "with pipeline_write, .*; remove pipeline_write"),
+    ],
+)
+def test_a_state_on_a_disk_that_cannot_be_used_is_refused_with_the_remedy(config, stage, sections, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve_deepspeed(config, 2, {"zero_optimization": {"stage": stage, **sections}}, NAMES)
+
+
+def test_an_optimizer_on_a_disk_is_accepted(config):
+    resolved = resolve_deepspeed(config, 2, {"zero_optimization": {"stage": 3, "offload_optimizer": DISK}}, NAMES)
+    assert on_disk(resolved)
+    assert not on_disk(resolve_deepspeed(config, 2, read_deepspeed("zero3_offload"), NAMES))
 
 
 def test_divisors_of_absurd_numbers_of_lanes_are_found_at_once():

@@ -98,6 +98,16 @@ def test_frozen_parts_have_weights_only_and_offloaded_ones_are_in_host_memory():
     assert checkpoint_bytes(config, stage, COUNTS, content) == 200 * 12 + 800 * 2
 
 
+def test_states_on_a_disk_need_buffers_in_host_memory():
+    config = run_config()
+    content = resolved(config, 2, "zero3_nvme")
+    content["zero_optimization"]["sub_group_size"] = 100
+    memory = memory_of_rank(config, config.stages[0], COUNTS, 2, content)
+    assert memory.parts["optimizer"] == memory.disk == 1000 * 12 / 2
+    assert memory.host == memory.parts["buffers"] == 100 * 12
+    assert memory.device == memory.parts["weights"] + memory.parts["gradients"]
+
+
 def test_amounts_have_units():
     assert [amount(size) for size in (900, 2.5e6, 1.25e9, 3e12)] == ["0.9 kB", "2.5 MB", "1.25 GB", "3 TB"]
 

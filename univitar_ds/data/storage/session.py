@@ -5,11 +5,8 @@ The process that created the folder holds a lock on it. The folder of a killed p
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import json
 import os
-import shutil
 import tempfile
 import threading
 from contextlib import suppress
@@ -18,24 +15,23 @@ from hashlib import blake2b
 from pathlib import Path
 
 from univitar_ds.atomic_write import replacing
+from univitar_ds.locked_folder import LockedFolder
 
 _PREFIX = "univitar-ds-"
-_LOCK = "owner.lock"
-_REMOVALS = 3
 _making = threading.Lock()
 
 
 def session_folder() -> str:
     """Returns this process's folder, which is created at the first call and removed at the end. Thread-safe."""
     with _making:
-        return _folder_of(os.getpid())
+        return str(_folder_of(os.getpid()).path)
 
 
 def remove_session_folder() -> None:
     """Removes this process's folder, for a process that ends without Python's exit handlers."""
     with _making:
         if _folder_of.cache_info().currsize:
-            _remove(_folder_of(os.getpid()), os.getpid())
+            _folder_of(os.getpid()).remove()
 
 
 class Pins:
@@ -84,34 +80,5 @@ def _name(url: str) -> str:
 
 
 @cache
-def _folder_of(process: int) -> str:
-    remove_abandoned()
-    while True:
-        folder = tempfile.mkdtemp(prefix=_PREFIX)
-        lock = os.open(os.path.join(folder, _LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process considers the folder abandoned and removes it
-            os.close(lock)
-            continue
-        atexit.register(_remove, folder, process)
-        return folder
-
-
-def remove_abandoned() -> None:
-    """Removes the folders of processes that have ended."""
-    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
-        with suppress(OSError):
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _remove(folder: str, owner: int) -> None:
-    if os.getpid() != owner:  # a forked process inherits the `atexit` handler
-        return
-    for _ in range(_REMOVALS):  # a running download may create files during the removal
-        shutil.rmtree(folder, ignore_errors=True)
+def _folder_of(process: int) -> LockedFolder:
+    return LockedFolder(Path(tempfile.gettempdir()), _PREFIX)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from univitar_ds.config.deepspeed import on_disk
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.collate import AHEAD
 from univitar_ds.geometry import pixel_bytes
@@ -87,7 +88,7 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
         "pixels of packs": per_node * slots * pixels,
         "model while it is built": per_node * model.counts.total * FP32,
         "offloaded training state": per_node * held,
-        "copy of the checkpoint": per_node * saved / place.sharing,
+        "copy of the checkpoint": 0.0 if on_disk(place.resolved) else per_node * saved / place.sharing,
     }
     return HostNeeds(
         {name: size for name, size in memory.items() if size}, per_node * busy, max(1, -int(-busy // 1)), data.workers

@@ -93,7 +93,7 @@ def copied_state(
         if writes(piece, world)
         for kind, tensor in piece.tensors.items()
     }
-    tensors = staging.copy(own) if own else memoryview(b"")
+    tensors = staging.copy(own, engine.disk) if own else memoryview(b"")
     parts = []
     if world.is_main:
         parts.append(Part(BUFFERS, save(persistent_buffers(engine.module))))

@@ -26,21 +26,24 @@ import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from univitar_ds.config.deepspeed import SHARDING
+from univitar_ds.config.deepspeed import OFFLOADED_OPTIMIZER, SHARDING, on_disk
 from univitar_ds.config.schema import OptimizerConfig
-from univitar_ds.errors import ConfigError
+from univitar_ds.errors import ConfigError, InstallationError
 from univitar_ds.extras import extra
 from univitar_ds.formats.elastic import EMA, FROZEN, MASTER
 from univitar_ds.formats.slices import Slice
+from univitar_ds.locked_folder import LockedFolder
 from univitar_ds.training.distributed.groups import Groups, ModelParallel
-from univitar_ds.training.distributed.process_group import World, uses_cuda
+from univitar_ds.training.distributed.process_group import World, all_ranks_or_none, uses_cuda
 from univitar_ds.training.engine.compiled_ops import prepare_extensions
 from univitar_ds.training.engine.device_waits import NO_TIMERS, NormReader, order_streams, streams_in_order
+from univitar_ds.training.engine.disk import OnDisk, check_space, folder_for, with_folder
 from univitar_ds.training.engine.free_engine import free_engine
 from univitar_ds.training.engine.memory import memory_by_part
 from univitar_ds.training.engine.node_sharding import Sharding, sharding_of
@@ -107,9 +110,11 @@ class Engine:
         exact: Mapping[str, Tensor] | None = None,
         sharding: Sharding | None = None,
         groups: Groups | None = None,
+        folder: LockedFolder | None = None,
     ) -> None:
         """Args: engine: DeepSpeed's; exact: float32 values of the model's `exact_parameters`, which DeepSpeed has
-        rounded to bfloat16; sharding: None: over all ranks; groups: None: no tensor and no sequence parallelism."""
+        rounded to bfloat16; sharding: None: over all ranks; groups: None: no tensor and no sequence parallelism;
+        folder: of this rank's files if the optimizer is on a disk."""
         self._engine = engine
         self._cfg = cfg
         self._ema_decay = cfg.ema_decay
@@ -130,6 +135,7 @@ class Engine:
         """The initial values of moments, by name."""
         self._read_gradient = False
         self._closed = False
+        self._disk = None if folder is None else OnDisk(self._optimizer, folder)
         self._make_moments()
         self._place_matrices()
         self._exact = self._exact_masters(exact or {})
@@ -144,6 +150,11 @@ class Engine:
     def module(self) -> nn.Module:
         """The model, for its names and buffers. Forward passes must call the engine."""
         return self._engine.module
+
+    @property
+    def disk(self) -> Path | None:
+        """This rank's folder on the disk that has its optimizer states; None if they are in memory."""
+        return None if self._disk is None else self._disk.folder.path
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,7 +219,7 @@ class Engine:
             self._forget_forwards(but=self.module)
         if self.updated:
             self._updates = [done + 1 for done in self._updates]
-            if self._ema_decay is not None:
+            if self._ema_decay is not None and self._disk is None:
                 self._update_average(self._ema_decay)
             self._share_exact()
 
@@ -247,6 +258,8 @@ class Engine:
 
     def _gradient_share(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns this rank's flat share of a parameter's gradient; None if the rank has no share."""
+        if self._disk is not None:
+            return self._disk.gradient(parameter)
         if self._sharded:
             return self._optimizer.get_local_fp32_grad_for_param(parameter)  # padded with zeros
         mapping = parameter._hp_mapping
@@ -305,9 +318,12 @@ class Engine:
     def _sharded_piece(self, name: str, parameter: nn.Parameter) -> ParamShard:
         start, length = self._range(parameter)
         group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-        flat = self._optimizer.fp32_partitioned_groups_flat[group]
-        state = self._optimizer.optimizer.state[flat]
-        tensors = {MASTER: flat.data, **{key: kept for key, kept in state.items() if key != "step"}}
+        if self._disk is not None and group in self._disk:
+            tensors = self._disk.tensors(group)
+        else:
+            flat = self._optimizer.fp32_partitioned_groups_flat[group]
+            state = self._optimizer.optimizer.state[flat]
+            tensors = {MASTER: flat.data, **{key: kept for key, kept in state.items() if key != "step"}}
         own = {kind: tensor.narrow(0, offset, length) for kind, tensor in tensors.items()}
         return self._piece(name, parameter, start, own)
 
@@ -336,6 +352,8 @@ class Engine:
         """Copies the master weights to the weights of the forward pass.
 
         Must be called after writing into the tensors of `pieces`."""
+        if self._disk is not None:
+            self._disk.flush()
         self._share_exact()
         if not self._sharded:
             self._optimizer.update_lp_params()
@@ -377,6 +395,8 @@ class Engine:
         module, owners = self.module, (self._engine, self._optimizer, self._optimizer.optimizer)
         self._engine.destroy()
         self._forget_forwards()
+        if self._disk is not None:
+            self._disk.close()
         free_engine(module, *owners)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -413,7 +433,15 @@ class Engine:
         for done in dict.fromkeys(self._updates):
             alike = [flat for flat, count in zip(masters, self._updates, strict=True) if count == done]
             averages = [state[flat][EMA] for flat in alike]
-            torch._foreach_lerp_(averages, [flat.data for flat in alike], 1 - min(decay, (1 + done) / (10 + done)))
+            torch._foreach_lerp_(averages, [flat.data for flat in alike], _new_share(decay, done))
+
+    @torch.no_grad()
+    def _average_on_disk(self, group: int) -> None:
+        """Updates the average of a sub-group that was just updated, while its states are in memory."""
+        flat = self._optimizer.fp32_partitioned_groups_flat[group]
+        self._optimizer.optimizer.state[flat][EMA].lerp_(
+            flat.data, _new_share(self._ema_decay, self._updates[group] + 1)
+        )
 
     @torch.no_grad()
     def _exact_masters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -430,6 +458,8 @@ class Engine:
                 masters[piece.name] = piece.tensors[MASTER]
                 for key in {MASTER, EMA} & piece.tensors.keys():
                     piece.tensors[key].copy_(values[piece.name][: piece.length])
+        if self._disk is not None:
+            self._disk.flush()
         return masters
 
     @torch.no_grad()
@@ -458,18 +488,27 @@ class Engine:
         The average of the weights is stored in the same state: DeepSpeed moves it like a moment, and the optimizer
         ignores it.
         """
-        for flat, group in self._masters_and_groups():
-            state = self._optimizer.optimizer.state[flat]
-            state.setdefault("step", counted_updates(0.0, flat, group))
-            for key, moment in moments_of(self._cfg, group).items():
-                self.initial[key] = moment.initial
-                if key not in state:
-                    state[key] = new_moment(moment, flat.data)
+        for index, (flat, group) in enumerate(self._masters_and_groups()):
+            on_disk = self._disk is not None and index in self._disk
+            with self._disk.in_memory(index) if on_disk else contextlib.nullcontext():
+                self._make_state(flat, group)
+        if self._disk is not None:
+            self._disk.check()
             if self._ema_decay is not None:
-                state[EMA] = flat.data.clone()
+                self._disk.after_update(self._average_on_disk)
         if not self._sharded:
             self._optimizer._lazy_init_hp_params_optimizer_state()
         self._updates = self._counted()
+
+    def _make_state(self, flat: Tensor, group: Mapping[str, Any]) -> None:
+        state = self._optimizer.optimizer.state[flat]
+        state.setdefault("step", counted_updates(0.0, flat, group))
+        for key, moment in moments_of(self._cfg, group).items():
+            self.initial[key] = moment.initial
+            if key not in state:
+                state[key] = new_moment(moment, flat.data)
+        if self._ema_decay is not None:
+            state[EMA] = flat.data.clone()
 
     def _place_matrices(self) -> None:
         """Passes the positions of its matrices in the flat tensors to Muon."""
@@ -510,6 +549,11 @@ def build_engine(
     for block, parameter in blocks.parameters() if stage == 3 else ():
         deepspeed.zero.register_external_parameter(block, parameter)
     optimizer = build_optimizer(model, cfg, began)
+    folder = None
+    if on_disk(ds_config):
+        with all_ranks_or_none(world):
+            folder = _folder_on_disk(ds_config, cfg, optimizer, sharding.size)
+        ds_config = with_folder(ds_config, folder, _kinds(cfg, optimizer))
     if stage == 1 and ds_config.get("bf16", {}).get("enabled"):
         put_unaligned_last(optimizer)
     with _silence():
@@ -527,16 +571,70 @@ def build_engine(
         cut_for_all_ranks(engine)
     sharding.agree_on_norms(engine.optimizer)
     sharding.start_equal(engine.optimizer, model)
-    built = Engine(engine, world, cfg, exact, sharding, groups)
+    built = Engine(engine, world, cfg, exact, sharding, groups, folder)
     if sharding.copies > 1:
         built.refresh_params()
     return built
+
+
+def _new_share(decay: float, done: int) -> float:
+    """Returns the share of the new weights in their average. Args: done: number of updates, this one included."""
+    return 1 - min(decay, (1 + done) / (10 + done))
+
+
+def _folder_on_disk(
+    config: dict[str, Any], cfg: OptimizerConfig, optimizer: torch.optim.Optimizer, sharing: int
+) -> LockedFolder:
+    """Creates the folder for this rank's optimizer states, after checking that they can be on the disk.
+
+    Args: optimizer: before DeepSpeed partitions its parameters; sharing: ranks that share a training state.
+    Raises: InstallationError without libaio; ConfigError if a moment is not in float32, or as `folder_for`;
+        StorageError if the disk has too little space.
+    """
+    check_disk(config)
+    for group in optimizer.param_groups:
+        for name, moment in moments_of(cfg, group).items():
+            if moment.dtype != "float32":
+                raise ConfigError(
+                    f"{OFFLOADED_OPTIMIZER}.device is nvme, and the moment {name} of {cfg.kind} is in {moment.dtype}; "
+                    "only float32 can be on a disk: set the device to cpu"
+                )
+    folder = folder_for(config)
+    elements = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    size = 2 * elements * _kinds(cfg, optimizer) * torch.float32.itemsize / sharing  # also of a checkpoint's copy
+    check_space(folder, size, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return folder
+
+
+def _kinds(cfg: OptimizerConfig, optimizer: torch.optim.Optimizer) -> int:
+    """Returns the number of values that are kept for an element at most: master weight, moments and average."""
+    most = max((len(moments_of(cfg, group)) for group in optimizer.param_groups), default=0)
+    return 1 + most + (cfg.ema_decay is not None)
 
 
 def _slice_of(parameter: nn.Parameter) -> Slice | None:
     """Returns the tensor-parallel slice that a parameter holds, see `model.blocks.tensor_parallel`; None if it is
     whole."""
     return getattr(parameter, "slice", None)
+
+
+def check_disk(config: Mapping[str, Any]) -> Path:
+    """Checks that DeepSpeed can write the optimizer states of a configuration to its disk. Leaves no file there.
+
+    Returns: the folder on the disk.
+    Raises: InstallationError without libaio, ConfigError as `folder_for`.
+    """
+    load_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise InstallationError(
+            f"{OFFLOADED_OPTIMIZER}.device is nvme, and libaio is missing, with which DeepSpeed compiles its "
+            "asynchronous I/O; apt-get install libaio-dev, or set the device to cpu"
+        )
+    folder = folder_for(config)
+    folder.remove()
+    return folder.path.parent
 
 
 def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:

@@ -25,6 +25,8 @@ def memory_by_part(module: nn.Module, optimizer: Any, teacher: nn.Module | None 
     weights = [getattr(one, "ds_tensor", one) for one in module.parameters()]
     weights += [*module.parameters(), *module.buffers()]
     states = [state for state in optimizer.optimizer.state.values() if isinstance(state, Mapping)]
+    swapper = getattr(optimizer, "optimizer_swapper", None)  # for states on a disk, see `disk.OnDisk`
+    buffers = [] if swapper is None else swapper.swap_buffer_manager.all_buffers
     parts: dict[str, Iterable[Any]] = {
         "weights": weights,
         "gradients": [
@@ -32,7 +34,7 @@ def memory_by_part(module: nn.Module, optimizer: Any, teacher: nn.Module | None 
             *(getattr(optimizer, name, None) for name in GRADIENTS),
         ],
         "average": [state.get(EMA) for state in states],
-        "optimizer": [*states, *(getattr(optimizer, name, None) for name in MASTERS)],
+        "optimizer": [*buffers, *states, *(getattr(optimizer, name, None) for name in MASTERS)],
         "teacher": [] if teacher is None else [*teacher.parameters(), *teacher.buffers()],
     }
     return {name: sum(_bytes(value, seen) for value in tree_leaves(list(held))) for name, held in parts.items()}

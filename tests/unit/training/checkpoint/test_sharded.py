@@ -48,6 +48,7 @@ def save(rank: int, ranks: int, root: Path) -> Path:
     engine = SimpleNamespace(
         world=World(rank, ranks, 0, torch.device("cpu")),
         module=module,
+        disk=None,
         pieces=lambda: pieces_of(rank, ranks),
         optimizer_state=lambda: {"updates": 4.0, "groups": [], "global_steps": 4},
     )

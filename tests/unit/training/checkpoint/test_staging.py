@@ -1,7 +1,7 @@
 import torch
 from safetensors.torch import load, save
 
-from univitar_ds.training.checkpoint.staging import Staging
+from univitar_ds.training.checkpoint.staging import FILE, Staging
 from univitar_ds.training.distributed.process_group import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -31,3 +31,11 @@ def test_a_copy_keeps_its_values_when_the_tensors_change_and_later_copies_are_co
     assert len(staging.copy(TENSORS)) == len(first)
     large = {"c/fp32": torch.arange(1000.0)}
     assert bytes(staging.copy(large)) == save(large)
+
+
+def test_a_copy_on_a_disk_has_the_same_bytes_and_is_a_file(tmp_path):
+    staging = Staging(ALONE)
+    assert bytes(staging.copy(TENSORS, tmp_path)) == save(TENSORS)
+    large = {"c/fp32": torch.arange(1000.0)}
+    assert bytes(staging.copy(large, tmp_path)) == save(large) == (tmp_path / FILE).read_bytes()
+    assert bytes(staging.copy(TENSORS)) == save(TENSORS)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SHARES = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+SHARES = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """Gradient of each parameter's share by the parameter's `ds_id`: views of one flat tensor."""
 _REDUCE = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
 """Method that DeepSpeed calls at the end of a backward pass to reduce the gradients that are left in its buckets."""
@@ -50,7 +50,7 @@ class GradientBuckets:
         trained = _trained(optimizer)
         self._group = trained[0].ds_process_group
         self._ranks, self._rank = comm.get_world_size(self._group), comm.get_rank(self._group)
-        shares = getattr(optimizer, _SHARES)
+        shares = getattr(optimizer, SHARES)
         # Views without the padding, which stays zero. Kept on the optimizer, whose tensors `free_engine` empties.
         optimizer.own_gradients = {p.ds_id: self._own(shares[p.ds_id], p) for p in trained}
         self._bucket: list[nn.Parameter] = []
