@@ -44,6 +44,9 @@ class DecodedPack(Generic[Plan]):
     failures: Sequence[Failure]
 
 
+PLANNED_TOGETHER = 4
+"""Number of packs that are planned one after another, in addition to those that wait for decoding. Between two times,
+decoding displaces the planner's code and data from the processor's caches."""
 _Outcome = tuple[int, DecodeJob, DecodedPack[Any]] | BaseException
 
 
@@ -225,7 +228,8 @@ class Pipeline(Generic[Plan]):
                 self._finish(number, error)
                 return
             with self._lock:
-                self._planning.wait_for(lambda: self._stopped or len(self._waiting) < self._config.ahead)
+                if len(self._waiting) >= self._config.ahead + PLANNED_TOGETHER:
+                    self._planning.wait_for(lambda: self._stopped or len(self._waiting) <= self._config.ahead)
                 if self._stopped:
                     return
                 self._waiting.append((number, plan))
@@ -246,7 +250,8 @@ class Pipeline(Generic[Plan]):
                     self._undelivered += 1
                     slot = self._free.pop()
                     sequence, plan = self._waiting.popleft()
-                    self._planning.notify()
+                    if len(self._waiting) <= self._config.ahead:
+                        self._planning.notify()
                 self._finish(sequence, self._decode(supervisor, slot, plan))
         except Closed:
             return

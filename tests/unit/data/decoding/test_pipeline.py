@@ -272,7 +272,7 @@ def test_no_more_is_planned_ahead_than_slots_and_queue_hold(monkeypatch):
     with run(counted()) as packs:
         for step in range(20):
             next(packs)
-            assert len(drawn) <= step + 1 + 2 + 2 + 1
+            assert len(drawn) <= step + 1 + 2 + 2 + 1 + pipeline.PLANNED_TOGETHER
 
 
 @pytest.mark.parametrize("shared", [0, 1])
