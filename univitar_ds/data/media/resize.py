@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import addressof, byref, c_char, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint64, c_void_p, sizeof
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import numpy as np
 from univitar_ds.geometry import PATCH
 
 _OPERATOR = b"aten::_upsample_bicubic2d_aa"
-_FourNumbers = c_int64 * 4
+_Numbers = c_int64 * 8
 _FOUR, _NO_OFFSET = c_int64(4), c_int64(0)
 _CPU, _ANY_DEVICE = c_int32(0), c_int32(-1)
 
@@ -74,12 +74,15 @@ def _call(source: np.ndarray, out: np.ndarray, image_height: float, image_width:
 def _tensor(library: ctypes.CDLL, pixels: np.ndarray) -> int:
     """Returns a tensor (1, 3, H, W), channels last, that shares the memory of the array."""
     height, width, channels = pixels.shape
-    sizes = _FourNumbers(1, channels, height, width)
-    strides = _FourNumbers(height * width * channels, 1, width * channels, channels)
+    row = width * channels
+    sizes = _Numbers(1, channels, height, width, height * row, 1, row, channels)
+    strides = byref(sizes, 4 * sizeof(c_int64))
+    # Takes a third of the time of `ndarray.ctypes`, but needs writable memory.
+    address = addressof(c_char.from_buffer(pixels)) if pixels.flags.writeable else pixels.ctypes.data
     handle = c_void_p()
     # data, number of dimensions, sizes, strides, offset, type, kind and number of the device, result
     failed = library.aoti_torch_create_tensor_from_blob(
-        c_void_p(pixels.ctypes.data), _FOUR, sizes, strides, _NO_OFFSET, _uint8(), _CPU, _ANY_DEVICE, byref(handle)
+        c_void_p(address), _FOUR, sizes, strides, _NO_OFFSET, _uint8(), _CPU, _ANY_DEVICE, byref(handle)
     )
     if failed or handle.value is None:
         raise RuntimeError(f"torch cannot create a tensor of shape {pixels.shape}")
