@@ -15,6 +15,7 @@ from univitar_ds.data.media.frame_sampling import Sampling
 from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import LOCAL, StorageSettings
+from univitar_ds.data.storage.local import OpenFiles
 from univitar_ds.errors import DataError, SampleError
 from univitar_ds.geometry import PATCH, Modality, item_bytes
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # decoding processes do not import the code that reads shards
 
 Failure = tuple[int, str, str]
 """(index of the item in the pack, kind, message)."""
+_Decode = Callable[["DecodeItem", bytes, np.ndarray], None]
+"""Decodes a file into flat pixels of the item's size. Raises: SampleError."""
 _BUSY_FACTOR = 4
 """Maximum ratio of wall time to CPU time on a busy machine. `data.decode_timeout_s` is CPU time."""
 
@@ -141,24 +144,28 @@ def decode_pack(
     Returns: the items that could not be decoded.
     Raises: DataError if a shard cannot be read.
     """
+    decode = _image_decoder(job.limits) if job.modality == "image" else _video_decoder(job.limits, job.sampling)
     failures: list[Failure] = []
     start = 0
-    for index, item in enumerate(job.items):
-        end = start + item.bytes
-        try:
-            _decode_item(job, item, buffer[start:end], settings)
-        except SampleError as error:
-            failures.append((index, error.kind, str(error)))
-        except DataError as error:
-            if not job.whole_files:
-                raise
-            failures.append((index, "unreadable", str(error)))
-        except MemoryError:
-            detail = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
-            failures.append((index, "too_large", f"{detail}; raise it or store a smaller file"))
-        else:
-            start = end
-        after_item()
+    with OpenFiles() as files:
+        for index, item in enumerate(job.items):
+            end = start + item.bytes
+            try:
+                data = storage_for(item.path, settings, files).read_range(item.path, item.offset, item.length)
+                check_crc32(data, item.crc32)
+                decode(item, data, buffer[start:end])
+            except SampleError as error:
+                failures.append((index, error.kind, str(error)))
+            except DataError as error:
+                if not job.whole_files:
+                    raise
+                failures.append((index, "unreadable", str(error)))
+            except MemoryError:
+                detail = f"decoding takes more memory than data.max_image_px = {job.limits.max_image_px} allows"
+                failures.append((index, "too_large", f"{detail}; raise it or store a smaller file"))
+            else:
+                start = end
+            after_item()
     return failures
 
 
@@ -169,55 +176,51 @@ def check_crc32(data: bytes, packed: int | None) -> None:
         raise SampleError("checksum", f"{detail}; restore the shard")
 
 
-def _decode_item(job: DecodeJob, item: DecodeItem, room: np.ndarray, settings: StorageSettings) -> None:
-    # Imported here, because a trainer makes jobs but does not decode. See `worker.PRELOADED`.
+# The decoders are imported in functions, because a trainer makes jobs but does not decode. See `worker.PRELOADED`.
+def _image_decoder(limits: DecodeLimits) -> _Decode:
+    from univitar_ds.data.media.image_decode import decode_near
     from univitar_ds.data.media.resize import fit_image
 
-    data = storage_for(item.path, settings).read_range(item.path, item.offset, item.length)
-    check_crc32(data, item.crc32)
-    limits = job.limits
-    if item.original is not None:
-        room[:] = _unresized(job, item, item.original, data)
-        return
-    height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
-    out = room.reshape(item.frames, height, width, 3)
-    augmentation = item.augmentation or Augmentation()
-    crop = augmentation.crop
-    if job.modality == "image":
-        from univitar_ds.data.media.image_decode import decode_near
-
+    def decode(item: DecodeItem, data: bytes, room: np.ndarray) -> None:
+        if item.original is not None:
+            pixels, _ = decode_near(data, max_px=limits.max_image_px, target=None, size=item.original)
+            room[:] = pixels.reshape(-1)
+            return
+        target = height, width = item.grid[1] * PATCH, item.grid[2] * PATCH
+        augmentation = item.augmentation
+        crop = None if augmentation is None else augmentation.crop
+        if crop is not None:
+            target = crop.whole(height, width)
         size = None if item.size is None else item.size[:2]
-        target = (height, width) if crop is None else crop.whole(height, width)
         pixels, extent = decode_near(data, max_px=limits.max_image_px, target=target, size=size)
         if crop is not None:
             pixels, extent = crop.cut(pixels, extent)
-        fit_image(pixels, item.grid, out[0], extent)
-    else:
-        from univitar_ds.data.media.video_decode import decode_video
+        out = room.reshape(height, width, 3)
+        fit_image(pixels, item.grid, out, extent)
+        if augmentation is not None:
+            augmentation.finish(out[None])
 
-        out[:] = decode_video(
-            data,
-            frames=item.frames,
-            limits=limits,
-            sampling=job.sampling,
-            draw=item.draw,
-            size=item.size,
-            fit=lambda frame: fit_image(frame if crop is None else crop.cut(frame)[0], item.grid),
-        )
-    augmentation.finish(out)
+    return decode
 
 
-def _unresized(job: DecodeJob, item: DecodeItem, size: tuple[int, int], data: bytes) -> np.ndarray:
-    """Returns the pixels of an item as they are stored, flat. Raises: SampleError, also if its size is another."""
-    if job.modality == "image":
-        from univitar_ds.data.media.image_decode import decode_near
-
-        return decode_near(data, max_px=job.limits.max_image_px, target=None, size=size)[0].reshape(-1)
+def _video_decoder(limits: DecodeLimits, sampling: Sampling) -> _Decode:
+    from univitar_ds.data.media.resize import fit_image
     from univitar_ds.data.media.types import check_size
     from univitar_ds.data.media.video_decode import decode_video
 
-    frames = decode_video(
-        data, frames=item.frames, limits=job.limits, sampling=job.sampling, draw=item.draw, size=item.size
-    )
-    check_size(size, frames.shape[1:3])
-    return frames.reshape(-1)
+    def decode(item: DecodeItem, data: bytes, room: np.ndarray) -> None:
+        about = {"frames": item.frames, "limits": limits, "sampling": sampling, "draw": item.draw, "size": item.size}
+        if item.original is not None:
+            frames = decode_video(data, **about)
+            check_size(item.original, frames.shape[1:3])
+            room[:] = frames.reshape(-1)
+            return
+        augmentation = item.augmentation or Augmentation()
+        crop = augmentation.crop
+        out = room.reshape(item.frames, item.grid[1] * PATCH, item.grid[2] * PATCH, 3)
+        out[:] = decode_video(
+            data, **about, fit=lambda frame: fit_image(frame if crop is None else crop.cut(frame)[0], item.grid)
+        )
+        augmentation.finish(out)
+
+    return decode

@@ -19,11 +19,13 @@ _ELSEWHERE = (
     ),
 )
 """Unsupported schemes and the remedies in their error messages."""
+_LOCAL_FILES = LocalStorage()
 
 
-def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
+def storage_for(url: str, settings: StorageSettings = LOCAL, local: LocalStorage = _LOCAL_FILES) -> Storage:
     """Returns the storage for `url`, whose methods accept `url`; for S3 one object per process and `settings`.
 
+    Args: local: the storage for files that are not on S3.
     Raises: DataError for an unsupported scheme.
     """
     if url.startswith(S3):
@@ -32,7 +34,7 @@ def storage_for(url: str, settings: StorageSettings = LOCAL) -> Storage:
         return shared_storage(settings)
     if "://" in url:
         check_address(url)
-    return LocalStorage()
+    return local
 
 
 def real_place(url: str) -> str:

@@ -9,7 +9,7 @@ from tests.support.open_files import open_below
 from univitar_ds.config.data import DataConfig
 from univitar_ds.data.storage.address import storage_for
 from univitar_ds.data.storage.base import StorageSettings
-from univitar_ds.data.storage.local import LocalStorage
+from univitar_ds.data.storage.local import KEPT_OPEN, LocalStorage, OpenFiles
 from univitar_ds.errors import DataError
 
 
@@ -32,6 +32,24 @@ def test_read_range_returns_exactly_the_requested_bytes(file):
 def test_a_range_beyond_the_end_is_an_error_that_names_the_end_of_the_file(file):
     with pytest.raises(DataError, match="ends at byte 200, but 20 bytes were expected from byte 190"):
         LocalStorage().read_range(file, 190, 20)
+
+
+def test_open_files_are_opened_once_limited_in_number_and_closed_at_the_end(tmp_path):
+    paths = [tmp_path / f"{number}.bin" for number in range(KEPT_OPEN + 3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 4)
+    with OpenFiles() as files:
+        for _ in range(3):
+            assert files.read_range(str(paths[0]), 1, 2) == bytes(2)
+            assert open_below(tmp_path) == [str(paths[0])]
+        for number, path in enumerate(paths):
+            assert storage_for(str(path), local=files).read_range(str(path), 0, 4) == bytes([number]) * 4
+            assert len(open_below(tmp_path)) <= KEPT_OPEN
+        with pytest.raises(DataError, match="ends at byte 4, but 9 bytes were expected from byte 0"):
+            files.read_range(str(paths[1]), 0, 9)
+        with pytest.raises(DataError, match=r"gone\.bin: cannot be read"):
+            files.read_range(str(tmp_path / "gone.bin"), 0, 1)
+    assert not open_below(tmp_path)
 
 
 def test_an_opened_stream_can_seek(file):
