@@ -136,7 +136,7 @@ def collate(decoded: DecodedPack[Plan], tokenizer: Tokenizer | None) -> PackedBa
     samples = [plan.samples[index] for index in kept]
     captions = [sample.caption for sample in samples]
     if tokenizer is None:
-        token_ids, lengths = torch.zeros(len(kept), 0, dtype=torch.int64), torch.zeros(len(kept), dtype=torch.int64)
+        token_ids, lengths = rows([()] * len(kept), 0), rows([0] * len(kept))
     else:
         assert plan.token_rows is not None, "the plan has not been tokenized"
         token_ids, lengths = tokenization.padded(tokenizer, [plan.token_rows[index] for index in kept])

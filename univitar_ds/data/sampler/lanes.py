@@ -59,9 +59,10 @@ class Plan:
     @property
     def name(self) -> str:
         """A name for messages."""
-        names = [sample.name for sample in self.samples]
-        which = f", {names[0]} to {names[-1]}" if names else ""  # the last plan of an evaluation may have no samples
-        return f"the pack of lane {self.lane}, step {self.index} ({len(names)} samples{which})"
+        samples = self.samples
+        # The last plan of an evaluation may have no samples.
+        which = f", {samples[0].name} to {samples[-1].name}" if samples else ""
+        return f"the pack of lane {self.lane}, step {self.index} ({len(samples)} samples{which})"
 
 
 class Lane:

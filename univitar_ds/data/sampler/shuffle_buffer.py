@@ -22,7 +22,7 @@ class ShuffleBuffer:
         self.total_tokens = 0
         self._samples: list[Sample] = []
         self._tokens: list[int] = []
-        self._draws = array("Q")
+        self._draws, self._since = array("Q"), array("q")
         self._addresses: list[SampleAddress] = []
         self._places: list[tuple[int, int]] = []
         for sample in samples:
@@ -50,6 +50,7 @@ class ShuffleBuffer:
         self._samples.append(sample)
         self._tokens.append(sample.tokens)
         self._draws.append(sample.draw)
+        self._since.append(sample.address.since)
         self._addresses.append(sample.address)
         self._places.append((sample.address.shard, sample.address.offset))
         self.total_tokens += sample.tokens
@@ -59,7 +60,7 @@ class ShuffleBuffer:
         taken = [self._samples[index] for index in indices]
         self.total_tokens -= sum([self._tokens[index] for index in indices])
         for index in sorted(indices, reverse=True):
-            for column in (self._samples, self._tokens, self._draws, self._addresses, self._places):
+            for column in (self._samples, self._tokens, self._draws, self._since, self._addresses, self._places):
                 del column[index]
         return taken
 
@@ -71,7 +72,7 @@ class ShuffleBuffer:
         Args: factor: odd, 64 bits, other for each pack; packs: number of packs that the stream has made.
         """
         numbers = np.array(self._draws) * np.uint64(factor)  # modulo 2 ** 64
-        waits = packs + 1 - np.array([address.since for address in self._addresses], np.float64)
+        waits = packs + 1 - np.array(self._since, np.float64)
         return np.argsort(numbers / waits**2, kind="stable").tolist()
 
     def without_repeats(self) -> Sequence[int]:
