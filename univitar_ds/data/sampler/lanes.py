@@ -198,7 +198,7 @@ class Stream:
             sample = self._read(reader)
             if sample is not None:
                 self._buffer.append(sample)
-                self._round_robin.taken()
+                self._round_robin.taken(name)
                 oldest.setdefault(name, sample.address.epoch)
         return None
 

@@ -27,9 +27,8 @@ class WeightedRoundRobin:
             return next(iter(self._shares))
         return max(self._shares, key=lambda name: self.credits[name] + self._shares[name])
 
-    def taken(self) -> None:
-        """Updates the credits after a sample of the group `next()` was used."""
-        name = self.next()
+    def taken(self, name: str) -> None:
+        """Updates the credits after a sample of group `name`, the result of `next`, was used."""
         for other, share in self._shares.items():
             self.credits[other] += share
         self.credits[name] -= self._whole

@@ -47,13 +47,14 @@ class ShuffleBuffer:
         return self._addresses
 
     def append(self, sample: Sample) -> None:
+        tokens = sample.tokens
         self._samples.append(sample)
-        self._tokens.append(sample.tokens)
+        self._tokens.append(tokens)
         self._draws.append(sample.draw)
         self._since.append(sample.address.since)
         self._addresses.append(sample.address)
         self._places.append((sample.address.shard, sample.address.offset))
-        self.total_tokens += sample.tokens
+        self.total_tokens += tokens
 
     def take(self, indices: Sequence[int]) -> list[Sample]:
         """Removes samples and returns them in the order of `indices`."""

@@ -251,9 +251,11 @@ def _set(fields: Mapping[str, Any], ignored: _Ignored) -> str | None:
 
 def _size(fields: Mapping[str, Any]) -> MediaSize | None:
     """Returns the size that `data pack` wrote; None if it is incomplete, as for videos in layout 2 (no duration)."""
-    kind, height, width, frames = (fields.get(name) for name in ("kind", "height", "width", "frames"))
-    if not all(type(number) is int and 1 <= number <= _MAX_SIZE for number in (height, width, frames)):
-        return None
+    get = fields.get
+    kind, height, width, frames = get("kind"), get("height"), get("width"), get("frames")
+    for number in (height, width, frames):
+        if type(number) is not int or not 1 <= number <= _MAX_SIZE:
+            return None
     if kind == "image":
         return MediaSize("image", height, width, 1)
     seconds = fields.get("duration_s")

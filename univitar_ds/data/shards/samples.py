@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
 
@@ -132,7 +132,7 @@ class Sample:
     def name(self) -> str:
         return f"{self.shard.name}/{self.key}"
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         return token_count(self.grid)
 

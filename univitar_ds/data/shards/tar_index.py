@@ -240,7 +240,7 @@ def _read_entry(stream: BinaryIO, name: str, size: int, begin: int) -> _Entry | 
                 long_name = text.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif info.type in _PAX:
                 pax = _pax_records(text, name, position)
-        elif info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
+        elif info.type == tarfile.GNUTYPE_SPARSE or (pax and any(key.startswith("GNU.sparse") for key in pax)):
             _damaged(name, position, f"a sparse member {info.name!r}, which shards never need", data)
         else:
             path = pax.get("path") or long_name or info.name

@@ -24,8 +24,9 @@ def test_shares_hold_within_two_samples_after_any_number_of_samples(weights, n):
     shares = shares_of(weights)
     round_robin, taken = WeightedRoundRobin(shares, {}), Counter()
     for _ in range(n):
-        taken[round_robin.next()] += 1
-        round_robin.taken()
+        name = round_robin.next()
+        taken[name] += 1
+        round_robin.taken(name)
     for name, share in shares.items():
         assert abs(taken[name] - Fraction(n * share, sum(shares.values()))) < 2
     assert sum(round_robin.credits.values()) == 0
@@ -35,11 +36,12 @@ def test_shares_hold_within_two_samples_after_any_number_of_samples(weights, n):
 def test_the_round_robin_continues_from_saved_credits(weights, n):
     round_robin = WeightedRoundRobin(shares_of(weights), {})
     for _ in range(n):
-        round_robin.taken()
+        round_robin.taken(round_robin.next())
     again = WeightedRoundRobin(shares_of(weights), json.loads(json.dumps(round_robin.credits)))
     for _ in range(20):
-        assert again.next() == round_robin.next()
-        again.taken(), round_robin.taken()
+        name = round_robin.next()
+        assert again.next() == name
+        again.taken(name), round_robin.taken(name)
 
 
 def test_shares_are_computed_from_weights_above_zero():
