@@ -194,11 +194,9 @@ class PackLoader:
         return self
 
     def __next__(self) -> list[PackedBatch]:
-        step = []
-        for _ in self._starts:
-            pack = self._monitor.check(next(self._packs))
-            step.append(collate(pack, self._tokenizer))
-        return step
+        # Collated one after another, not between waits, for the reason of `pipeline.PLANNED_TOGETHER`.
+        packs = [next(self._packs) for _ in self._starts]
+        return [collate(self._monitor.check(pack), self._tokenizer) for pack in packs]
 
     def close(self) -> None:
         """Ends the decoding processes. May be called more than once."""

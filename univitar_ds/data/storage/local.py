@@ -69,7 +69,7 @@ class LocalStorage:
 class OpenFiles(LocalStorage):
     """A `LocalStorage` that reads several ranges of a file with one opening. A context manager; not thread-safe.
 
-    It keeps at most `KEPT_OPEN` files open. Use it briefly, because it goes on reading a file that is replaced.
+    At most `KEPT_OPEN` files are open at a time. Use it briefly: if a file is replaced, the old content is read.
     """
 
     def __init__(self) -> None:
