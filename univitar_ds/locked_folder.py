@@ -1,5 +1,5 @@
-"""Temporary folders of a process. The process that created one holds a lock on it, so that another process can tell
-whether it is still used: the folders of killed processes are removed by the next process that creates one there.
+"""Temporary folders of a process. The process that created one holds a lock on it, which shows other processes
+that it is used. The folders of killed processes are removed by the next process that creates one there.
 """
 
 from __future__ import annotations

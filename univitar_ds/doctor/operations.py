@@ -24,11 +24,8 @@ def rows_of(candidates: list[Path]) -> list[Row]:
         return rows
     built = sorted(library.parent.name for library in folder.glob("*/*.so"))
     unfinished = sorted({path.parent.name for path in folder.glob("*/build.ninja")} - set(built))
-    text = (
-        f"compiled: {listed(built)}"
-        if built
-        else "no operation is compiled; of the shipped configurations only zero3_nvme needs one"
-    )
+    none = "no operation is compiled; of the shipped configurations only zero3_nvme needs one"
+    text = f"compiled: {listed(built)}" if built else none
     if unfinished:
         text += f"; {listed(unfinished)} was not finished and is compiled again when it is needed"
     return [Row(NAME, OK, f"no build holds a lock in {folder}; {text}")]

@@ -122,9 +122,8 @@ def _deepspeed(config: RunConfig, context: Context) -> str:
     content = read_deepspeed(config.deepspeed)
     stage = checks.check_zero_stage(content, config.deepspeed)
     resolve_deepspeed(config, context.ranks.size, content, (str(context.recipe), config.deepspeed))
-    if on_disk(content):
-        return f"{config.deepspeed}: ZeRO-{stage}, optimizer states in {check_disk(content)}"
-    return f"{config.deepspeed}: ZeRO-{stage}"
+    where = f", optimizer states in {check_disk(content)}" if on_disk(content) else ""
+    return f"{config.deepspeed}: ZeRO-{stage}{where}"
 
 
 def _models(context: Context, config: RunConfig, rows: list[Row]) -> None:

@@ -21,9 +21,7 @@ NAME = "versions"
 PROJECT = "univitar_ds"
 NEEDED = ("", "train")
 """Extras that training needs; "" is the package without extras. Packages of OTHERS are compared only if installed."""
-OTHERS = (
-    "s3", "webdataset", "energon", "fp8", "flash", "flash4", "megatron", "parquet", "wandb", "trackio", "onnx",
-)  # fmt: skip
+OTHERS = ("s3", "webdataset", "energon", "fp8", "flash", "flash4", "megatron", "parquet", "wandb", "trackio", "onnx")
 IMPORTED = ("deepspeed", "transformers")
 """Packages whose import is tried in a separate process. They import optional packages, which may be broken."""
 FLASH = {"flash-attn": "flash_attn", "flash-attn-4": "flash_attn.cute"}
