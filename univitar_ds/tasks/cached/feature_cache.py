@@ -40,6 +40,7 @@ from univitar_ds.inference.writing.destination import Destination, FinishedPart
 from univitar_ds.inference.writing.parts import SafetensorsPart
 from univitar_ds.owned import is_marked, mark, remove
 from univitar_ds.regular_files import open_regular, read_bytes
+from univitar_ds.screen import progress_bar
 from univitar_ds.tasks.sources import shards_of
 
 FORMAT = 2
@@ -48,6 +49,8 @@ PART_ROWS = 512
 KEPT_BYTES = 20 << 30
 ABANDONED_S = 7 * 86400
 """Age of unfinished entries that are removed: a call that was killed may be continued until then."""
+SHOWN_BYTES = 1 << 30
+"""Size from which reading the checksums of an entry has a progress bar: some seconds on a local disk."""
 KIND = "features"
 INDEX = "features.safetensors.index.json"
 _OUT = "features.safetensors"
@@ -156,10 +159,11 @@ def features(
     request = Request.of(model, setup, source, progress=progress)
     entry = request.entry(cache)
     with held(entry):
-        found = _read(entry, setup.kind)
+        title = request.title if progress else None
+        found = _read(entry, setup.kind, title)
         if found is None:
             request.compute(entry, _VectorDestination)
-            found = _read(entry, setup.kind)
+            found = _read(entry, setup.kind, title)
         else:
             logger.info("%s are read from the cache, %s", request.title, entry)
         if found is None:
@@ -272,27 +276,38 @@ def is_finished(entry: Path) -> bool:
     return (entry / _COMPLETE).is_file()
 
 
-def is_complete(entry: Path) -> bool:
-    """Whether an entry is complete and undamaged. Reads all of its files; for a damaged one, warns."""
+def is_complete(entry: Path, title: str | None = None) -> bool:
+    """Whether an entry is complete and undamaged. Reads all of its files, headers first; for a damaged one, warns.
+
+    Args: title: of the features, for the progress bar, which large entries have; None: no bar."""
     if not is_finished(entry):
         return False
     try:
         sums = json.loads(read_bytes(entry / _COMPLETE))["crc32"]
-        if wrong := [name for name in sums if _sum_of(entry / name) != sums[name]]:
-            raise ValueError(f"{wrong[0]} has other bytes than were written")
         if INDEX not in sums:
             raise ValueError(f"no {INDEX}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        for name in sums:  # finds a part that is cut without reading all others
+            if name.endswith(".safetensors"):
+                _check_part(entry / name)
+        size = sum((entry / name).stat().st_size for name in sums)
+        shown = title is not None and size >= SHOWN_BYTES
+        with progress_bar(total=size, desc=f"checking {title}", unit="B", unit_scale=True, disable=not shown) as bar:
+            for name in sums:
+                if _sum_of(entry / name, bar.update) != sums[name]:
+                    raise ValueError(f"{name} has other bytes than were written")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         warn_damaged(entry, error)
         return False
     return True
 
 
-def _sum_of(path: Path) -> int:
+def _sum_of(path: Path, read: Callable[[int], object] = lambda count: None) -> int:
+    """Returns the checksum of a file. Args: read: is called with the number of bytes of each read."""
     total = 0
     with open_regular(path) as file:
         while part := file.read(_CHUNK):
             total = zlib.crc32(part, total)
+            read(len(part))
     return total
 
 
@@ -301,11 +316,13 @@ def warn_damaged(entry: Path, error: BaseException | None) -> None:
     logger.warning("the features in %s are damaged and computed again (%s)", entry, error)
 
 
-def _read(entry: Path, kind: Kind) -> Vectors | None:
-    """Returns a complete entry; None if it is incomplete, or damaged: then it is removed, with a warning."""
+def _read(entry: Path, kind: Kind, title: str | None) -> Vectors | None:
+    """Returns a complete entry; None if it is incomplete, or damaged: then it is removed, with a warning.
+
+    Args: title: as for `is_complete`."""
     if not is_finished(entry):
         return None
-    if not is_complete(entry):
+    if not is_complete(entry, title):
         discard(entry)
         return None
     try:

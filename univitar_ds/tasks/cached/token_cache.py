@@ -345,12 +345,13 @@ def _opened(request: Request, cache: Path, most_gb: float) -> Iterator[Tokens]:
 def _ensure(request: Request, cache: Path, most_gb: float) -> None:
     """Computes an entry if it is not complete. Raises: as `tokens`."""
     entry = request.entry(cache)
+    title = request.title if request.progress else None
     with held(entry, shared=True):
-        if is_complete(entry):
+        if is_complete(entry, title):
             logger.info("%s are read from the cache, %s", request.title, entry)
             return
     with held(entry):
-        if is_complete(entry):  # another process has computed it meanwhile
+        if is_complete(entry, title):  # another process has computed it meanwhile
             return
         if is_finished(entry):
             discard(entry)

@@ -1,6 +1,8 @@
 """All tokens of items in memory-mapped files: their values, limits of space, and calls that were killed."""
 
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,37 @@ def test_damaged_parts_are_computed_again(tmp_path, caplog):
     with tokens([given(made, computed)], tmp_path, 1) as (found,):
         assert torch.equal(found.read(range(48), CPU), wanted)
     assert len(computed) == 48
+    assert "are damaged and computed again" in caplog.text
+
+
+def test_checksums_of_a_large_entry_are_read_with_a_progress_bar(tmp_path, monkeypatch):
+    made, shown = items(), []
+
+    @contextmanager
+    def bar(*, total, desc, disable, **settings):
+        read = []
+        yield SimpleNamespace(update=read.append)
+        shown.append((desc, disable, total == sum(read) > 0))
+
+    with cached(tmp_path, made):
+        monkeypatch.setattr(feature_cache, "progress_bar", bar)
+    monkeypatch.setattr(feature_cache, "SHOWN_BYTES", 1)
+    for progress in (True, False):
+        with tokens([replace(given(made), progress=progress)], tmp_path, 1):
+            pass
+    assert shown == [("checking features of some", False, True), ("checking None", True, True)]
+
+
+def test_a_part_that_is_cut_is_found_before_the_others_are_read(tmp_path, monkeypatch, caplog):
+    made, read = items(), []
+    with cached(tmp_path, made):
+        pass
+    part = next(tmp_path.glob("*/features-00002.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1])
+    sum_of = feature_cache._sum_of
+    monkeypatch.setattr(feature_cache, "_sum_of", lambda *given: read.append(given) or sum_of(*given))
+    assert not feature_cache.is_complete(part.parent)
+    assert read == []
     assert "are damaged and computed again" in caplog.text
 
 
