@@ -25,7 +25,15 @@ from univitar_ds.formats.recognise import local_folder
 from univitar_ds.formats.run import Weights
 from univitar_ds.formats.stored_model import HEADS, StoredModel
 from univitar_ds.inference.reading import FRAMES, Kind, Reading, Rows
-from univitar_ds.inference.sources import Place, Position, count_items, find_places, fingerprint_of, units
+from univitar_ds.inference.sources import (
+    Place,
+    Position,
+    count_items,
+    find_places,
+    fingerprint_of,
+    length_of,
+    units,
+)
 from univitar_ds.inference.workers import AnySetup, Setup, compute, device_of, open_as
 from univitar_ds.inference.writing.destination import FORMAT, Destination, FinishedPart, add_rows
 from univitar_ds.model.placement import feature_dtype
@@ -238,10 +246,10 @@ def write_parts(
 
     Args: what: places, items of a part, and the title of the progress bar, None for no bar."""
     places, part_rows, title = what
-    start, seen = Position(), 0
+    start, seen = destination.after(done, [length_of(place) for place in places]), 0
     for number in range(done):
         about = destination.part(number)
-        start, seen = about.after, seen + len(set(about.keys)) + len(about.left_out)
+        seen += len(set(about.keys)) + len(about.left_out)
     coming = units(places, part_rows, _UNIT_ITEMS.get(setup.kind, _UNIT_ITEMS_OF_VECTORS), start, done)
     with progress_bar(total=count_items(places), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
         first = next(coming, None)

@@ -112,7 +112,7 @@ def units(places: Sequence[Place], part_items: int, unit_items: int, start: Posi
     for index in range(start.place, len(places)):
         place = places[index]
         offset = start.offset if index == start.place else 0
-        length = _length(place)
+        length = length_of(place)
         while True:
             room = min(left, unit_items)
             if isinstance(place, tuple):
@@ -255,7 +255,7 @@ def _extension(path: str) -> str:
     return os.path.splitext(path)[1].lower().lstrip(".")
 
 
-def _length(place: Place) -> int:
+def length_of(place: Place) -> int:
     return len(place) if isinstance(place, tuple) else place.size
 
 

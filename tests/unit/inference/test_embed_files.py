@@ -24,7 +24,8 @@ from univitar_ds.data.media.video_decode import decode_video
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.inference import embed_files as module
 from univitar_ds.inference.embed_files import EmbedOptions, ModelOptions, embed_files
-from univitar_ds.inference.writing.destination import Destination
+from univitar_ds.inference.sources import Position
+from univitar_ds.inference.writing.destination import Destination, FinishedPart
 from univitar_ds.inference.writing.parts import SafetensorsPart
 
 KINDS = {"cut.jpg": "corrupt", "empty.png": "unreadable", "tile.tif": "too_large", "words.jpg": "unreadable"}
@@ -238,6 +239,27 @@ def test_an_interrupted_call_continues_with_the_first_unfinished_part(run, folde
     assert files_of(out.parent) == files_of(whole.parent)
     assert "already complete" in embed(run, [folder], out, part_rows=4)
     assert len(begun) == 6
+
+
+@pytest.mark.parametrize(
+    ("after", "is_forged"), [([0, 7], False), ([0, 4], True), ([1, 1], True), ([0, 9], True), ([2, 0], True)]
+)
+def test_a_changed_position_of_a_finished_part_is_an_error(tmp_path, after, is_forged):
+    """It would leave items out. A checksum shows damage, and places and order show most of what was forged."""
+    out = Destination(tmp_path / "f.safetensors")
+    record = tmp_path / ".f.safetensors.progress" / "part-00001.json"
+    with out.opened({}):
+        for number, position in enumerate((Position(0, 4), Position(0, 8))):
+            part = out.begin(number, "embedding", 2)
+            out.finish(number, part, FinishedPart(out.name_of(number), position, ["key"]))
+        assert out.after(2, [9]) == Position(0, 8)
+        content = json.loads(record.read_text(encoding="utf-8"))
+        content["after"] = after
+        if is_forged:
+            del content["crc32"]
+        record.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"part-00001\.json is damaged.*remove .*progress and the parts"):
+            out.after(2, [9])
 
 
 @pytest.mark.parametrize(("changes", "said"), [

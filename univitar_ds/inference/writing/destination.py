@@ -11,7 +11,8 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ class FinishedPart:
         """Reads the record that `Destination.finish` has written to `path`. Raises: ConfigError for a damaged one."""
         try:
             content = json.loads(read_bytes(path))
+            if content.pop("crc32", None) not in (None, _sum_of(content)):  # None: of an earlier version
+                raise ValueError("other bytes than were written")
             left_out = [LeftOut(*one) for one in content["left_out"]]
             found = cls(content["file"], Position(*content["after"]), content["keys"], left_out)
             texts = [found.file, *found.keys, *(text for one in left_out for text in one)]
@@ -111,6 +114,23 @@ class Destination:
         """Returns the record of a finished part. Raises: ConfigError for a damaged one."""
         return FinishedPart.read(self._record(number))
 
+    def after(self, done: int, lengths: Sequence[int]) -> Position:
+        """Returns the position after the first `done` parts.
+
+        Args: lengths: number of files, or of bytes, of each place.
+        Raises: ConfigError if a part ends before it begins, or outside of the places."""
+        found = Position()
+        for number in range(done):
+            at = self.part(number).after
+            inside = (at.place < len(lengths) and at.offset < lengths[at.place]) or at == (len(lengths), 0)
+            if not (inside and found < at and at.offset >= 0):
+                raise ConfigError(
+                    f"{self._record(number)} is damaged: its part begins at {list(found)} and ends at {list(at)} of "
+                    f"{len(lengths)} places; remove {self._progress} and the parts, and start again"
+                )
+            found = at
+        return found
+
     def begin(self, number: int, kind: Kind, width: int) -> Part:
         """Returns a new part to be written. Raises: StorageError."""
         return open_part(self._path(number), kind, width)
@@ -119,7 +139,7 @@ class Destination:
         """Completes a part. Raises: StorageError."""
         part.finish()
         content = {"file": about.file, "after": about.after, "keys": about.keys, "left_out": about.left_out}
-        replace_text(self._record(number), json.dumps(content))
+        replace_text(self._record(number), json.dumps({**content, "crc32": _sum_of(content)}))
 
     def name_of(self, number: int) -> str:
         """Returns the file name of a part."""
@@ -199,6 +219,10 @@ class Destination:
         differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if differing:
             raise ConfigError(f"{self.out} was begun with different {' and '.join(sorted(differing))}; {remedy}")
+
+
+def _sum_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def _joined(lists: Iterator[list[Any]]) -> Iterator[str]:
