@@ -44,15 +44,20 @@ class Items:
         self, keys: Sequence[str], left_out: Sequence[LeftOut]
     ) -> tuple[list[Sample], list[int], Counter[str]]:
         """Returns the n samples that have features, the row of each in the features, and the number of samples that
-        were left out, by kind.
+        were left out, by kind. Of several items with one key all are left out, unless each has features.
 
         Args: keys: of the rows of the features; left_out: items that could not be read."""
         rows: dict[str, deque[int]] = defaultdict(deque)
         for row, key in enumerate(keys):
             rows[key].append(row)
-        kept = [(sample, rows[sample.name].popleft()) for sample in self.samples if rows[sample.name]]
-        described = {sample.name for sample in self.samples}
+        described = Counter(sample.name for sample in self.samples)
+        unread = Counter(one.key for one in left_out)
         bad = self.bad + Counter(one.kind for one in left_out if one.key in described)
+        for name, count in described.items():  # shards may repeat a key: which of its items has a row is unknown
+            if rows[name] and (name in unread or len(rows[name]) != count):
+                bad["repeated_key"] += max(count - unread[name], 0)
+                rows[name].clear()
+        kept = [(sample, rows[sample.name].popleft()) for sample in self.samples if rows[sample.name]]
         return [sample for sample, _ in kept], [row for _, row in kept], bad
 
     def with_features(self, found: Vectors) -> tuple[list[Sample], torch.Tensor, Counter[str]]:

@@ -65,23 +65,20 @@ class ItemViews:
 
 
 def mean_of(views: Sequence[Vectors]) -> Vectors:
-    """Returns the mean of the unit vectors of each item's views. An item that lacks a view is left out."""
+    """Returns the mean of the unit vectors of each item's views. An item that lacks a view is left out.
+
+    Shards may repeat a key. If one of the items with a key lacks a view, all of them are left out: which one it is, is
+    unknown."""
     if len(views) == 1:
         return views[0]
-    rows = [{key: row for row, key in enumerate(_counted(one.keys))} for one in views]
-    kept = [key for key in rows[0] if all(key in one for one in rows)]
-    values = [F.normalize(one.values[[of[key] for key in kept]], dim=-1) for one, of in zip(views, rows, strict=True)]
-    first = [rows[0][key] for key in kept]
-    left_out: dict[str, LeftOut] = {one.key: one for view in views for one in view.left_out}
-    mean = torch.stack(values).mean(0)
-    return Vectors(mean, [views[0].keys[row] for row in first], [*left_out.values()], views[0].grids[first])
-
-
-def _counted(keys: Sequence[str]) -> list[tuple[str, int]]:
-    """Returns each key with the number of equal keys before it: shards may repeat a key."""
-    seen: Counter[str] = Counter()
-    found = []
-    for key in keys:
-        found.append((key, seen[key]))
-        seen[key] += 1
-    return found
+    read = [Counter(one.keys) for one in views]
+    unread = [Counter(out.key for out in one.left_out) for one in views]
+    first = {out.key: out for one in reversed(views) for out in one.left_out}
+    whole = {key for key, count in read[0].items() if key not in first and all(one[key] == count for one in read)}
+    rows = [[row for row, key in enumerate(one.keys) if key in whole] for one in views]
+    values = [F.normalize(one.values[own], dim=-1) for one, own in zip(views, rows, strict=True)]
+    left_out: list[LeftOut] = []
+    for key, out in first.items():
+        left_out += [out] * max(some[key] + none[key] for some, none in zip(read, unread, strict=True))
+    keys = [views[0].keys[row] for row in rows[0]]
+    return Vectors(torch.stack(values).mean(0), keys, left_out, views[0].grids[rows[0]])

@@ -14,8 +14,11 @@ from tests.support.media import encoded, noise, video
 from tests.support.peers import save_peer
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
-from univitar_ds.data.media.types import DecodeLimits
+from univitar_ds.data.media.types import DecodeLimits, MediaSize
 from univitar_ds.data.media.video_decode import decode_video
+from univitar_ds.data.shards.listing import Shard
+from univitar_ds.data.shards.samples import Sample
+from univitar_ds.data.storage.local import LocalStorage
 from univitar_ds.errors import ConfigError
 from univitar_ds.geometry import Modality
 from univitar_ds.inference.embed_files import ModelOptions
@@ -23,6 +26,7 @@ from univitar_ds.inference.reading import LeftOut
 from univitar_ds.peers.model import PeerModel
 from univitar_ds.tasks.cached.averaged import ItemViews, mean_of
 from univitar_ds.tasks.cached.feature_cache import Vectors, features
+from univitar_ds.tasks.items import Items
 from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sources import DataOptions
 from univitar_ds.tasks.sources import test_source as source_of
@@ -100,3 +104,31 @@ def test_an_item_that_lacks_a_view_is_left_out():
     assert found.keys == ["a", "a"]
     assert torch.equal(found.values, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
     assert [one.key for one in found.left_out] == ["b"]
+
+
+def test_items_that_share_a_key_are_left_out_if_one_of_them_lacks_a_view():
+    """The second "a" of the first view would else be averaged with the first "a" of the other."""
+    grids = torch.ones(3, 3)
+    why = LeftOut("a", "corrupt", "why")
+    first = Vectors(torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 0.0]]), ["a", "a", "b"], [], grids)
+    second = Vectors(torch.tensor([[0.0, 5.0], [1.0, 0.0]]), ["a", "b"], [why], grids[:2])
+    for views in ([first, second], [second, first]):
+        found = mean_of(views)
+        assert found.keys == ["b"]
+        assert found.left_out == [why, why]
+        assert torch.equal(found.values, torch.tensor([[1.0, 0.0]]))
+
+
+def test_samples_that_share_a_key_get_no_features_if_one_of_them_has_none():
+    """The row of the second "0/a", a dog, would else be that of a cat."""
+    shard, size = Shard("0", "0.tar", LocalStorage(), 1), MediaSize("image", 1, 1, 1)
+    described = [
+        Sample(shard, key, 0, 1, "png", (), label, None, None, size, False, (1, 1, 1), 1)
+        for key, label in (("a", "cat"), ("a", "dog"), ("b", "cat"))
+    ]
+    both = Items("image", described)
+    samples, rows, bad = both.with_rows(["0/a", "0/b"], [LeftOut("0/a", "corrupt", "why")])
+    assert ([sample.key for sample in samples], rows) == (["b"], [1])
+    assert bad == {"corrupt": 1, "repeated_key": 1}
+    samples, rows, bad = both.with_rows(["0/a", "0/a", "0/b"], [])
+    assert ([sample.label for sample in samples], rows, bad) == (["cat", "dog", "cat"], [0, 1, 2], {})
