@@ -48,7 +48,8 @@ def rows(source: str, options: ReadOptions) -> Listing:
     """
     folder, captions = Path(source), options.captions
     if not folder.is_dir():
-        what = "is a file of unknown format (--format csv reads it as CSV)" if folder.is_file() else "is not a folder"
+        csv = f"univitar-ds data pack {folder} OUT --format csv"
+        what = f"is a file of unknown format ({csv} packs it as CSV)" if folder.is_file() else "is not a folder"
         raise DataError(
             f"{folder} {what}; give a folder with media files, a tar, a table (.csv, .tsv, .jsonl, .json, .parquet), "
             "or a JSON of COCO"
@@ -73,7 +74,8 @@ def rows(source: str, options: ReadOptions) -> Listing:
         )
     if not found:
         inside = any("/" in name and is_media(name) for name in left_out)
-        classes = "; if the names of its folders are labels, give --format classes" if inside else ""
+        command = f"univitar-ds data pack {folder} OUT --format classes"
+        classes = f"; if the names of its folders are labels: {command}, and name OUT" if inside else ""
         raise DataError(
             f"{folder} has nothing to pack{first_left_out(left_out)}; it needs a {METADATA} with a row per file, "
             f"or a .txt of the same name for each media file{classes}"

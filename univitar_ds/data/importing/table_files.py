@@ -48,7 +48,10 @@ def read_table(path: Path, form: str | None = None) -> Table:
     """
     form = form or EXTENSIONS.get(path.suffix.lower())
     if form is None:
-        raise DataError(f"{path}: is not a table; its name must end in {', '.join(EXTENSIONS)}, or give --format csv")
+        raise DataError(
+            f"{path}: is not a table; its name must end in {', '.join(EXTENSIONS)}, or pack it as CSV: "
+            f"univitar-ds data pack {path} OUT --format csv"
+        )
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; check the path")
     if form == "parquet":

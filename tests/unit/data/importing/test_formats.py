@@ -184,7 +184,8 @@ def test_class_folders_without_splits_may_have_folders_inside(tmp_path):
 @pytest.mark.parametrize("files", [["cat/0.jpg"], ["cat/0.jpg", "dog/1.jpg", "stray.jpg"]])
 def test_folders_that_may_be_classes_name_the_format(tmp_path, files):
     source = write(tmp_path, {file: image(index) for index, file in enumerate(files)})
-    with pytest.raises(DataError, match=r"needs a metadata\.jsonl .* --format classes"):
+    advised = f"univitar-ds data pack {source} OUT --format classes"
+    with pytest.raises(DataError, match=rf"needs a metadata\.jsonl .* labels: {re.escape(advised)}, and name OUT"):
         listed(source)
     assert len(listed(source, format="classes").rows) == len(files) - ("stray.jpg" in files)
 
