@@ -57,6 +57,9 @@ class MemoryStorage:
     def list(self, prefix: str) -> Sequence[str]:
         return sorted(path for path in self.files if path.startswith(prefix))
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        return []
+
     def prefetch(self, paths: Sequence[str]) -> None:
         self.hints.append(list(paths))
 

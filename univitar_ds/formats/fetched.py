@@ -42,7 +42,7 @@ def from_s3(prefix: str, settings: StorageSettings) -> Path:
     try:
         storage = shared_storage(settings)
         if not _copy(storage, storage.list(root), root, folder):
-            raise CheckpointError(f"{root} holds no files; check the address")
+            raise CheckpointError(f"{root} has no files of its own; check the address")
         step = None if in_run is None else in_run[2]
         if step is not None or (folder / CONFIG).is_file():
             return _checkpoint(storage, root, folder, step)

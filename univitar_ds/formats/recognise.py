@@ -124,6 +124,8 @@ def local_folder(source: str | Path, settings: StorageSettings = LOCAL) -> Path:
     if Path(source).exists():
         raise CheckpointError(f"{source} is a file; name the folder of a model")
     if text.startswith(S3):
+        if not text.removeprefix(S3).strip("/"):
+            raise CheckpointError(f"{source} names no bucket; write s3://BUCKET/FOLDER")
         return from_s3(text.rstrip("/") + "/", settings)
     if HUB_NAME.fullmatch(text):
         return from_hub(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -147,6 +148,13 @@ class OpenedModel:
 def open_model(name: str, how: ModelOptions) -> OpenedModel | OpenedPeer:
     """Opens a model: one of this project in any format, or a peer. Raises: CheckpointError if it cannot be opened."""
     folder = model_folder(name, how)
+    try:
+        return _opened(name, folder, how)
+    except CheckpointError as error:  # of a copy on this machine, whose name says nothing
+        raise CheckpointError(str(error).replace(str(folder), name)) from error
+
+
+def _opened(name: str, folder: Path, how: ModelOptions) -> OpenedModel | OpenedPeer:
     try:
         recognised(folder)
     except CheckpointError as error:

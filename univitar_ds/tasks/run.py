@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +96,7 @@ def run_task(
     startup.phase("opening the model")
     opened = open_model(model, how or ModelOptions())
     startup.phase("reading the data")
+    data = replace(data, storage=StorageSettings.of(opened.setup(texts=False).reading.data))
     figures, notes = _TASKS[task](opened, data, options)
     if not figures:
         raise DataError(f"{task} has measured nothing: {' '.join(notes) or 'the data has no image and no video'}")
@@ -112,7 +113,7 @@ def run_task(
 
 def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
     templates = _templates(options)
-    names = class_list(data, StorageSettings.of(opened.setup(texts=True).reading.data))
+    names = class_list(data)
 
     def measured(found: Embeddings, texts: Texts) -> _Measured:
         return zero_shot(found, templates[found.modality], texts, names)
@@ -302,7 +303,7 @@ def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measu
     else:
         opened.check_texts()
         sources = [test_source(data)]
-        names = class_list(data, StorageSettings.of(opened.setup(texts=True).reading.data))
+        names = class_list(data)
     listed = _listed(opened.setup(texts=False), sources, "label")
     measurable, notes = _of_several_classes(*listed, names) if len(sources) == 1 else _measurable(*listed)
     points: list[Point] = []

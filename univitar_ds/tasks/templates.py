@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from univitar_ds.data.storage.base import S3
 from univitar_ds.errors import ConfigError
 from univitar_ds.regular_files import read_utf8
 
@@ -22,6 +23,8 @@ def read_templates(name: str) -> list[str]:
 
     Raises: ConfigError if the file cannot be read, has no template, or a template lacks {}.
     """
+    if name.startswith(S3):
+        raise ConfigError(f"--templates {name}: is read from a local disk only; copy it, and name the copy")
     if name == IMAGENET:
         text = (resources.files("univitar_ds.tasks") / "imagenet_templates.txt").read_text(encoding="utf-8")
     else:

@@ -90,5 +90,8 @@ class Storage(Protocol):
     def list(self, prefix: str) -> Sequence[str]:
         """Returns the paths of the files directly in the folder `prefix`, sorted by name."""
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Returns the paths of the folders directly in the folder `prefix`, sorted by name."""
+
     def prefetch(self, paths: Sequence[str]) -> None:
         """Hints that these files will be opened next, in this order."""

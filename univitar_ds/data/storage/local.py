@@ -62,6 +62,13 @@ class LocalStorage:
         except OSError as error:
             raise _unreadable(prefix, error) from error
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        try:
+            with os.scandir(prefix) as entries:
+                return sorted([str(Path(prefix, entry.name)) for entry in entries if entry.is_dir()])
+        except OSError as error:
+            raise _unreadable(prefix, error) from error
+
     def prefetch(self, paths: Sequence[str]) -> None:
         """Does nothing: the operating system reads ahead."""
 

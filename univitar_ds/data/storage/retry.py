@@ -138,7 +138,8 @@ class RetryPolicy:
         waited = self._waited
         if waited >= limit:
             came = f"only {self._came} bytes" if self._came else "nothing"
-            reached = "" if self._limiter.reached else "; the store has never answered: check data.s3.endpoint_url"
+            never = "; the store has never answered: check data.s3.endpoint_url or --s3-endpoint"
+            reached = "" if self._limiter.reached else never
             error = DataError(
                 f"{self._url}: {came} received in {waited:.0f} s and {self._failures} attempts, the last one: "
                 f"{failure.reason} (data.s3.give_up_s is {self._give_up_s:g}){reached}"

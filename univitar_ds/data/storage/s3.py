@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -79,19 +79,30 @@ class S3Storage:
     def list(self, prefix: str) -> Sequence[str]:
         """Lists a folder with one request per thousand names, and pins the version of each object."""
         where = address(prefix.rstrip("/") + "/")
-        bucket, folder = where["Bucket"], where["Key"]
         paths: list[str] = []
-        more: dict[str, str] = {}
-        while True:
-            parameters = {"Bucket": bucket, "Prefix": folder, "Delimiter": "/", **more}
-            page = self.connection.call("list_objects_v2", prefix, **parameters)
+        for page in self._pages(prefix, Delimiter="/"):
             for row in page.get("Contents", ()):
-                path = f"{S3}{bucket}/{row['Key']}"
-                if row["Key"] != folder:
+                path = f"{S3}{where['Bucket']}/{row['Key']}"
+                if row["Key"] != where["Key"]:
                     self._pin(path, row.get("ETag", ""), row["Size"])
                     paths.append(path)
+        return sorted(paths)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        bucket = address(prefix)["Bucket"]
+        rows = [row for page in self._pages(prefix, Delimiter="/") for row in page.get("CommonPrefixes", ())]
+        return sorted(f"{S3}{bucket}/{row['Prefix']}".rstrip("/") for row in rows)
+
+    def _pages(self, prefix: str, **parameters: str) -> Iterator[dict[str, Any]]:
+        """Yields the answers to requests for the objects below the folder `prefix`."""
+        where = address(prefix.rstrip("/") + "/")
+        more: dict[str, str] = {}
+        while True:
+            below = {"Bucket": where["Bucket"], "Prefix": where["Key"], **parameters, **more}
+            page = self.connection.call("list_objects_v2", prefix, **below)
+            yield page
             if not page.get("IsTruncated"):
-                return sorted(paths)
+                return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def below(self, prefix: str) -> Sequence[str]:
@@ -117,17 +128,10 @@ class S3Storage:
 
     def versions_below(self, prefix: str) -> list[tuple[Version, float]]:
         """Returns version and time of modification (Unix seconds) of all objects below the folder `prefix`, by name."""
-        where = address(prefix.rstrip("/") + "/")
-        found: list[tuple[Version, float]] = []
-        more: dict[str, str] = {}
-        while True:
-            page = self.connection.call("list_objects_v2", prefix, Bucket=where["Bucket"], Prefix=where["Key"], **more)
-            found += [
-                self._described(f"{S3}{where['Bucket']}/{row['Key']}", row, "Size") for row in page.get("Contents", ())
-            ]
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda one: one[0].url)
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+        bucket = address(prefix)["Bucket"]
+        rows = [row for page in self._pages(prefix) for row in page.get("Contents", ())]
+        found = [self._described(f"{S3}{bucket}/{row['Key']}", row, "Size") for row in rows]
+        return sorted(found, key=lambda one: one[0].url)
 
     def copy(self, version: Version, path: Path) -> None:
         """Writes an object to a local file, which is on the disk when this returns.

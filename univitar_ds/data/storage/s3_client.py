@@ -215,10 +215,11 @@ def refused(url: str, status: int, code: str) -> DataError:
     if code == "InvalidObjectState":
         return DataError(f"{url}: the object is archived ({detail}); restore it to a storage class that can be read")
     if code in _OTHER_REGION or status in (301, 307):
-        return DataError(f"{url}: the bucket is in another region ({detail}); set data.s3.region to that region")
+        return DataError(f"{url}: the bucket is in another region ({detail}); name it by data.s3.region or --s3-region")
     if status in (401, 403):
         return DataError(
-            f"{url}: access was refused ({detail}); check the credentials, data.s3.profile and the bucket's policy"
+            f"{url}: access was refused ({detail}); check the credentials, data.s3.profile or --s3-profile, and the "
+            "bucket's policy"
         )
     return DataError(f"{url}: the request was refused ({detail}); check the address and data.s3")
 
@@ -228,9 +229,13 @@ def _unusable(url: str, error: Exception) -> DataError:
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
     if not isinstance(error, BotoCoreError):  # a ValueError for an invalid address
-        return DataError(f"{url}: the store's address is invalid; write data.s3.endpoint_url as http://HOST:PORT")
+        return DataError(
+            f"{url}: the store's address is invalid; write data.s3.endpoint_url or --s3-endpoint as http://HOST:PORT"
+        )
     if isinstance(error, NoCredentialsError):
-        return DataError(f"{url}: no credentials were found; set data.s3.profile, or log in as boto3 expects it")
+        return DataError(
+            f"{url}: no credentials were found; set data.s3.profile or --s3-profile, or log in as boto3 expects it"
+        )
     detail = str(error) if isinstance(error, PartialCredentialsError | ProfileNotFound) else type(error).__name__
     return DataError(f"{url}: no request can be sent ({detail}); check data.s3 and the credentials")
 
