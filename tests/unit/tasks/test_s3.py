@@ -48,6 +48,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
         yield Stored(server, folder, server.upload(folder, "data/pets", "**/*"))
 
 
+@pytest.mark.slow
 def test_a_run_and_a_folder_with_splits_give_the_figures_of_local_ones(run, stored, tmp_path, capsys):
     model = stored.server.upload(run, "runs/tried", "**/*")
     found = []
