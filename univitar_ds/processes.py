@@ -1,10 +1,13 @@
-"""Identifies processes of this machine by id and start time, sees whether they work, and blocks signals for processes
-that are started."""
+"""Identifies processes of this machine by id and start time, sees whether they work, blocks signals for processes that
+are started, and ends processes together with their parent."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ DISK_BYTES = 1 << 20
 """Bytes of a disk that count as progress."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals by which a terminal, Slurm, a launcher or a user ends a program, often sent to all its processes."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,33 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def exits_by_signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into SystemExit during the body, whose `finally` blocks then run.
+
+    A signal that this process ignores or handles already stays as it is, and so do all outside of the main thread.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(one) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def die_with_parent() -> None:
+    """Makes the kernel kill this process when its parent dies, even if this process hangs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _status(pid: int) -> list[str] | None:

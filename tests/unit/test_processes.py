@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.progress import wait_until
-from univitar_ds.processes import SIGNALS, Process, children, command, parent, signals_held
+from univitar_ds.processes import SIGNALS, Process, children, command, exits_by_signals, parent, signals_held
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -54,3 +56,30 @@ def test_signals_are_held_from_what_starts_inside_only():
     finally:
         started.kill()
     assert started.wait() == -signal.SIGKILL
+
+
+def test_a_signal_runs_what_the_body_has_to_end():
+    ended = []
+
+    def body():
+        with exits_by_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                wait_until(lambda: False, "the signal")
+            finally:
+                ended.append(True)
+
+    with pytest.raises(SystemExit) as left:
+        body()
+    assert (left.value.code, ended) == (128 + signal.SIGTERM, [True])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_handled_already_keeps_its_handler():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with exits_by_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -10,7 +10,6 @@ end of the channel. When the trainer ends, all processes end, even in the middle
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -28,7 +27,7 @@ from typing import Literal
 from univitar_ds.data.decoding.shared_slots import SharedSlots
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.geometry import Modality
-from univitar_ds.processes import SIGNALS
+from univitar_ds.processes import SIGNALS, die_with_parent
 
 READY = b"ready"
 MESSAGE = Struct("<cq")
@@ -48,7 +47,6 @@ PRELOADED: Mapping[Need, Sequence[str]] = {
 }
 """Modules for decoding each modality and for reading from S3. Imported before forking, they are in memory once."""
 _FAREWELL_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 def serve(slots: SharedSlots, channel: Connection) -> None:
@@ -132,7 +130,7 @@ def _decode(slots: SharedSlots, descriptor: int) -> None:
     """Runs a decoding process and does not return."""
     code = 0
     try:
-        _die_with_parent()
+        die_with_parent()
         serve(slots, Connection(descriptor))
     except (EOFError, ConnectionError):
         pass
@@ -155,12 +153,6 @@ def _end(pid: int, patience_s: float) -> int:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _die_with_parent() -> None:
-    """Makes the kernel kill this process when its parent dies, even if this process hangs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> None:
