@@ -97,18 +97,20 @@ def _simulated(plan: Plan) -> Plan:
     from dataclasses import replace
 
     from univitar_ds.planning.forecast.simulated import simulate_plan
+    from univitar_ds.processes import exits_by_signals
     from univitar_ds.simulation.process import NoSimulation
 
     def started(steps: int) -> None:
-        print(
+        line = (
             f"simulating {steps} training step{'' if steps == 1 else 's'} of a GPU, which takes a minute or more "
-            "(--formulas: a prediction within seconds)",
-            file=sys.stderr,
-            flush=True,
+            "(--formulas: a prediction within seconds)"
         )
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
     try:
-        return simulate_plan(plan, started)
+        with exits_by_signals():  # else SIGTERM would leave the temporary folder
+            return simulate_plan(plan, started)
     except NoSimulation as reason:
         note = f"formulas predict memory and collectives, since no GPU can be simulated here: {reason}"
         return replace(plan, notes=[*plan.notes, note])

@@ -4,4 +4,4 @@ It needs Linux on x86-64, a CUDA build of torch, and a C compiler. Stubs replace
 are compiled for the installed torch.
 """
 
-__all__ = ["attention", "gpu", "libraries", "patches", "process", "step"]
+__all__ = ["attention", "gpu", "libraries", "patches", "process", "program", "step"]

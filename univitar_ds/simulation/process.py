@@ -8,19 +8,22 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from univitar_ds.errors import first_line
+from univitar_ds.import_path import safe_environment
 from univitar_ds.simulation import libraries
 
 AT_ONCE = 4
 """Maximum number of simulations that run at the same time; each takes 1 to 2 GB of memory."""
+COMMAND = (sys.executable, "-P", "-m", "univitar_ds.simulation.program")
 _LEFT_OUT = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "UNIVITAR_DS_KERNELS")
 """Variables of the environment that would change the simulated rank."""
 
@@ -70,17 +73,36 @@ def simulate(settings: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     Raises: NoSimulation if no step can be simulated on this machine.
     """
     check_possible()
-    with tempfile.TemporaryDirectory(prefix="univitar-ds-simulation-") as folder:
+    with _prepared(settings) as (folder, files):
+        at_once = max(1, min(AT_ONCE, len(os.sched_getaffinity(0))))
+        for first in range(0, len(files), at_once):
+            with _running(folder, files[first : first + at_once]) as processes:
+                for process in processes:
+                    yield _result(process)
+
+
+@contextmanager
+def _prepared(settings: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, list[Path]]]:
+    """Yields a temporary folder with the compiled stubs, and a file in it for each setting. Raises: NoSimulation."""
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="univitar-ds-simulation-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise NoSimulation(f"no temporary folder can be made, set TMPDIR to one: {first_line(error)}") from error
+    with temporary as name:
+        folder = Path(name)
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            raise NoSimulation(f"programs cannot run in {folder.parent} (noexec); set TMPDIR to another folder")
         try:
-            libraries.build(_package("torch") / "lib", triton_driver(), Path(folder))
+            libraries.build(_package("torch") / "lib", triton_driver(), folder)
         except (OSError, subprocess.CalledProcessError) as error:
             raise NoSimulation(f"the stand-ins for CUDA's libraries cannot be compiled: {_reason(error)}") from error
-        at_once = max(1, min(AT_ONCE, len(os.sched_getaffinity(0))))
-        for first in range(0, len(settings), at_once):
-            with _running(settings[first : first + at_once], folder) as processes:
-                for process in processes:
-                    out, err = process.communicate()
-                    yield json.loads(out.splitlines()[-1]) if process.returncode == 0 else {"error": _last_line(err)}
+        files = [folder / f"setting-{number}.json" for number in range(len(settings))]
+        try:
+            for file, setting in zip(files, settings, strict=True):
+                file.write_text(json.dumps(setting), encoding="utf-8")
+        except OSError as error:
+            raise NoSimulation(f"{folder} cannot be written: {first_line(error)}") from error
+        yield folder, files
 
 
 def _reason(error: OSError | subprocess.CalledProcessError) -> str:
@@ -91,24 +113,53 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")[:300]
 
 
-@contextmanager
-def _running(settings: Sequence[dict[str, Any]], folder: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Starts a process for each setting. Processes that still run after the body are killed."""
-    environment = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT} | {
+def _result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Waits for a process, and returns what it printed, or why it printed nothing."""
+    out, err = process.communicate()
+    with suppress(ValueError):
+        return json.loads(out)
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        return {
+            "error": f"its process was ended by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+        }
+    return {"error": _last_line(err)}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of a simulated rank. Args: folder: the folder with the stubs."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
+    return safe_environment(kept) | {
         "CUDA_VISIBLE_DEVICES": "0",
         "DS_ACCELERATOR": "cuda",
         "OMP_NUM_THREADS": "1",
-        "TRITON_LIBCUDA_PATH": folder,
+        "TRITON_CACHE_DIR": str(cache if _writable(cache) else folder / "triton"),
+        "TRITON_LIBCUDA_PATH": str(folder),
     }
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _running(folder: Path, files: Sequence[Path]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts a process for each file with a setting. Processes that still run after the body are killed."""
+    variables = environment(folder)
     processes: list[subprocess.Popen[str]] = []
     try:
-        for number, setting in enumerate(settings):
-            given = Path(folder, f"setting-{number}.json")
-            given.write_text(json.dumps(setting), encoding="utf-8")
+        for file in files:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "univitar_ds.simulation.program", folder, str(given)],
-                    env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    [*COMMAND, str(folder), str(file)],
+                    env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                     text=True, encoding="utf-8", errors="replace",
                 )
             )  # fmt: skip

@@ -1,6 +1,11 @@
 """Plans with simulated steps, whose results are given: what a plan takes from them, and what it keeps of formulas."""
 
 import json
+import os
+import signal
+import sys
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +13,7 @@ from tests.unit.planning.forecast.test_plan import planned
 from univitar_ds.cli.main import main
 from univitar_ds.planning.forecast.simulated import grid_of, simulate_plan
 from univitar_ds.planning.forecast.text import plan_object, plan_text
-from univitar_ds.simulation import process
+from univitar_ds.simulation import libraries, process
 
 GB = 10**9
 IMAGES = {
@@ -96,6 +101,83 @@ def test_without_a_cuda_build_the_plan_says_that_formulas_predict(monkeypatch, c
     printed = capsys.readouterr()
     assert "no GPU can be simulated here: torch is a build without CUDA" in printed.out
     assert "simulating" not in printed.err
+
+
+@pytest.fixture
+def without_stubs(monkeypatch, tmp_path):
+    """Processes of simulated steps start here without stubs. Returns the folder of their temporary folder."""
+    monkeypatch.setattr(process, "check_possible", lambda: None)
+    monkeypatch.setattr(process, "triton_driver", lambda: tmp_path)
+    monkeypatch.setattr(libraries, "build", lambda *_: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+PROGRAMS = {
+    "raise": ("raise ValueError('no such stage')", "ValueError: no such stage"),
+    "end": ("import os; os.kill(os.getpid(), 9)", "its process was ended by SIGKILL, as when memory runs out"),
+    "leave": ("import os; os._exit(0)", "no message"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_reason_of_a_failed_step_is_its_error(monkeypatch, without_stubs, name):
+    program, message = PROGRAMS[name]
+    monkeypatch.setattr(process, "COMMAND", [sys.executable, "-c", program])
+    assert list(process.simulate([{}])) == [{"error": message}]
+    assert list(without_stubs.iterdir()) == []
+
+
+PRINTS = """
+import os
+from univitar_ds.simulation import program
+
+def simulated(stubs, file):
+    print("a plugin", flush=True)
+    os.system("echo a library")
+    return {"launches": 3}
+
+program._simulated = simulated
+program.main(None, None)
+print("a plugin, at the end")
+"""
+
+
+def test_only_the_result_of_a_step_is_read_although_plugins_print(monkeypatch, without_stubs):
+    monkeypatch.setattr(process, "COMMAND", [sys.executable, "-c", PRINTS])
+    assert list(process.simulate([{}])) == [{"launches": 3}]
+
+
+def test_nothing_is_left_when_a_simulation_is_interrupted(monkeypatch, without_stubs):
+    monkeypatch.setattr(process, "COMMAND", [sys.executable, "-c", "import time; time.sleep(600)"])
+    processes = []
+
+    def interrupted(one):
+        processes.append(one)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "_result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(process.simulate([{}, {}]))
+    assert [one.returncode for one in processes] == [-signal.SIGKILL]
+    assert list(without_stubs.iterdir()) == []
+
+
+def test_a_folder_that_runs_no_programs_is_a_reason(monkeypatch, without_stubs):
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    with pytest.raises(process.NoSimulation, match=r"\(noexec\); set TMPDIR"):
+        list(process.simulate([{}]))
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("RANK", "3")
+    found = process.environment(tmp_path)
+    assert found["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    assert "RANK" not in found
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert process.environment(tmp_path)["TRITON_CACHE_DIR"] == str(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 255, 256, 577, 1000, 1170, 4096, 4097])
