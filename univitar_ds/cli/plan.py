@@ -100,17 +100,22 @@ def _simulated(plan: Plan) -> Plan:
     from univitar_ds.processes import exits_by_signals
     from univitar_ds.simulation.process import NoSimulation
 
-    def started(steps: int) -> None:
-        line = (
-            f"simulating {steps} training step{'' if steps == 1 else 's'} of a GPU, which takes a minute or more "
-            "(--formulas: a prediction within seconds)"
-        )
+    packs = max(stage.packs for stage in plan.stages)
+
+    def progress(done: int, steps: int) -> None:
+        line = f"simulated {done} of {steps} training steps"
+        if not done:
+            line = (
+                f"simulating {steps} training step{'' if steps == 1 else 's'} of a GPU, of {packs:,} "
+                f"pack{'' if packs == 1 else 's'}, which takes a minute or more (--formulas: a prediction within "
+                "seconds)"
+            )
         with suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
     try:
         with exits_by_signals():  # else SIGTERM would leave the temporary folder
-            return simulate_plan(plan, started)
+            return simulate_plan(plan, progress)
     except NoSimulation as reason:
         note = f"formulas predict memory and collectives, since no GPU can be simulated here: {reason}"
         return replace(plan, notes=[*plan.notes, note])

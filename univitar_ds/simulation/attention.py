@@ -14,7 +14,7 @@ from torch import Tensor
 
 from univitar_ds.simulation.gpu import SimulatedGPU
 
-WIDEST = {"flash2": 256, "flash3": 256, "flash4": 256}
+MAX_HEAD_DIM = {"flash2": 256, "flash3": 256, "flash4": 256}
 """Maximum width of a head on Hopper, from the README and the checks of each package."""
 
 
@@ -22,12 +22,12 @@ class _Attention(torch.autograd.Function):
     """Saves and returns tensors as all versions do, without computing them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, noted: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-        noted("forward")
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, count: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+        count("forward")
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.noted = noted
+        ctx.count = count
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -36,7 +36,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, _lse = ctx.saved_tensors
         if (dout.shape, dout.dtype, dout.device) != (out.shape, out.dtype, out.device):
             raise RuntimeError(f"dout is {list(dout.shape)} {dout.dtype} on {dout.device}, out is {list(out.shape)}")
-        ctx.noted("backward")
+        ctx.count("backward")
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
@@ -49,7 +49,7 @@ def _run(
             raise RuntimeError(f"{label} is {tensor.ndim}-dimensional {tensor.dtype} on {tensor.device}")
         if tensor.stride(-1) != 1:
             raise RuntimeError(f"the last dimension of {label} must be contiguous, its stride is {tensor.stride(-1)}")
-        if tensor.shape[-1] % 8 or tensor.shape[-1] > WIDEST[name]:
+        if tensor.shape[-1] % 8 or tensor.shape[-1] > MAX_HEAD_DIM[name]:
             raise RuntimeError(f"{label} has heads of {tensor.shape[-1]}")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or k.shape != v.shape or q.shape[1] % k.shape[1]:
         raise RuntimeError(f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}")
@@ -62,10 +62,10 @@ def _run(
         if type(longest) is not int or longest < 1:
             raise RuntimeError(f"{label} is {longest!r}")
 
-    def noted(direction: str) -> None:
+    def count(direction: str) -> None:
         gpu.record.launches[f"{name}.{direction}"] += 1
 
-    return _Attention.apply(q, k, v, noted)
+    return _Attention.apply(q, k, v, count)
 
 
 def _flash2(gpu: SimulatedGPU) -> Callable[..., Any]:

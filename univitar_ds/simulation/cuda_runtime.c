@@ -1,6 +1,6 @@
 /* The functions of CUDA's runtime that torch calls although nothing runs on the device: one GPU, whose streams and events
-   are always done. Nothing is computed. Pinned memory is real memory, and is recognised, so that a copy from pageable
-   memory can be told from one that does not wait. */
+   are always done. Nothing is computed. Pinned memory is real memory, and is known as pinned: the
+   host waits for a copy from pageable memory. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -31,6 +31,8 @@ KNOWN_BYTES = 1 << 22
 UNKNOWN_RESULT = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided)
 WRITES_ALL = (aten.zero_, aten.fill_, aten.copy_)
 SIMULATION = "/univitar_ds/simulation/"
+LEFT_OUT = (SIMULATION, "/torch/")
+"""Parts of paths that are not places in `Record.waits`: a checkout may be in a folder with a name of OWN_FILES."""
 OWN_FILES = ("/univitar_ds/", "/kernels/", "/deepspeed/", "/transformers/", "/tests/simulated_gpu/")
 
 
@@ -119,7 +121,7 @@ class SimulatedGPU(TorchDispatchMode):
         packet = function.overloadpacket
         if not fakes and not to_device and not exchanged:  # on the host only
             made = function(*args, **kwargs)
-            # What old memory contains would make results differ from run to run.
+            # Values that were never written would make results differ from run to run.
             return made.zero_() if packet in UNKNOWN_RESULT else made
         if packet is aten.record_stream:
             return None
@@ -303,7 +305,7 @@ def _place() -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         for folder in OWN_FILES:
-            if folder in name and SIMULATION not in name:
+            if folder in name and not any(part in name for part in LEFT_OUT):
                 return f"{folder.strip('/')}/{name.rpartition(folder)[2]}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"

@@ -49,9 +49,7 @@ def check_possible() -> None:
 def check_compiler() -> None:
     """Raises: NoSimulation if a program that compiles the stubs is missing."""
     if missing := libraries.missing_programs():
-        raise NoSimulation(
-            f"the stand-ins for CUDA's libraries need {', '.join(missing)} (apt-get install gcc binutils)"
-        )
+        raise NoSimulation(f"the stubs of CUDA's libraries need {', '.join(missing)} (apt-get install gcc binutils)")
 
 
 def triton_driver() -> Path:
@@ -95,7 +93,7 @@ def _prepared(settings: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, list[P
         try:
             libraries.build(_package("torch") / "lib", triton_driver(), folder)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise NoSimulation(f"the stand-ins for CUDA's libraries cannot be compiled: {_reason(error)}") from error
+            raise NoSimulation(f"the stubs of CUDA's libraries cannot be compiled: {_reason(error)}") from error
         files = [folder / f"setting-{number}.json" for number in range(len(settings))]
         try:
             for file, setting in zip(files, settings, strict=True):

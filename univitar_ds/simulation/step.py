@@ -135,7 +135,7 @@ class _Trainer:
 
     def step(self, *, first: bool = False) -> None:
         """Computes one step of the stage. Args: first: whether it only has to allocate the states that stay."""
-        # ZeRO-3 records the order of modules in the first step, and gathers weights ahead in the next one.
+        # One pack is enough for the states. ZeRO-3 also records the order of modules, to gather weights ahead later.
         alone = first and self.setting.deepspeed["zero_optimization"]["stage"] < 3
         packs = self.packs[:1] if alone else self.packs
         encoder = self.engine.module.vision.config
@@ -145,13 +145,13 @@ class _Trainer:
             dropping=DropConfig.of(self.stage, encoder, seed=self.cfg.seed, step=0),
             keep=self.setting.kept,
         )
-        how = self.engine, packs, settings, self.cfg.objective
+        arguments = self.engine, packs, settings, self.cfg.objective
         with self.gpu.during(HEADS):
             if self.setting.classes is None:
-                train_step.train_step(*how, self.teacher)
+                train_step.train_step(*arguments, self.teacher)
             else:
                 classes = ClassList({None: map(str, range(self.setting.classes))})
-                classification.classification_step(*how, classes, self.teacher)
+                classification.classification_step(*arguments, classes, self.teacher)
 
     def states(self) -> dict[str, int]:
         """Returns the bytes of the parts that stay between steps."""

@@ -23,18 +23,22 @@ from univitar_ds.training.engine.optim import trained_parts
 _KINDS = ("allgather", "allreduce", "alltoall", "broadcast", "reduce_scatter")
 
 
-def simulate_plan(plan: Plan, started: Callable[[int], None]) -> Plan:
+def simulate_plan(plan: Plan, progress: Callable[[int, int], None]) -> Plan:
     """Returns the plan with simulated steps: memory, collectives, launches and waits of each stage.
 
     A stage whose step cannot be simulated keeps the formulas, and a note has the reason.
-    Args: started: is called with the number of steps before they are simulated, which takes minutes.
+    Args: progress: is called before the first step and after each, which may take minutes, with the numbers of steps
+        that are simulated and of all.
     Raises: process.NoSimulation if this machine cannot simulate a GPU.
     """
     process.check_possible()
     cases = [(stage, modality) for stage in range(len(plan.stages)) for modality in _modalities(plan, stage)]
-    started(len(cases))
     settings = [setting_of(plan, stage, modality) for stage, modality in cases]
-    steps = [_read(modality, found) for (_, modality), found in zip(cases, process.simulate(settings), strict=True)]
+    progress(0, len(cases))
+    steps = []
+    for (_, modality), found in zip(cases, process.simulate(settings), strict=True):
+        steps.append(_read(modality, found))
+        progress(len(steps), len(cases))
     stages, notes = [], list(plan.notes)
     for index, stage in enumerate(plan.stages):
         own = [step for (number, _), step in zip(cases, steps, strict=True) if number == index]
@@ -83,7 +87,8 @@ def _without_nodes(plan: Plan) -> dict[str, Any]:
 
 
 def grid_of(stage: StageConfig, modality: Modality, tokens: int, merge: int) -> tuple[int, int, int]:
-    """Returns (t, h, w) of an item with at most `tokens` tokens, as many as possible with sides of a ratio up to 2.
+    """Returns (t, h, w) of an item with nearly `tokens` tokens and not more, whose sides differ by about a factor of 2
+    at most.
 
     Args: merge: sides are multiples of it.
     """

@@ -43,7 +43,7 @@ HOST_RATIOS = {
 class SimulatedStep:
     """A training step of one modality on a simulated GPU, see `simulation.step.simulated`.
 
-    `peak`: bytes by part at the moment of the maximum; `launches`: number of kernels; `waits`: times that the host
+    `peak`: bytes by part at the moment of the maximum; `launches`: number of kernels; `waits`: how often the host
     waits for the GPU; `collectives`, `collective_bytes`: number and bytes (in and out) by kind; `error`: why the step
     could not be simulated, None if it was.
     """
@@ -68,11 +68,12 @@ class StagePlan:
 
     `kind`: recomputation; `kept`: packs of a rank whose autograd graph is kept; `packs`: of a rank in a step; `peak`:
     memory of a rank; `step`: seconds by part; `flops`, `tokens`, `pairs`: of all ranks in a step; `steps`: of the
-    stage; `collectives`: bytes that a rank passes to collectives in a step, by kind; `messages`: estimated number of
-    these collectives; `budgets`: the largest `token_budget` that fits, by recomputation; `pack_tflops`: TFLOPs of a
-    full pack; `recomputed_flops`: of all ranks in a step; `group_bytes`, `group_messages`: bytes and number of the
-    collectives within blocks, between ranks that share packs or weights; `muon_flops`: of Muon's iterations, on all
-    ranks; `simulated`: the steps on a simulated GPU from which memory and collectives come, empty: from formulas.
+    stage; `collectives`: bytes that a rank passes to collectives in a step, by kind; `messages`: number of these
+    collectives, estimated unless simulated; `budgets`: the largest `token_budget` that fits, by recomputation;
+    `pack_tflops`: TFLOPs of a full pack; `recomputed_flops`: of all ranks in a step; `group_bytes`, `group_messages`:
+    bytes and number of the collectives within blocks, between ranks that share packs or weights; `muon_flops`: of
+    Muon's iterations, on all ranks; `simulated`: the steps on a simulated GPU, from which memory and collectives are;
+    empty: formulas predict them.
     """
 
     name: str

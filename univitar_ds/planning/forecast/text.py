@@ -278,13 +278,16 @@ def _cell(one: Trial, best: Trial | None) -> str:
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
-    yield "nothing was measured on a GPU; times follow from the rates below, memory from shapes"
-    if any(stage.simulated for stage in plan.stages):
+    by_formulas = [stage.name for stage in plan.stages if not stage.simulated]
+    yield "nothing was measured on a GPU; times follow from the rates below"
+    if len(by_formulas) < len(plan.stages):
         yield (
-            "memory, collectives, launches and waits of the stages are those of the trainer's step on a simulated GPU "
-            "(the second step, packs full of items of one size, captions of full length, an H100 for every GPU); "
-            "formulas predict scaling, sweep and evaluations, and at which token_budget the memory is full"
+            "memory, collectives, launches and waits are those of the trainer's step on a simulated GPU (the second "
+            "step, packs full of items of one size, captions of full length, an H100 for every GPU); formulas predict "
+            "the memory of scaling, sweep and evaluations, and the largest token_budget"
         )
+    if by_formulas:
+        yield f"formulas predict memory and collectives from shapes (stages {', '.join(by_formulas)})"
     own: Mapping[str, Assumption] = {name: one for name, one in ASSUMPTIONS.items() if name not in _UNUSED}
     for zero, ratios in HOST_RATIOS.items():
         found = ", ".join(f"{ratio} at {ranks:,} ranks" for ranks, ratio in ratios.items())

@@ -44,8 +44,8 @@ def simulation(monkeypatch):
 
 def test_memory_and_collectives_are_those_of_the_steps(simulation):
     plan, numbers = planned(), []
-    found = simulate_plan(plan, numbers.append)
-    assert numbers == [4]
+    found = simulate_plan(plan, lambda *both: numbers.append(both))
+    assert numbers == [(done, 4) for done in range(5)]
     assert [(one["stage"], one["modality"]) for one in simulation] == [
         (0, "image"), (1, "image"), (2, "image"), (2, "video"),
     ]  # fmt: skip
@@ -63,7 +63,7 @@ def test_memory_and_collectives_are_those_of_the_steps(simulation):
 
 
 def test_text_and_json_name_the_simulation(simulation):
-    plan = simulate_plan(planned(), lambda steps: None)
+    plan = simulate_plan(planned(), lambda *_: None)
     text = plan_text(plan, [])
     assert "a step of videos, simulated, each GPU: 4,000 launches, 3 waits of the host" in text
     assert "most in 'backward pass', simulated" in text
@@ -78,7 +78,7 @@ def test_a_stage_that_cannot_be_simulated_keeps_the_formulas(monkeypatch, simula
 
     monkeypatch.setattr(process, "simulate", simulate)
     plan = planned()
-    found = simulate_plan(plan, lambda steps: None)
+    found = simulate_plan(plan, lambda *_: None)
     assert found.stages[1] == plan.stages[1]
     assert found.stages[0].simulated
     assert "stage native is computed by formulas, since its step cannot be simulated: no kernel" in found.notes
@@ -87,7 +87,7 @@ def test_a_stage_that_cannot_be_simulated_keeps_the_formulas(monkeypatch, simula
 def test_a_plan_that_does_not_fit_by_simulation_has_a_remedy_that_fits(monkeypatch, simulation):
     large = {**IMAGES, "peak": {"encoder activations": 100 * GB}}
     monkeypatch.setattr(process, "simulate", lambda given: (large for _ in given))
-    found = simulate_plan(planned(), lambda steps: None)
+    found = simulate_plan(planned(), lambda *_: None)
     assert "stage fixed224 needs 100 GB" in found.misfit()
     assert "set checkpoint_every: 1" in found.misfit()
 
