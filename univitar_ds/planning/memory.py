@@ -27,6 +27,7 @@ from typing import Any, Literal
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.model.blocks import activations
 from univitar_ds.model.blocks.activations import FUSED, SELECTIVE, SPLIT, Kept, Kind
+from univitar_ds.objectives.exchange import GATHERED_BYTES
 
 FP32 = 4
 Kernels = Literal["fused", "compiled", "plain"]
@@ -384,10 +385,14 @@ def _update(states: States) -> float:
 
 
 def _loss(load: StepLoad, states: States) -> float:
-    """Returns the bytes of the contrastive loss: texts of all ranks and their gradients, images, a chunk of logits."""
-    own = load.packs * load.items
-    logits = own * min(load.chunk, load.texts) * FP32 * (1 if states.kernels == "fused" else 3)
-    return (2 * load.texts + 6 * own) * load.embed_dim * FP32 + logits
+    """Returns the bytes of the contrastive loss: texts and their gradients, images, a chunk of logits.
+
+    The texts are those of all ranks, or of a group of ranks if there are too many, see `objectives.exchange`.
+    """
+    own, row = load.packs * load.items, load.embed_dim * FP32
+    texts = min(load.texts, max(own, GATHERED_BYTES / row))
+    logits = own * min(load.chunk, texts) * FP32 * (1 if states.kernels == "fused" else 3)
+    return (2 * texts + 6 * own) * row + logits
 
 
 def _distilled(load: StepLoad, states: States) -> float:

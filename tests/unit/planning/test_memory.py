@@ -17,6 +17,7 @@ from univitar_ds.geometry import pixel_bytes
 from univitar_ds.model.blocks.activations import LADDER
 from univitar_ds.model.config import PRESETS
 from univitar_ds.model.encoder import UniViTAR
+from univitar_ds.objectives.exchange import GATHERED_BYTES
 from univitar_ds.planning.memory import (
     GATHERED_AT_ONCE,
     EvaluationLoad,
@@ -105,6 +106,14 @@ def test_packs_whose_graphs_are_kept_add_their_activations():
     one, two = (moments(replace(LOAD, kept=kept), STATES)["loss"] for kept in (1, 2))
     assert two["encoder activations"] == 2 * one["encoder activations"]
     assert two["text tower"] == 2 * one["text tower"]
+
+
+def test_the_loss_of_many_ranks_has_the_texts_of_some_of_them_at_a_time():
+    some, more = (moments(replace(LOAD, texts=texts), STATES)["loss"]["loss"] for texts in (10**6, 10**6 + 1))
+    assert more - some == 2 * 4 * LOAD.embed_dim, "a text and its gradient, in float32"
+    many, most = (moments(replace(LOAD, texts=texts), STATES)["loss"]["loss"] for texts in (10**7, 10**8))
+    assert many == most
+    assert 2 * GATHERED_BYTES <= most < 2.01 * GATHERED_BYTES
 
 
 def test_frozen_towers_keep_nothing():

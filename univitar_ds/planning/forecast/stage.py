@@ -68,12 +68,12 @@ class StagePlan:
 
     `kind`: recomputation; `kept`: packs of a rank whose autograd graph is kept; `packs`: of a rank in a step; `peak`:
     memory of a rank; `step`: seconds by part; `flops`, `tokens`, `pairs`: of all ranks in a step; `steps`: of the
-    stage; `collectives`: bytes that a rank passes to collectives in a step, by kind; `messages`: number of these
-    collectives, estimated unless simulated; `budgets`: the largest `token_budget` that fits, by recomputation;
-    `pack_tflops`: TFLOPs of a full pack; `recomputed_flops`: of all ranks in a step; `group_bytes`, `group_messages`:
-    bytes and number of the collectives within blocks, between ranks that share packs or weights; `muon_flops`: of
-    Muon's iterations, on all ranks; `simulated`: the steps on a simulated GPU, from which memory and collectives are;
-    empty: formulas predict them.
+    stage; `collectives`: bytes of the larger of input and output of a rank's collectives in a step, by kind; if
+    simulated, of both, with those of the loss; `messages`: number of these collectives, estimated unless simulated;
+    `budgets`: the largest `token_budget` that fits, by recomputation; `pack_tflops`: TFLOPs of a full pack;
+    `recomputed_flops`: of all ranks in a step; `group_bytes`, `group_messages`: bytes and number of the collectives
+    within blocks, between ranks that share packs or weights; `muon_flops`: of Muon's iterations, on all ranks;
+    `simulated`: the steps on a simulated GPU, which memory and collectives are from; empty if formulas predict them.
     """
 
     name: str
