@@ -22,7 +22,10 @@ from univitar_ds.import_path import safe_environment
 from univitar_ds.simulation import libraries
 
 AT_ONCE = 4
-"""Maximum number of simulations that run at the same time; each takes 1 to 2 GB of memory."""
+"""Maximum number of simulations that run at the same time."""
+STEP_BYTES = 2e9
+"""Host memory of a simulation, without the optimizer's states that the run keeps in host memory: 1 to 2 GB."""
+MEMORY = Path("/proc/meminfo")
 COMMAND = (sys.executable, "-P", "-m", "univitar_ds.simulation.program")
 _LEFT_OUT = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "UNIVITAR_DS_KERNELS")
 """Variables of the environment that would change the simulated rank."""
@@ -64,19 +67,35 @@ def _package(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def simulate(settings: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def simulate(settings: Sequence[dict[str, Any]], host_bytes: float = 0.0) -> Iterator[dict[str, Any]]:
     """Yields the result of `step.simulated` for each `step.Setting`, given and returned as objects for JSON.
 
     A step that cannot be simulated has the result {"error": its message}.
+
+    Args: host_bytes: of the states that a rank keeps in host memory, which are real.
     Raises: NoSimulation if no step can be simulated on this machine.
     """
     check_possible()
+    at_once = _number_at_once(STEP_BYTES + host_bytes)
     with _prepared(settings) as (folder, files):
-        at_once = max(1, min(AT_ONCE, len(os.sched_getaffinity(0))))
         for first in range(0, len(files), at_once):
             with _running(folder, files[first : first + at_once]) as processes:
                 for process in processes:
                     yield _result(process)
+
+
+def _number_at_once(needed: float) -> int:
+    """Returns how many steps are simulated at the same time. Args: needed: bytes of host memory of each.
+
+    Raises: NoSimulation if the memory is too small for one.
+    """
+    lines = MEMORY.read_text(encoding="ascii").splitlines()
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    if free < needed:
+        raise NoSimulation(
+            f"a simulated step needs {needed / 1e9:.3g} GB of host memory, of which {free / 1e9:.3g} GB are free"
+        )
+    return int(min(AT_ONCE, len(os.sched_getaffinity(0)), free // needed))
 
 
 @contextmanager

@@ -63,6 +63,15 @@ class Reading:
     remote: bool
 
 
+def offloaded_bytes(model: PlannedModel, place: Placement) -> float:
+    """Returns the bytes of the largest training state that a rank keeps in host memory."""
+    tensor = model.config.model.tensor_parallel
+    counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
+    return max(
+        memory_of_rank(model.config, stage, counts, sharing, place.resolved).host for stage in model.config.stages
+    )
+
+
 def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> HostNeeds:
     """Returns the host memory and cores that each machine needs, in the stage that needs most."""
     data, per_node = model.config.data, cluster.per_node
@@ -71,11 +80,6 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
     ahead = max(data.prefetch_packs or max(AHEAD, packs), data.workers)
     slots = ahead + max(packs, 2) + 1
     pixels = max(pixel_bytes(stage.token_budget, video=stage.video_ratio > 0) for stage in model.config.stages)
-    tensor = model.config.model.tensor_parallel
-    counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
-    held = max(
-        memory_of_rank(model.config, stage, counts, sharing, place.resolved).host for stage in model.config.stages
-    )
     busy = max(
         sum(one.share * cpu_seconds(model.config, own.name, one.modality) for one in own.items)
         * own.pairs / readers / own.step_s
@@ -87,7 +91,7 @@ def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluste
         "decoding processes": per_node * max(1, data.workers) * value("worker_bytes"),
         "pixels of packs": per_node * slots * pixels,
         "model while it is built": per_node * model.counts.total * FP32,
-        "offloaded training state": per_node * held,
+        "offloaded training state": per_node * offloaded_bytes(model, place),
         "copy of the checkpoint": 0.0 if on_disk(place.resolved) else per_node * saved / place.sharing,
     }
     return HostNeeds(

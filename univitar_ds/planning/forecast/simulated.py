@@ -13,6 +13,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.geometry import TUBELET, Modality
 from univitar_ds.planning.counts.batch import pack_sizes
 from univitar_ds.planning.forecast.plan import Plan
+from univitar_ds.planning.forecast.resources import offloaded_bytes
 from univitar_ds.planning.forecast.stage import SimulatedStep, StagePlan
 from univitar_ds.planning.forecast.step_load import largest_budget, text_shape
 from univitar_ds.planning.memory import EVALUATION, Peak
@@ -36,7 +37,8 @@ def simulate_plan(plan: Plan, progress: Callable[[int, int], None]) -> Plan:
     settings = [setting_of(plan, stage, modality) for stage, modality in cases]
     progress(0, len(cases))
     steps = []
-    for (_, modality), found in zip(cases, process.simulate(settings), strict=True):
+    results = process.simulate(settings, offloaded_bytes(plan.model, plan.place))
+    for (_, modality), found in zip(cases, results, strict=True):
         steps.append(_read(modality, found))
         progress(len(steps), len(cases))
     stages, notes = [], list(plan.notes)

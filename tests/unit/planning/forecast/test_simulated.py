@@ -32,7 +32,7 @@ def simulation(monkeypatch):
     """Returns the settings that were simulated; a step of images has the result IMAGES, one of videos VIDEOS."""
     settings = []
 
-    def simulate(given):
+    def simulate(given, host_bytes):
         for setting in given:
             settings.append(json.loads(json.dumps(setting)))
             yield IMAGES if setting["modality"] == "image" else VIDEOS
@@ -73,7 +73,7 @@ def test_text_and_json_name_the_simulation(simulation):
 
 
 def test_a_stage_that_cannot_be_simulated_keeps_the_formulas(monkeypatch, simulation):
-    def simulate(given):
+    def simulate(given, host_bytes):
         yield from ({"error": "no kernel"} if one["stage"] == 1 else IMAGES for one in given)
 
     monkeypatch.setattr(process, "simulate", simulate)
@@ -86,7 +86,7 @@ def test_a_stage_that_cannot_be_simulated_keeps_the_formulas(monkeypatch, simula
 
 def test_a_plan_that_does_not_fit_by_simulation_has_a_remedy_that_fits(monkeypatch, simulation):
     large = {**IMAGES, "peak": {"encoder activations": 100 * GB}}
-    monkeypatch.setattr(process, "simulate", lambda given: (large for _ in given))
+    monkeypatch.setattr(process, "simulate", lambda given, host_bytes: (large for _ in given))
     found = simulate_plan(planned(), lambda *_: None)
     assert "stage fixed224 needs 100 GB" in found.misfit()
     assert "set checkpoint_every: 1" in found.misfit()
@@ -167,6 +167,31 @@ def test_a_folder_that_runs_no_programs_is_a_reason(monkeypatch, without_stubs):
     monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_NOEXEC))
     with pytest.raises(process.NoSimulation, match=r"\(noexec\); set TMPDIR"):
         list(process.simulate([{}]))
+
+
+def test_states_in_host_memory_limit_the_steps_at_the_same_time(monkeypatch, without_stubs):
+    memory = without_stubs / "meminfo"
+    memory.write_text("MemTotal: 99999999 kB\nMemAvailable: 4000000 kB\n")
+    monkeypatch.setattr(process, "MEMORY", memory)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert process._number_at_once(process.STEP_BYTES) == 2
+    assert process._number_at_once(1e6) == process.AT_ONCE
+    with pytest.raises(process.NoSimulation, match=r"needs 14 GB of host memory, of which 4.1 GB are free"):
+        list(process.simulate([{}], 12e9))
+
+
+def test_a_plan_with_its_optimizer_in_host_memory_says_how_much(monkeypatch, simulation):
+    found = []
+
+    def simulate(given, host_bytes):
+        found.append(host_bytes)
+        return (IMAGES for _ in given)
+
+    monkeypatch.setattr(process, "simulate", simulate)
+    for zero in ("zero3", "zero3_offload"):
+        plan = planned(4, "h100", f"deepspeed={zero}")
+        simulate_plan(plan, lambda *_: None)
+    assert found == [0, 16 * plan.model.counts.total / plan.cluster.ranks]
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(monkeypatch, tmp_path):
