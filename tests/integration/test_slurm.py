@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.closeness import assert_sums_close
+from tests.support.closeness import assert_sums_close, encoder_terms, gradient_terms, transformer_terms
 from tests.support.distributed import run_distributed
 from tests.support.finished import run_config, write_run
 from tests.support.processes import marked
 from tests.support.progress import wait_until
-from tests.support.runs import TERMS, metrics, samples, small_config, train_rank
+from tests.support.runs import metrics, samples, small_config, train_rank
 from tests.support.shards import write_demo_shards
 from tests.support.slurm import ROOT, Cluster, cluster, missing
-from univitar_ds.config.load import dump_config, load_config
+from univitar_ds.config.encoder import EncoderConfig
+from univitar_ds.config.load import check_config, dump_config, load_config
 from univitar_ds.config.run_folder import CHECKPOINTS
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.run import create_run
@@ -203,7 +204,7 @@ def test_a_cancelled_job_stays_cancelled(stub, end):
 def whole(tmp_path_factory):
     """An uninterrupted run on two ranks. Its run file is in the same folder."""
     folder = tmp_path_factory.mktemp("slurm")
-    write_demo_shards(folder / "shards")
+    write_demo_shards(folder / "shards", images=256, videos=64)  # 16 images and 4 videos for each of 16 lanes
     rarely = {"every_steps": 100_000, "keep": 100}  # a checkpoint in the test was saved because of a signal
     dump_config(small_config(folder / "shards", folder, checkpoint=rarely), folder / "run.yaml")
     config = load_config(folder / "run.yaml", ["name=whole", *THIRTY_STEPS])
@@ -270,28 +271,40 @@ def test_a_cancelled_run_saves_and_stays_cancelled(slurm, whole):
     assert saved >= reached
 
 
-FOUR_LANES = ["data.lanes=4", "stages.0.samples=720", "stages.1.samples=30", "data.workers=0"]
+SMALLEST = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+"""An encoder with which the start of the ranks takes most of the time."""
+SMALLEST_TERMS = gradient_terms(
+    encoder_terms(EncoderConfig(**SMALLEST), 48) + transformer_terms(width=48, inner=64, head=24, layers=2, longest=48),
+    16 * 96,
+)
+"""As `TERMS`, for this encoder and sixteen lanes."""
 
 
-def test_a_chain_of_jobs_with_2_then_1_then_4_ranks_is_one_run(slurm, whole):
-    """Each job waits for the one before it; the first two lose their nodes in the middle."""
-    chain, given = [], {"CONFIG": str(whole.parent / "run.yaml")}
-    for nodes, tasks in [(2, 1), (1, 1), (2, 2)]:
-        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
+@pytest.fixture(scope="module")
+def of_sixteen_lanes(whole):
+    """The run file of about 50 steps of sixteen lanes."""
+    content = load_config(whole.parent / "run.yaml", ["data.lanes=16", "stages.0.samples=3800", "stages.1.samples=90"])
+    content = content.model_dump(mode="json")
+    content["model"]["encoder"] = SMALLEST
+    dump_config(check_config(content, "the test"), whole.parent / "sixteen.yaml")
+    return whole.parent / "sixteen.yaml"
+
+
+def test_a_chain_of_jobs_with_8_then_4_then_16_ranks_is_one_run(slurm, of_sixteen_lanes):
+    """Each job waits for the one before it; the first two lose their nodes in the middle. The second has one node."""
+    chain, folder = [], of_sixteen_lanes.parent
+    for nodes, tasks in [(2, 4), (1, 4), (2, 8)]:
+        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--time=30"]
         options += [f"--dependency=afterany:{chain[-1].number}"] if chain else []
-        log = whole.parent / f"chain-{len(chain)}.log"
-        job = Job(
-            slurm, whole.parent / "chain", overrides=FOUR_LANES if not chain else (), options=options, log=log, **given
-        )
-        chain.append(job)
+        log = folder / f"chain-{len(chain)}.log"
+        chain.append(Job(slurm, folder / "chain", options=options, log=log, CONFIG=str(of_sixteen_lanes)))
     for job in chain[:2]:
         trained(job)
         slurm.run("scancel", job.number)
         assert job.ends()[:2] == ("CANCELLED", 0)
     assert chain[2].ends() == ("COMPLETED", 0, "0:0"), chain[2].log.read_text()[-3000:]
 
-    config = load_config(whole.parent / "run.yaml", ["name=four", *FOUR_LANES])
-    undisturbed, run = create_run(config, "test", 2), chain[0].run
+    undisturbed, run = create_run(load_config(of_sixteen_lanes, ["name=undisturbed"]), "test", 2), chain[0].run
     assert run_distributed(train_rank, 2, undisturbed) == [True, True]
     saved = saved_steps(run)
     assert len(saved) == 3
@@ -299,15 +312,15 @@ def test_a_chain_of_jobs_with_2_then_1_then_4_ranks_is_one_run(slurm, whole):
         json.loads((folder / "state.json").read_text())["world_size"]
         for folder in checkpoint_dir.complete(run / CHECKPOINTS)
     ]
-    assert sorted(set(ranks)) == [1, 2, 4]
+    assert sorted(set(ranks)) == [4, 8, 16]
     assert samples(run) == samples(undisturbed)
     ours, theirs = metrics(run), metrics(undisturbed)
     assert [line["step"] for line in ours] == list(range(1, len(theirs) + 1))
     for one, other in zip(ours, theirs, strict=True):
-        assert_sums_close(one["loss"], other["loss"], one["step"] * TERMS, f"loss of step {one['step']}")
+        assert_sums_close(one["loss"], other["loss"], one["step"] * SMALLEST_TERMS, f"loss of step {one['step']}")
         assert one["samples_seen"] == other["samples_seen"]
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["completed"], summary["ranks"]) == (True, 4)
+    assert (summary["completed"], summary["ranks"]) == (True, 16)
 
 
 def test_a_second_job_on_the_folder_of_a_run_is_refused_and_the_first_continues(slurm, whole):

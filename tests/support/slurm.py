@@ -31,6 +31,7 @@ ENDS_S = 30
 
 # cred_expire is also the wait of a requeued job before it starts again; the default is 120 s.
 # WaitTime is the default time that a task may continue after another task of its step has ended.
+# Nodes have more processors than the machine, for jobs of 8 tasks a node.
 # GraceTime is the time between SIGTERM and SIGKILL of a preempted job, KillWait that of a cancelled or requeued one.
 CONF = """\
 ClusterName=univitar
@@ -62,15 +63,15 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=200000,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 JobRequeue=1
-KillWait=30
+KillWait=120
 WaitTime=2
 MinJobAge=3600
 SlurmdTimeout=60
 MessageTimeout=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName={first} NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs=2 RealMemory=4000 State=UNKNOWN
-NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName={first} NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs=8 RealMemory=4000 State=UNKNOWN
+NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs=8 RealMemory=4000 State=UNKNOWN
 PartitionName=train Nodes={first},{second} Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=40
 PartitionName=urgent Nodes={first},{second} State=UP PriorityTier=10 PreemptMode=OFF
 """
