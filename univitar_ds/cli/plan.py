@@ -117,7 +117,7 @@ def _simulated(plan: Plan) -> Plan:
         with exits_by_signals():  # else SIGTERM would leave the temporary folder
             return simulate_plan(plan, progress)
     except NoSimulation as reason:
-        note = f"formulas predict memory and collectives, since no GPU can be simulated here: {reason}"
+        note = f"formulas predict memory and collectives, since no step can be simulated here: {reason}"
         return replace(plan, notes=[*plan.notes, note])
 
 

@@ -19,6 +19,7 @@ The prediction is the largest of these sums. `tests/simulated_gpu` compares it w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -390,7 +391,10 @@ def _loss(load: StepLoad, states: States) -> float:
     The texts are those of all ranks, or of a group of ranks if there are too many, see `objectives.exchange`.
     """
     own, row = load.packs * load.items, load.embed_dim * FP32
-    texts = min(load.texts, max(own, GATHERED_BYTES / row))
+    ranks = max(1, round(load.texts / own))
+    least = min(ranks, math.ceil(load.texts * row / GATHERED_BYTES))
+    groups = next(number for number in range(max(1, least), ranks + 1) if ranks % number == 0)
+    texts = load.texts / groups
     logits = own * min(load.chunk, texts) * FP32 * (1 if states.kernels == "fused" else 3)
     return (2 * texts + 6 * own) * row + logits
 

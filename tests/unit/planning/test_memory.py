@@ -109,11 +109,12 @@ def test_packs_whose_graphs_are_kept_add_their_activations():
 
 
 def test_the_loss_of_many_ranks_has_the_texts_of_some_of_them_at_a_time():
-    some, more = (moments(replace(LOAD, texts=texts), STATES)["loss"]["loss"] for texts in (10**6, 10**6 + 1))
-    assert more - some == 2 * 4 * LOAD.embed_dim, "a text and its gradient, in float32"
-    many, most = (moments(replace(LOAD, texts=texts), STATES)["loss"]["loss"] for texts in (10**7, 10**8))
-    assert many == most
-    assert 2 * GATHERED_BYTES <= most < 2.01 * GATHERED_BYTES
+    own, row = LOAD.packs * LOAD.items, 4 * LOAD.embed_dim  # of a rank; bytes, in float32
+    sizes = [moments(replace(LOAD, texts=own << power), STATES)["loss"]["loss"] for power in range(17, 24)]
+    assert own << 19 == GATHERED_BYTES / row
+    assert sizes[1] - sizes[0] == 2 * row * (own << 17), "texts and their gradients"
+    assert sizes[2:] == [sizes[2]] * 5, "as many groups of ranks as are needed"
+    assert 2 * GATHERED_BYTES <= sizes[2] < 2.01 * GATHERED_BYTES
 
 
 def test_frozen_towers_keep_nothing():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from univitar_ds.config.deepspeed import NODE, SHARDING
+from univitar_ds.config.deepspeed import NODE, SHARDING, on_disk
 from univitar_ds.config.stage import StageConfig
 from univitar_ds.geometry import TUBELET, Modality
 from univitar_ds.planning.counts.batch import pack_sizes
@@ -30,9 +30,11 @@ def simulate_plan(plan: Plan, progress: Callable[[int, int], None]) -> Plan:
     A stage whose step cannot be simulated keeps the formulas, and a note has the reason.
     Args: progress: is called before the first step and after each, which may take minutes, with the numbers of steps
         that are simulated and of all.
-    Raises: process.NoSimulation if this machine cannot simulate a GPU.
+    Raises: process.NoSimulation if this machine cannot simulate a GPU, or the run has states on a disk.
     """
     process.check_possible()
+    if on_disk(plan.place.resolved):
+        raise process.NoSimulation(f"{plan.zero} has optimizer states on a local disk, which a step would write")
     cases = [(stage, modality) for stage in range(len(plan.stages)) for modality in _modalities(plan, stage)]
     settings = [setting_of(plan, stage, modality) for stage, modality in cases]
     progress(0, len(cases))

@@ -99,7 +99,7 @@ def test_without_a_cuda_build_the_plan_says_that_formulas_predict(monkeypatch, c
     monkeypatch.setattr(process, "check_possible", refuse)
     assert main(["plan", "--config", "univitar_0p3b"]) == 0
     printed = capsys.readouterr()
-    assert "no GPU can be simulated here: torch is a build without CUDA" in printed.out
+    assert "no step can be simulated here: torch is a build without CUDA" in printed.out
     assert "simulating" not in printed.err
 
 
@@ -192,6 +192,12 @@ def test_a_plan_with_its_optimizer_in_host_memory_says_how_much(monkeypatch, sim
         plan = planned(4, "h100", f"deepspeed={zero}")
         simulate_plan(plan, lambda *_: None)
     assert found == [0, 16 * plan.model.counts.total / plan.cluster.ranks]
+
+
+def test_a_step_that_would_write_to_a_disk_is_not_simulated(simulation):
+    with pytest.raises(process.NoSimulation, match="zero3_nvme has optimizer states on a local disk"):
+        simulate_plan(planned(4, "h100", "deepspeed=zero3_nvme"), lambda *_: None)
+    assert simulation == []
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(monkeypatch, tmp_path):
