@@ -26,7 +26,9 @@ AT_ONCE = 4
 STEP_BYTES = 2e9
 """Host memory of a simulation, without the optimizer's states that the run keeps in host memory: 1 to 2 GB."""
 MEMORY = Path("/proc/meminfo")
+"""The kernel's file with the free memory."""
 COMMAND = (sys.executable, "-P", "-m", "univitar_ds.simulation.program")
+"""The program of a step, to which the folder of the stubs and the file of the setting are added."""
 _LEFT_OUT = ("TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "UNIVITAR_DS_KERNELS")
 """Variables of the environment that would change the simulated rank."""
 
