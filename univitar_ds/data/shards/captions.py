@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pydantic_core import from_json
+
 from univitar_ds.data.media.types import MediaSize
 from univitar_ds.data.shards.class_names import named
 from univitar_ds.errors import SampleError
@@ -144,7 +146,7 @@ def _json_object(content: bytes, ignored: _Ignored) -> dict[str, Any]:
         ignored.setdefault("too_large", f"its .json has {len(content)} bytes (limit {BYTES_LIMIT})")
         return {}
     try:
-        fields = _parsed(content)
+        fields = parsed(content)
     except (ValueError, RecursionError) as error:
         ignored.setdefault("bad_json", f"its .json does not parse: {str(error)[:120]}")
         return {}
@@ -154,7 +156,15 @@ def _json_object(content: bytes, ignored: _Ignored) -> dict[str, Any]:
     return fields
 
 
-def _parsed(content: bytes) -> Any:
+def parsed(content: bytes) -> Any:
+    """Returns the value of a JSON text. Raises: ValueError or RecursionError if it is none."""
+    try:
+        return from_json(content, cache_strings="keys")  # takes a third of the time of `json`
+    except ValueError:
+        return _parsed_loosely(content)
+
+
+def _parsed_loosely(content: bytes) -> Any:
     try:
         return json.loads(content)
     except UnicodeDecodeError:

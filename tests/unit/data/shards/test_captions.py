@@ -15,7 +15,7 @@ from univitar_ds.config.data import DataConfig, SourceConfig
 from univitar_ds.config.load import changed_result, check_config
 from univitar_ds.data.caption_texts import iterate_captions
 from univitar_ds.data.loader import eval_packs
-from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, MAX_CAPTIONS, Texts, read_texts
+from univitar_ds.data.shards.captions import BYTES_LIMIT, IGNORED, MAX_CAPTIONS, Texts, parsed, read_texts
 from univitar_ds.data.tools.inspect import Stream
 from univitar_ds.data.tools.verify import verify
 from univitar_ds.errors import SampleError
@@ -113,6 +113,25 @@ def test_a_txt_is_utf_8_or_has_the_encoding_of_its_byte_order_mark(content, capt
 def test_a_sample_with_a_caption_in_its_json_is_used_despite_a_bad_txt_or_cls():
     for members in ({"txt": b""}, {"txt": b"caf\xe9"}, {"txt": b"x" * (BYTES_LIMIT + 1)}, {"cls": b"\xff\xfe\xfd"}):
         assert read_texts({"json": b'{"caption": "c"}', **members}).captions == ("c",)
+
+
+PARSED = [
+    '{"caption": "caf\u00e9 \u706b", "n": [1, -0, 1.5, 1e400, -1E-7, 12345678901234567890123], "t": true, "z": null}',
+    '{"caption": "one", "caption": "two"}',
+    '{"caption": "\\ud83d\\ude00 \\u0000 \\/ \\" \\b"}',
+    '\t{ "caption" : [ "a" , { } , [ ] , "" ] }\r\n',
+    '{"caption": "lone \\ud800"}',
+    '{"width": 1e3, "height": 300.0, "frames": 0.1}',
+]
+
+
+@pytest.mark.parametrize("text", PARSED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_json_is_parsed_as_by_the_standard_library(text, encoding):
+    content = text.encode(encoding)
+    found, wanted = parsed(content), json.loads(content)
+    assert found == wanted
+    assert repr(found) == repr(wanted), "1 and 1.0 are equal"
 
 
 @pytest.mark.parametrize(
