@@ -53,7 +53,8 @@ def sample_positions(sampling: Sampling, frames: int, draw: int) -> list[int]:
         found = [i * _PART + draw_number(draw, "frame", i) for i in range(frames)]
     else:
         found = [i * _PART + _PART // 2 for i in range(frames)]
-    return [(sampling.part * frames * _PART + at) // sampling.parts for at in found]
+    # Rounded up: a position at the start of a frame must not fall into the frame before.
+    return [-(-(sampling.part * frames * _PART + at) // sampling.parts) for at in found]
 
 
 def by_count(positions: Sequence[int], total: int) -> list[int]:

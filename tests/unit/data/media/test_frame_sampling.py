@@ -3,7 +3,7 @@
 from bisect import bisect_right
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from univitar_ds.data.media.frame_sampling import UNIFORM, Sampling, by_count, by_time, frames_of, sample_positions
@@ -95,6 +95,7 @@ def test_a_frame_with_a_long_duration_is_sampled_several_times():
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 200))
+@example(3, 1, 180)
 def test_parts_of_a_video_are_sampled_as_the_whole(parts, steps, total):
     """All parts together have the frames of one sampling of the whole video."""
     frames = 2 * steps

@@ -294,7 +294,7 @@ def test_a_range_beyond_the_end_is_an_error_that_names_the_end_of_the_object(ser
 def test_unusable_settings_are_data_errors(server, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"nobody.*check data\.s3"):
         storage(server.url, tmp_path, profile="nobody").size("s3://shards/a")
-    with pytest.raises(DataError, match=r"write data\.s3\.endpoint_url as http"):
+    with pytest.raises(DataError, match=r"write data\.s3\.endpoint_url or --s3-endpoint as http"):
         storage("no url at all", tmp_path).size("s3://shards/a")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -196,19 +196,18 @@ def test_a_cache_folder_with_packed_sources_is_in_use(tmp_path):
     assert sum(shard.samples for shard in find_shards(packed.data.sources)) == 2
 
 
-def test_splits_of_one_source_are_listed_packed_and_reported_once(tmp_path, caplog, monkeypatch):
+def test_splits_of_one_source_are_listed_packed_and_reported_once(tmp_path, caplog):
     source = datasets.class_folders(tmp_path / "source")
     caplog.set_level("INFO")
-    listed, read_source = [], packed_sources.read_source
+    listed = []
 
     def noted(path, options):
         listed.append(path)
-        return read_source(path, options)
+        return packed_sources.read_source(path, options)
 
-    monkeypatch.setattr(packed_sources, "read_source", noted)
     both = [{"path": str(source), "split": split} for split in ("train", "val")]
     config = small_config(tmp_path, tmp_path / "runs", data={"sources": both[:1]}, evaluation={"sources": both[1:]})
-    packed = with_packed_sources(config)
+    packed = with_packed_sources(config, read=noted)
     assert packed.data.sources[0].path == packed.evaluation.sources[0].path
     assert [packed.data.sources[0].split, packed.evaluation.sources[0].split] == ["train", "val"]
     assert listed == [str(source)]
