@@ -197,8 +197,12 @@ class SimulatedGPU(TorchDispatchMode):
             operation, ranks = args[2].op(), dist.ProcessGroup.unbox(args[1]).size()
             for tensor in args[0]:
                 known = self._known(tensor)
-                if known is not None and operation == dist.ReduceOp.SUM:
+                if known is None:
+                    continue
+                if operation == dist.ReduceOp.SUM:
                     known.mul_(ranks) if known.dtype != torch.bool else None
+                elif known.is_floating_point() and not torch.isfinite(known).all():
+                    self._forget(tensor)  # this rank has no value, and another one has
         elif name != "broadcast" and name != "barrier" and args and not isinstance(args[0], int):
             for tensor in tree_leaves(args[0]):
                 if isinstance(tensor, Tensor):

@@ -97,7 +97,7 @@ def simulated(setting: Setting) -> dict[str, Any]:
         stack.enter_context(patches.launches_counted(gpu))
         trainer = _Trainer(cfg, setting, gpu)
         stack.enter_context(trainer.phases())
-        trainer.step(first=True)
+        trainer.step()
         record = gpu.reset()
         trainer.step()
         gpu.reset()
@@ -133,11 +133,8 @@ class _Trainer:
         with self.gpu.during("teacher"):
             return teachers.teacher_of(model, shape, own, merge=merge, device=self.engine.world.device)
 
-    def step(self, *, first: bool = False) -> None:
-        """Computes one step of the stage. Args: first: whether it only has to allocate the states that stay."""
-        # One pack is enough for the states. ZeRO-3 also records the order of modules, to gather weights ahead later.
-        alone = first and self.setting.deepspeed["zero_optimization"]["stage"] < 3
-        packs = self.packs[:1] if alone else self.packs
+    def step(self) -> None:
+        """Computes one step of the stage."""
         encoder = self.engine.module.vision.config
         settings = train_step.StepSettings(
             lr=1e-3,
@@ -145,7 +142,7 @@ class _Trainer:
             dropping=DropConfig.of(self.stage, encoder, seed=self.cfg.seed, step=0),
             keep=self.setting.kept,
         )
-        arguments = self.engine, packs, settings, self.cfg.objective
+        arguments = self.engine, self.packs, settings, self.cfg.objective
         with self.gpu.during(HEADS):
             if self.setting.classes is None:
                 train_step.train_step(*arguments, self.teacher)
