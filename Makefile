@@ -48,7 +48,8 @@ test: $(INSTALLED) lint
 
 # Three at a time: many of these wait for the programs that they start.
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(REPORT) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(REPORT) -m "slow and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(REPORT) -m alone
 
 # Those tests that compare sums, with other instruction sets and numbers of threads.
 test-numerics: $(INSTALLED)

@@ -290,6 +290,7 @@ def of_sixteen_lanes(whole):
     return whole.parent / "sixteen.yaml"
 
 
+@pytest.mark.alone
 def test_a_chain_of_jobs_with_8_then_4_then_16_ranks_is_one_run(slurm, of_sixteen_lanes):
     """Each job waits for the one before it; the first two lose their nodes in the middle. The second has one node."""
     chain, folder = [], of_sixteen_lanes.parent
