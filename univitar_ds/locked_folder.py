@@ -30,7 +30,8 @@ class LockedFolder:
             lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another process considers the folder abandoned and removes it
+                os.stat(self.path / _LOCK)
+            except (BlockingIOError, FileNotFoundError):  # another process took it for abandoned before the lock
                 os.close(lock)
                 continue
             self._lock = lock
