@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,3 +76,13 @@ def sync(path: str | Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether files can be created in a folder, which is made if it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

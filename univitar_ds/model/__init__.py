@@ -5,6 +5,7 @@ __all__ = [
     "classification",
     "config",
     "contrastive",
+    "described",
     "distill_heads",
     "encoder",
     "flops",

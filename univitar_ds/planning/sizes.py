@@ -14,8 +14,7 @@ from univitar_ds.config.deepspeed import OFFLOADED_OPTIMIZER, on_disk
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.config.schema import OptimizerConfig, RunConfig
 from univitar_ds.config.stage import StageConfig
-from univitar_ds.model.build import build_contrastive
-from univitar_ds.model.classification import build_classifier
+from univitar_ds.model.described import build_described
 from univitar_ds.training.engine.optim import (
     GRADIENT_PARTS,
     PARTS,
@@ -124,18 +123,10 @@ def count_parameters(
 ) -> Counts:
     """Counts the parameters of a run's model without allocating them.
 
-    Args: description: `ContrastiveModel.description` of the model; teacher_width: width of the features that the run
-        distills, None without a teacher; classes: number of classes, None if the model is not a classifier.
-    Raises: ConfigError or CheckpointError as `build_contrastive`.
+    Arguments and errors are those of `build_described`.
     """
-    text = config.model.text.model_copy(update={"path": None})  # the description has the shape; no weights are read
-    model = config.model.model_copy(update={"text": text})
-    given = {"seed": config.seed, "teacher_width": teacher_width, "description": description}
     with torch.device("meta"):
-        if classes is not None:
-            built = build_classifier(model, classes=classes, **given)
-        else:
-            built = build_contrastive(model, vocab_size=1, eos_id=0, pad_id=0, **given)
+        built = build_described(config, description, teacher_width=teacher_width, classes=classes)
     matrices, shapes = block_matrices(built), defaultdict(list)
     for name, matrix in matrices.items():
         shapes[part_of(name, GRADIENT_PARTS)].append(tuple(matrix.shape))

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from univitar_ds.atomic_write import takes_files
 from univitar_ds.errors import first_line
 from univitar_ds.import_path import safe_environment
 from univitar_ds.simulation import libraries
@@ -149,23 +150,18 @@ def environment(folder: Path) -> dict[str, str]:
     """Returns the environment of a simulated rank. Args: folder: the folder with the stubs."""
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    return rank_environment(folder) | {"TRITON_CACHE_DIR": str(cache if takes_files(cache) else folder / "triton")}
+
+
+def rank_environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of a simulated rank without Triton's cache. Args: folder: the folder with the stubs."""
     kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
     return safe_environment(kept) | {
         "CUDA_VISIBLE_DEVICES": "0",
         "DS_ACCELERATOR": "cuda",
         "OMP_NUM_THREADS": "1",
-        "TRITON_CACHE_DIR": str(cache if _writable(cache) else folder / "triton"),
         "TRITON_LIBCUDA_PATH": str(folder),
     }
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 @contextmanager

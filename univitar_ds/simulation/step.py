@@ -25,9 +25,7 @@ from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.batch import PackedBatch, rows
 from univitar_ds.geometry import TUBELET, Modality, item_bytes
 from univitar_ds.model.blocks.dropping import DropConfig
-from univitar_ds.model.build import build_contrastive
-from univitar_ds.model.classification import ClassificationModel, build_classifier
-from univitar_ds.model.contrastive import ContrastiveModel
+from univitar_ds.model.described import build_described
 from univitar_ds.model.teacher import teacher as teachers
 from univitar_ds.plugins import load_plugins
 from univitar_ds.simulation import attention, patches
@@ -113,7 +111,8 @@ class _Trainer:
         world = World(0, setting.ranks, 0, torch.device("cuda", 0))
         self.groups = groups_of(cfg, world)
         with gpu.fake:
-            model = _model(cfg, setting)
+            width = None if setting.teacher is None else setting.teacher[0]
+            model = build_described(cfg, setting.description, teacher_width=width, classes=setting.classes)
             prepare_model(model, cfg, self.stage, self.groups)
         patches.without_data(model, gpu)
         model.vision.checkpoint_every = setting.recompute
@@ -187,19 +186,6 @@ def _during(gpu: SimulatedGPU, function: Callable[..., Any], part: str) -> Calla
             return function(*arguments, **options)
 
     return wrapped
-
-
-def _model(cfg: RunConfig, setting: Setting) -> ContrastiveModel | ClassificationModel:
-    given = {
-        "seed": cfg.seed,
-        "teacher_width": None if setting.teacher is None else setting.teacher[0],
-        "description": setting.description,
-    }
-    text = cfg.model.text.model_copy(update={"path": None})  # the description has the shape; no weights are read
-    model = cfg.model.model_copy(update={"text": text})
-    if setting.classes is not None:
-        return build_classifier(model, classes=setting.classes, **given)
-    return build_contrastive(model, vocab_size=1, eos_id=0, pad_id=0, **given)
 
 
 def _pack(setting: Setting, lane: int) -> PackedBatch:

@@ -21,7 +21,7 @@ from typing import Any
 from tests.support.paths import ROOT
 from tests.support.progress import run_watched
 from univitar_ds.simulation import libraries
-from univitar_ds.simulation.process import NoSimulation, check_compiler, triton_driver
+from univitar_ds.simulation.process import NoSimulation, check_compiler, rank_environment, triton_driver
 
 FOLDER = ROOT / ".venv-simulated-gpu"
 MARK = ".univitar-ds"
@@ -62,15 +62,11 @@ def prepare() -> float:
 def run_simulated(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a module in a process with a simulated GPU."""
     lib = FOLDER / "torch/lib"
-    left_out = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "UNIVITAR_DS_KERNELS"}
-    environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
+    environment = rank_environment(lib) | {
         "PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}",
         "LD_LIBRARY_PATH": str(lib),
-        "TRITON_LIBCUDA_PATH": str(lib),
         "TRITON_CACHE_DIR": str(FOLDER / "triton"),
         "TORCH_EXTENSIONS_DIR": str(FOLDER / "extensions"),
-        "DS_ACCELERATOR": "cuda",
-        "OMP_NUM_THREADS": "1",
     }
     return run_watched([sys.executable, "-m", module, *arguments], env=environment, cwd=ROOT)
 

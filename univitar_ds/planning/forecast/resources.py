@@ -13,8 +13,8 @@ from univitar_ds.geometry import pixel_bytes
 from univitar_ds.planning.counts.batch import kept_after
 from univitar_ds.planning.forecast.cluster import Cluster, value
 from univitar_ds.planning.forecast.stage import StagePlan
-from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, group_size
-from univitar_ds.planning.sizes import checkpoint_bytes, memory_of_rank
+from univitar_ds.planning.forecast.step_load import Placement, PlannedModel, group_size, held_by_rank
+from univitar_ds.planning.sizes import checkpoint_bytes
 
 FP32 = 4
 
@@ -65,11 +65,7 @@ class Reading:
 
 def offloaded_bytes(model: PlannedModel, place: Placement) -> float:
     """Returns the bytes of the largest training state that a rank keeps in host memory."""
-    tensor = model.config.model.tensor_parallel
-    counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
-    return max(
-        memory_of_rank(model.config, stage, counts, sharing, place.resolved).host for stage in model.config.stages
-    )
+    return max(held_by_rank(model, stage, place).host for stage in model.config.stages)
 
 
 def host_needs(model: PlannedModel, stages: Sequence[StagePlan], cluster: Cluster, place: Placement) -> HostNeeds:

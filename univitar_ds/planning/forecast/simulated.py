@@ -15,7 +15,7 @@ from univitar_ds.planning.counts.batch import pack_sizes
 from univitar_ds.planning.forecast.plan import Plan
 from univitar_ds.planning.forecast.resources import offloaded_bytes
 from univitar_ds.planning.forecast.stage import SimulatedStep, StagePlan
-from univitar_ds.planning.forecast.step_load import largest_budget, text_shape
+from univitar_ds.planning.forecast.step_load import largest_budget, text_shape, weight_sharers
 from univitar_ds.planning.memory import EVALUATION, Peak
 from univitar_ds.planning.sizes import encoder_of
 from univitar_ds.simulation import process
@@ -86,8 +86,8 @@ def setting_of(plan: Plan, number: int, modality: Modality) -> dict[str, Any]:
 def _without_nodes(plan: Plan) -> dict[str, Any]:
     """Returns the DeepSpeed configuration with the ranks of a machine as a number: all simulated ranks are on this
     machine."""
-    resolved, ranks = dict(plan.place.resolved), plan.place.sharing // plan.config.model.tensor_parallel
-    return resolved | {SHARDING: max(1, ranks)} if resolved.get(SHARDING) == NODE else resolved
+    resolved = dict(plan.place.resolved)
+    return resolved | {SHARDING: weight_sharers(plan.model, plan.place)} if resolved.get(SHARDING) == NODE else resolved
 
 
 def grid_of(stage: StageConfig, modality: Modality, tokens: int, merge: int) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from univitar_ds.planning.memory import (
     TextShape,
     peak,
 )
-from univitar_ds.planning.sizes import Counts, compute_width, encoder_of, gradient_width, memory_of_rank
+from univitar_ds.planning.sizes import Counts, RankMemory, compute_width, encoder_of, gradient_width, memory_of_rank
 from univitar_ds.training.engine.optim import trained_parts
 
 
@@ -92,12 +92,22 @@ def wanted_recomputation(config: RunConfig, stage: StageConfig) -> Kind | str:
     return config.model.checkpoint_every if stage.checkpoint_every is None else stage.checkpoint_every
 
 
+def weight_sharers(model: PlannedModel, place: Placement) -> int:
+    """Returns how many ranks share the training state of one slice of the weights."""
+    return max(1, place.sharing // model.config.model.tensor_parallel)
+
+
+def held_by_rank(model: PlannedModel, stage: StageConfig, place: Placement) -> RankMemory:
+    """Returns the memory of a rank between the steps of a stage."""
+    counts = model.counts.split(model.config.model.tensor_parallel)
+    return memory_of_rank(model.config, stage, counts, weight_sharers(model, place), place.resolved)
+
+
 def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> States:
     """Returns the states of a rank in a stage, and the settings of its engine."""
-    config, resolved, tensor = model.config, place.resolved, model.config.model.tensor_parallel
-    counts, sharing = model.counts.split(tensor), max(1, place.sharing // tensor)
-    encoder = encoder_of(model.description)
-    held = memory_of_rank(config, stage, counts, sharing, resolved)
+    config, resolved = model.config, place.resolved
+    counts, encoder = model.counts.split(config.model.tensor_parallel), encoder_of(model.description)
+    held = held_by_rank(model, stage, place)
     zero = dict(resolved["zero_optimization"])
     width = compute_width(resolved)
     kernels: Kernels = "fused" if place.on_gpu else "compiled" if compiles(config.model) else "plain"
@@ -107,7 +117,7 @@ def states_of(model: PlannedModel, stage: StageConfig, place: Placement) -> Stat
         parameters=counts.total,
         trained=counts.trained(config, stage),
         block=counts.by_part.get("blocks", 0) // encoder.num_hidden_layers,
-        ranks=sharing,
+        ranks=weight_sharers(model, place),
         width=width,
         gradient=gradient_width(resolved),
         text=counts.by_part.get("text", 0),

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from univitar_ds.atomic_write import takes_files
 from univitar_ds.config.paths import user_cache
 from univitar_ds.errors import InstallationError
 from univitar_ds.identity import this_machine
@@ -56,7 +57,7 @@ def prepare_extensions(
     Raises: InstallationError if only the temporary folder is left and belongs to another user.
     """
     preferred = folders()[0]
-    folder = next(filter(_writable, folders()), None) or _temporary_folder()
+    folder = next(filter(takes_files, folders()), None) or _temporary_folder()
     os.environ[_VARIABLE] = str(folder)
     tools = str(Path(sys.executable).parent)
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
@@ -139,15 +140,6 @@ def _build_versions() -> str:
     """Returns a folder name with the versions that a compiled operation depends on: a cache outlives environments."""
     versions = (f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     return "-".join([f"python{platform.python_version()}", *versions])
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _patch_torch(other_folders: list[Path]) -> None:
