@@ -67,11 +67,16 @@ def recipe_path(name: str) -> Path:
     path = Path(expand(name))
     if path.is_file():
         return path
-    shipped = Path(str(resources.files("univitar_ds"))) / "recipes"
-    if (shipped / f"{name}.yaml").is_file():
-        return shipped / f"{name}.yaml"
-    names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    names = ", ".join(sorted(shipped))
     raise ConfigError(f"no run file '{path}'; give the path of a YAML file or one of the shipped recipes ({names})")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Returns the files of the shipped recipes by name."""
+    return {file.stem: file for file in Path(str(resources.files("univitar_ds")), "recipes").glob("*.yaml")}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from univitar_ds.classes import ClassList
 from univitar_ds.config.deepspeed import AUTO, on_disk, packs_per_rank, read_deepspeed, resolve_deepspeed
-from univitar_ds.config.load import load_config
+from univitar_ds.config.load import load_config, shipped_recipes
 from univitar_ds.config.paths import expand
 from univitar_ds.config.run_folder import CHECKPOINTS, CLASSES, CONFIG, DEEPSPEED, TOKENIZER
 from univitar_ds.config.schema import RunConfig
@@ -203,13 +203,15 @@ def _sources(context: Context, config: RunConfig, rows: list[Row]) -> None:
 
 def take_run(context: Context) -> None:
     """If `recipe` is the folder of a run, sets `run` to it and `recipe` to the run file in it."""
-    folder = None if not context.recipe else Path(expand(context.recipe))
-    try:
-        is_run = folder is not None and folder.is_dir()
+    file = Path(expand(context.recipe), CONFIG) if context.recipe else None
+    try:  # `make demo` makes a folder of a recipe's name, which is no run
+        is_run = (
+            file is not None and file.parent.is_dir() and (file.is_file() or context.recipe not in shipped_recipes())
+        )
     except OSError:  # a name that is too long, or no permission: the check of the run file reports it
         return
     if is_run:
-        context.run, context.recipe = folder, str(folder / CONFIG)
+        context.run, context.recipe = file.parent, str(file)
 
 
 def _check(context: Context) -> Found:

@@ -255,6 +255,15 @@ def test_without_a_run_file_the_row_is_skipped():
     assert "--config" in row.found
 
 
+def test_a_folder_of_the_name_of_a_recipe_is_no_run_without_a_run_file(folder):
+    (folder / "demo").mkdir()
+    given = context(folder, recipe="demo")
+    for recipe in ("demo", str(folder / "demo")):
+        given.recipe, given.run = recipe, None
+        run_file.take_run(given)
+        assert (given.run is None) == (recipe == "demo")
+
+
 def test_the_folder_of_a_run_is_a_run_file_too(folder):
     given = context(folder, recipe="shards")
     run_file.take_run(given)
