@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from univitar_ds import startup
 from univitar_ds.classes import ClassList, class_list
-from univitar_ds.config.deepspeed import AUTO, packs_per_rank, read_deepspeed, resolve_deepspeed
+from univitar_ds.config.deepspeed import AUTO, on_disk, packs_per_rank, read_deepspeed, resolve_deepspeed
 from univitar_ds.config.run_folder import CLASSES, TOKENIZER
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import CheckpointError, ConfigError, DataError, Faults, InstallationError
@@ -123,7 +123,12 @@ def _configuration(
     content = faults.of(read_deepspeed, deepspeed)
     if content is None:
         return None, None
-    return content, faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
+    resolved = faults.of(resolve_deepspeed, config, world_size, content, (run_file, config.deepspeed))
+    if resolved is not None and on_disk(resolved):
+        from univitar_ds.training.engine.engine import check_disk
+
+        faults.of(check_disk, resolved)
+    return content, resolved
 
 
 def _with_choice(found: Inputs, world_size: int, run_file: str, model: Callable[[], Model]) -> Inputs:

@@ -11,6 +11,7 @@ from tests.unit.drafting import made
 from univitar_ds.errors import ConfigError, DataError, Faults, StorageError, UserError
 from univitar_ds.planning.checks import check_lengths, check_run, existing_parent
 from univitar_ds.run import create_run
+from univitar_ds.training.engine import engine
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,16 @@ def test_independent_errors_are_reported_together_and_nothing_is_written(tmp_pat
 def test_a_single_error_keeps_its_type():
     with pytest.raises(DataError, match="source nowhere"):
         check_run(run_config(evaluation={"sources": []}), "test", 1)
+
+
+def test_the_disk_of_the_optimizer_is_checked_before_a_run(shards, monkeypatch):
+    def check_disk(config):
+        raise ConfigError(f"no folder {config['zero_optimization']['offload_optimizer']['nvme_path']}")
+
+    monkeypatch.setattr(engine, "check_disk", check_disk)
+    config = run_config(shards, deepspeed="zero3_nvme")
+    with pytest.raises(ConfigError, match=r"no folder \$UNIVITAR_DS_NVME"):
+        check_run(config, "test", 1)
 
 
 def test_all_missing_sources_of_a_list_are_named(shards):

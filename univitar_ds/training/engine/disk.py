@@ -42,7 +42,11 @@ def folder_for(config: Mapping[str, Any]) -> LockedFolder:
     Raises: ConfigError if the folder `nvme_path` does not exist, cannot be written or has no direct I/O.
     """
     given = config["zero_optimization"][OFFLOADED_OPTIMIZER]["nvme_path"]
-    parent, key = Path(expand(given)), f"{OFFLOADED_OPTIMIZER}.nvme_path"
+    key = f"{OFFLOADED_OPTIMIZER}.nvme_path"
+    try:
+        parent = Path(expand(given))
+    except ConfigError as error:
+        raise ConfigError(f"{key} names a folder on a local disk: {error}") from error
     if not parent.is_dir():
         raise ConfigError(f"{key} is {given}, and there is no folder {parent}; make it, on a local disk")
     try:

@@ -591,7 +591,7 @@ def _folder_on_disk(
     Raises: InstallationError without libaio; ConfigError if a moment is not in float32, or as `folder_for`;
         StorageError if the disk has too little space.
     """
-    check_disk(config)
+    _check_asynchronous_io()
     for group in optimizer.param_groups:
         for name, moment in moments_of(cfg, group).items():
             if moment.dtype != "float32":
@@ -624,6 +624,14 @@ def check_disk(config: Mapping[str, Any]) -> Path:
     Returns: the folder on the disk.
     Raises: InstallationError without libaio, ConfigError as `folder_for`.
     """
+    _check_asynchronous_io()
+    folder = folder_for(config)
+    folder.remove()
+    return folder.path.parent
+
+
+def _check_asynchronous_io() -> None:
+    """Raises: InstallationError without libaio."""
     load_deepspeed()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -632,9 +640,6 @@ def check_disk(config: Mapping[str, Any]) -> Path:
             f"{OFFLOADED_OPTIMIZER}.device is nvme, and libaio is missing, with which DeepSpeed compiles its "
             "asynchronous I/O; apt-get install libaio-dev, or set the device to cpu"
         )
-    folder = folder_for(config)
-    folder.remove()
-    return folder.path.parent
 
 
 def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:

@@ -40,7 +40,7 @@ def test_the_folder_of_a_process_that_has_ended_is_removed_by_the_next(tmp_path)
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("$NOT_SET_OF_TEST", "the variable NOT_SET_OF_TEST is not set"),
+        ("$NOT_SET_OF_TEST", "nvme_path names a folder on a local disk: .* the variable NOT_SET_OF_TEST is not set"),
         ("/nowhere/of/test", r"nvme_path is /nowhere/of/test, and there is no folder .*; make it, on a local disk"),
         ("/proc", r"/proc cannot be written \(.*\); name a folder on a local disk"),
     ],
