@@ -28,6 +28,8 @@ GRACE_S = 2.0
 it ends by itself before, for example with the same error."""
 HEARD_S = 5.0
 """Maximum time that a rank with an error waits until the other ranks have read it."""
+ANSWER_S = 60.0
+"""Maximum time that a rank waits at its end for an answer of the store, which a busy machine may give after seconds."""
 _FAULT, _HEARD = "fault", "heard"
 
 
@@ -69,7 +71,7 @@ class _Alarm:
         """Ends the thread. A thread that is in a request of the store when the interpreter ends would abort the process
         ("terminate called without an active exception"), and exit code 134 would hide that of the rank."""
         self._stopped.set()
-        self._thread.join(HEARD_S)  # the store may not answer
+        self._thread.join(ANSWER_S)  # the machine of the store may be off
 
     def ring(self, error: Exception) -> None:
         """Sends an error to all ranks, and waits until they have read it and ended, at most HEARD_S + GRACE_S."""
