@@ -58,7 +58,7 @@ RUN_ENTRIES: Names = {
     "|".join(map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, DESCRIPTION, CLASSES))): None,
     "|".join(map(re.escape, (SUMMARY, EVALUATION, METRICS, EVENTS, TRACKERS))): None,
     r"(samples|skipped)-rank\d+\.jsonl": None,
-    r"examples-(image|video)\.png": None,
+    r"examples-(text-to-)?(image|video)\.png": None,
     STACKS: {r"rank\d{5,}\.txt|collectives-rank\d{5,}\.json|nccl-rank\d+|stalls\.jsonl|again": None},
     PROFILE: {r"step\d{8,}-rank\d{5,}\.json\.gz|\.step\d{8,}-rank\d{5,}\.json\.gz\.partial": None},
     MEMORY: {r"rank\d{5,}\.pickle": None},
@@ -72,6 +72,12 @@ REPLACED: Names = {name: below for name, below in RUN_ENTRIES.items() if name !=
 """Entries that a new launch replaces if there is no checkpoint. STACKS stays, to show why the earlier launch ended."""
 
 MOST_NAMED = 5
+
+
+def examples_file(modality: str, of_texts: bool) -> str:
+    """Returns the name of the image with items and the captions that are found for them, or, `of_texts`, with captions
+    and the items that are found for these."""
+    return f"examples-{'text-to-' if of_texts else ''}{modality}.png"
 
 
 def not_a_run(folder: Path) -> str:

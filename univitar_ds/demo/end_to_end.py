@@ -50,5 +50,5 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     show("\nThe results differ by a few points between processors, and more between seeds (docs/results.md).")
     show(f"\nUniViTARModel.from_pretrained({str(run / EXPORT / MODEL)!r}).zero_shot(images, names):\n")
     show(classified(run / EXPORT / MODEL, folder / "scenes"))
-    show(f"\nLook at {run}/examples-image.png and {run}/examples-video.png; the model is in {run / EXPORT}.")
+    show(f"\nLook at {run}/examples-*.png; the model is in {run / EXPORT}.")
     return 0

@@ -205,9 +205,7 @@ def take_run(context: Context) -> None:
     """If `recipe` is the folder of a run, sets `run` to it and `recipe` to the run file in it."""
     file = Path(expand(context.recipe), CONFIG) if context.recipe else None
     try:  # `make demo` makes a folder of a recipe's name, which is no run
-        is_run = (
-            file is not None and file.parent.is_dir() and (file.is_file() or context.recipe not in shipped_recipes())
-        )
+        is_run = file and file.parent.is_dir() and (file.is_file() or context.recipe not in shipped_recipes())
     except OSError:  # a name that is too long, or no permission: the check of the run file reports it
         return
     if is_run:

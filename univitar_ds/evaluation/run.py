@@ -6,8 +6,8 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from univitar_ds import startup
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, EVALUATION
+from univitar_ds.config.run_folder import CONFIG, EVALUATION, examples_file
 from univitar_ds.data.contents import contents_of
 from univitar_ds.data.shards.sources import SourceShard, find_shards
 from univitar_ds.data.storage.base import StorageSettings
@@ -26,11 +26,12 @@ from univitar_ds.errors import ConfigError, DataError
 from univitar_ds.evaluation.classification import measure_classes
 from univitar_ds.evaluation.configured import figures_of, last_stage, no_class_measured, packs_of
 from univitar_ds.evaluation.embed import Embeddings, embed
-from univitar_ds.evaluation.example_sheet import Kept, draw_sheet, keep_some
 from univitar_ds.evaluation.measure import nothing_measured
 from univitar_ds.evaluation.overrides import is_result, overridden, same_evaluation
 from univitar_ds.evaluation.report import render_evaluation
 from univitar_ds.evaluation.scores import Figure
+from univitar_ds.evaluation.sheets.item_sheet import Kept, draw_sheet, keep_some
+from univitar_ds.evaluation.sheets.text_sheet import draw_text_sheet, keep_thumbnails
 from univitar_ds.formats.run import Weights, find_checkpoint
 from univitar_ds.geometry import MODALITIES, Modality
 from univitar_ds.model.contrastive import ContrastiveModel
@@ -92,6 +93,7 @@ class _Sheet:
     """Data of a sheet of examples of one modality."""
 
     kept: list[Kept]
+    thumbnails: list[bytes]
     embeddings: Embeddings
     data: str
     """Names of the sources."""
@@ -101,11 +103,22 @@ def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
     weights = "averaged" if trained.averaged else "trained"
     title = f"Run {trained.run.resolve().name}, checkpoint {trained.checkpoint.name} ({weights} weights)"
     for sheet in sheets:
-        path = trained.run / f"examples-{sheet.embeddings.modality}.png"
-        try:
+        modality = sheet.embeddings.modality
+        path, of_texts = (trained.run / examples_file(modality, of_texts) for of_texts in (False, True))
+        queries = [item.key for item in sheet.kept]
+        with _warning(path):
             draw_sheet(trained.model, sheet.kept, sheet.embeddings, path, title=title, data=sheet.data)
-        except Exception as error:  # the evaluation must not fail because a sheet cannot be drawn
-            logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
+        with _warning(of_texts):
+            draw_text_sheet(sheet.embeddings, queries, sheet.thumbnails, of_texts, title=title, data=sheet.data)
+
+
+@contextmanager
+def _warning(path: Path) -> Iterator[None]:
+    """Logs an error of the body: the evaluation must not fail because a sheet cannot be drawn."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
 def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet], ContrastiveModel]:
@@ -161,14 +174,16 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
             notes += detail
             continue
         kept: list[Kept] = []
+        thumbnails: list[bytes] = []
         with closing(packs_of(trained.config, trained.run, stage, modality)) as packs:
-            embeddings = embed(trained.model, keep_some(packs, kept), modality, progress=progress)
+            keeping = keep_thumbnails(keep_some(packs, kept), thumbnails)
+            embeddings = embed(trained.model, keeping, modality, progress=progress)
         evaluated.append(embeddings)
         measured, detail = figures_of(trained.config, trained.model, trained.tokenizer, embeddings, shards)
         figures += measured
         notes += detail
         if kept:
-            sheets.append(_Sheet(kept, embeddings, _names(config.sources, shards)))
+            sheets.append(_Sheet(kept, thumbnails, embeddings, _names(config.sources, shards)))
     if not figures and trained.classes is not None:
         raise DataError(no_class_measured(notes))
     if not figures:

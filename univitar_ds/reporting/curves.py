@@ -51,7 +51,7 @@ class Panel:
 
 PANELS = (
     Panel("loss", "Loss", "loss"),
-    Panel("loss-parts", "Parts of the loss", r"loss_(?!.*_(image|video)$).+|teacher_agreement"),
+    Panel("loss-parts", "Parts of the loss", r"loss_(?!(.*_)?(image|video)$).+|teacher_agreement"),
     Panel("loss-modality", "Loss of images and videos", "loss_(image|video)"),
     Panel("classes", "Evaluation during training: classification, top-1", r"eval/(?!.*(R@\d|top-5)).+"),
     Panel("retrieval", "Evaluation during training: retrieval, R@1", r"eval/.*R@1(_.*)?"),

@@ -47,6 +47,16 @@ _IMAGES_BYTES = 3_000_000
 """Maximum bytes of all example images of a page together, before base64. Maps are not included."""
 _EXAMPLE_TEXT = 1000
 """Bytes of the texts around an example image."""
+_OF_ITEMS = (
+    "{}s and the texts that the model finds for them",
+    "Held-out {}s, each with its true caption, its patch features as colours, and the texts that the model ranks "
+    "highest, with the correct ones marked",
+)
+_OF_TEXTS = (
+    "captions and the {}s that the model finds for them",
+    "Captions of held-out {0}s, each with the {0}s that the model ranks highest, with the correct ones marked",
+)
+"""Title and alternative text of an example image."""
 _WEBP_PX = 16_383
 """Maximum side of a WebP image, a limit of the format."""
 _UNPRINTED = dict.fromkeys({*range(32), 127} - set(map(ord, "\t\n\r")), "\N{REPLACEMENT CHARACTER}")
@@ -285,13 +295,9 @@ def _weights(run: RunRecord) -> str:
 
 
 def _examples(run: RunRecord, most: int) -> Iterator[PageImage]:
-    for kind, path in run.examples.items():
-        yield PageImage(
-            f"{run.name}: {kind}s and the texts that the model finds for them",
-            f"Held-out {kind}s, each with its true caption, its patch features as colours, and the texts that the "
-            "model ranks highest, with the correct ones marked",
-            file_url(path, most),
-        )
+    for (modality, of_texts), path in run.examples.items():
+        title, alternative = (text.format(modality) for text in (_OF_TEXTS if of_texts else _OF_ITEMS))
+        yield PageImage(f"{run.name}: {title}", alternative, file_url(path, most))
 
 
 def _run_file(run: RunRecord) -> str:

@@ -25,6 +25,8 @@ IMAGE, FRAME = (150, 190), (116, 124)
 """Height and maximum width of an image, and of a frame of a video, in pixels."""
 NOTE_WIDTH = 112
 """Minimum width in pixels for the text with the sizes below an image."""
+THUMBNAIL = (80, 90)
+"""Maximum height and width of an image or of a frame of a thumbnail, in pixels."""
 SHOWN_FRAMES = 3
 TEXT_WIDTH, MARK = (150, 240), 17
 """Minimum and wanted width of the texts of a card, and width of a mark and its space, in pixels."""
@@ -64,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """An item of a page: rows of images of the same height in each row, a note below them, and texts."""
+    """An item of a page: rows of images of the same height in each row, a note below them or "", and texts."""
 
     rows: list[list[Image.Image]]
     note: str
@@ -74,7 +76,7 @@ class Card:
     def images_size(self) -> tuple[int, int]:
         """Width and height of the images and their note in pixels."""
         width = max(NOTE_WIDTH, *(sum(part.width for part in row) + BETWEEN * (len(row) - 1) for row in self.rows))
-        notes = len(_note_lines(self.note, width)) * line_height(NOTE_PX)
+        notes = len(_note_lines(self.note, width)) * line_height(NOTE_PX) if self.note else 0
         return width, sum(row[0].height + BETWEEN for row in self.rows) + notes
 
     @property
@@ -109,11 +111,51 @@ def item_card(frames: Tensor, colours: Tensor, lines: list[Line]) -> Card:
     return Card(rows, note, lines)
 
 
-def draw_page(title: str, details: Sequence[Line], shares: Sequence[float], cards: Sequence[Card]) -> Image.Image:
+def thumbnail(frames: Tensor) -> Image.Image:
+    """Makes a small image of an item; frames of a video are below each other. Args: frames: (frames, h, w, 3) uint8."""
+    chosen = [0] if len(frames) == 1 else spread_frames(len(frames), SHOWN_FRAMES)
+    return _below([to_size(frames[frame], *THUMBNAIL) for frame in chosen])
+
+
+def _below(parts: Sequence[Image.Image]) -> Image.Image:
+    height = sum(part.height for part in parts) + BETWEEN * (len(parts) - 1)
+    image = Image.new("RGB", (max(part.width for part in parts), height), CARD)
+    top = 0
+    for part in parts:
+        image.paste(part, (0, top))
+        top += part.height + BETWEEN
+    return image
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An item that was found, whether it is correct, and its similarity as a text."""
+
+    thumbnail: Image.Image
+    right: bool
+    value: str
+
+
+def hits_card(hits: Sequence[Hit], lines: list[Line]) -> Card:
+    """Makes the card of a text: the items that were found for it, each above its mark and its value."""
+    tallest = max(hit.thumbnail.height for hit in hits)
+    row = []
+    for hit in hits:
+        width = max(hit.thumbnail.width, MARK + math.ceil(text_width(hit.value, NOTE_PX)))
+        image = Image.new("RGB", (width + GAP - BETWEEN, tallest + BETWEEN + line_height(TEXT_PX)), CARD)
+        image.paste(hit.thumbnail, (0, tallest - hit.thumbnail.height))
+        pen = ImageDraw.Draw(image)
+        draw_mark(pen, (0, tallest + BETWEEN + 3), hit.right)
+        draw_text(pen, (MARK, tallest + BETWEEN + 1), hit.value, NOTE_PX, INK)
+        row.append(image)
+    return Card([row], "", lines)
+
+
+def draw_page(title: str, details: Sequence[Line], cards: Sequence[Card], shares: Sequence[float] = ()) -> Image.Image:
     """Draws a page: a title, details and the legend, and below them the cards in rows.
 
     Args: details: texts and legend below the title. shares: share of the variance of each of the three components that
-        the colours show, between 0 and 1.
+        the colours of tokens show, between 0 and 1; without any, the legend does not explain colours.
     """
     rows = _rows(cards)
     inner = max([MIN_WIDTH, *(sum(width + GAP for _, width in row) - GAP for row in rows)])
@@ -256,7 +298,7 @@ def _absent_note(absent: Sequence[str]) -> list[Line]:
 def _draw_head(title: str, details: Sequence[Line], shares: Sequence[float], width: int) -> Image.Image:
     """Draws the title, the details and the legend of the colours on an image of `width` pixels."""
     titles = wrap(title, width, 2, TITLE_PX, bold=True)
-    texts = _draw_lines([*details, Line(MEANING, lines=3)], width, PAPER)
+    texts = _draw_lines([*details, *([Line(MEANING, lines=3)] if shares else [])], width, PAPER)
     bars = _draw_shares(shares, width)
     first = line_height(TITLE_PX) * len(titles) + 4
     head = Image.new("RGB", (width, first + texts.height + bars.height), PAPER)
@@ -278,7 +320,7 @@ def _draw_shares(shares: Sequence[float], width: int) -> Image.Image:
             left, top = 0, top + step
         places.append((left, top))
         left += across + 24
-    image = Image.new("RGB", (width, top + step), PAPER)
+    image = Image.new("RGB", (width, top + step if texts else 0), PAPER)
     pen = ImageDraw.Draw(image)
     for channel, (text, (left, top)) in enumerate(zip(texts, places, strict=True)):
         for x in range(bar):

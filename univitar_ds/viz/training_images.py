@@ -42,7 +42,7 @@ def draw_pack(
     if hidden := sum(lengths) - len(kept):
         details.append(Line(f"White squares: tokens that patch dropout removed ({hidden} of {sum(lengths)}).", lines=2))
     heading = f"{len(cards)} of {len(batch)} {batch.modality}s of a pack"
-    return draw_page(": ".join(filter(None, (title, heading))), details, shares, cards)
+    return draw_page(": ".join(filter(None, (title, heading))), details, cards, shares)
 
 
 def _texts(batch: PackedBatch, row: int) -> list[Line]:

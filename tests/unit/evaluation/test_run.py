@@ -75,7 +75,7 @@ def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path, drawn: lis
     titles = [
         text for text in drawn if text.startswith(f"Run {run.name}, checkpoint step-00000007 (trained weights): ")
     ]
-    assert [title.rsplit(maxsplit=1)[1] for title in titles] == ["images", "videos"]
+    assert [title.rsplit(maxsplit=1)[1] for title in titles] == ["images", "captions", "videos", "captions"]
     assert "of shards" in " ".join(drawn), "the name of the source"
     result = json.loads((run / "evaluation.json").read_text())
     assert result["checkpoint"] == "step-00000007"
@@ -89,8 +89,8 @@ def test_a_run_is_evaluated_into_a_file_a_table_and_sheets(run: Path, drawn: lis
     assert (motion["chance"], motion["n"], motion["candidates"]) == (0.5, 4, 2)
     assert "text to video" in table
     assert table in render_run(run)
-    assert (run / "examples-image.png").is_file()
-    assert (run / "examples-video.png").is_file()
+    for kind in ("image", "video", "text-to-image", "text-to-video"):
+        assert (run / f"examples-{kind}.png").is_file()
 
 
 def test_figures_are_written_where_no_sheet_can_be_drawn(shards: Path, tmp_path: Path, monkeypatch, caplog):

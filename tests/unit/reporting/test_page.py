@@ -54,6 +54,7 @@ def test_the_page_is_one_file_with_curves_results_events_and_examples(run_folder
         assert shown in text, shown
     labels = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
     assert "Loss: photos" in labels
+    assert "Parts of the loss: photos" not in labels, "the losses of images and videos have a drawing of their own"
     assert not any(label.startswith("Samples that were left out") for label in labels)  # all are 0
     (image,) = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     assert Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).width <= 1400
@@ -62,6 +63,13 @@ def test_the_page_is_one_file_with_curves_results_events_and_examples(run_folder
     identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(identifiers) == len(set(identifiers)), "an element would be drawn in place of another"
     assert used <= set(identifiers)
+
+
+def test_what_is_found_for_captions_is_shown_too(run_folder, tmp_path):
+    run = run_folder("photos")
+    Image.new("RGB", (200, 100)).save(run / "examples-text-to-image.png")
+    images = [attributes for tag, attributes in page_of(tmp_path, run).elements if tag == "img"]
+    assert [image["alt"].split(",")[0] for image in images] == ["Held-out images", "Captions of held-out images"]
 
 
 def test_evaluations_during_training_have_curves(run_folder, tmp_path):

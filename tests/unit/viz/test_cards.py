@@ -31,7 +31,7 @@ def boxes(page: Image.Image, values) -> list[tuple[int, int, int, int]]:
 
 
 def test_a_page_has_its_title_its_legend_and_the_meaning_of_the_colours(drawn):
-    draw_page("Run x: 3 images", [Line("three of them", right=True)], SHARES, [card(90)])
+    draw_page("Run x: 3 images", [Line("three of them", right=True)], [card(90)], SHARES)
     assert "Run x: 3 images" in drawn
     assert "three of them" in drawn
     assert "principal components" in " ".join(drawn)
@@ -41,7 +41,7 @@ def test_a_page_has_its_title_its_legend_and_the_meaning_of_the_colours(drawn):
 
 def test_cards_keep_their_order_and_do_not_overlap_on_a_page_of_bounded_width():
     shown = [card(40 + 60 * (index % 5), value=10 + index) for index in range(14)]
-    page = draw_page("title", [], SHARES, shown)
+    page = draw_page("title", [], shown, SHARES)
     assert page.width <= cards.WIDTH
     placed = boxes(page, range(10, 24))
     assert [(right - left, bottom - top) for left, top, right, bottom in placed] == [
@@ -53,7 +53,7 @@ def test_cards_keep_their_order_and_do_not_overlap_on_a_page_of_bounded_width():
 
 
 def test_rows_are_as_wide_as_the_page_and_about_equally_full():
-    page = draw_page("title", [], SHARES, [card(150, value=10 + index) for index in range(8)])
+    page = draw_page("title", [], [card(150, value=10 + index) for index in range(8)], SHARES)
     tops = [top for _, top, _, _ in boxes(page, range(10, 18))]
     assert [tops.count(top) for top in sorted(set(tops))] == [3, 3, 2], "of at most 4 a row"
     white = (np.asarray(page) == CARD).all(axis=2)
@@ -63,7 +63,7 @@ def test_rows_are_as_wide_as_the_page_and_about_equally_full():
 
 def test_a_single_card_in_the_last_row_is_not_stretched():
     shown = [card(width, value=10 + index) for index, width in enumerate((600, 600, 900, 100))]
-    page = draw_page("title", [], SHARES, shown)
+    page = draw_page("title", [], shown, SHARES)
     white = (np.asarray(page) == CARD).all(axis=2)
     ends = [np.flatnonzero(white[top]).max() for _, top, _, _ in boxes(page, range(10, 14))]
     assert ends[:3] == [page.width - cards.GAP - 2] * 3
@@ -71,7 +71,7 @@ def test_a_single_card_in_the_last_row_is_not_stretched():
 
 
 def test_a_single_card_in_another_row_is_stretched():
-    page = draw_page("title", [], SHARES, [card(100, value=10), card(1000, value=11), card(1000, value=12)])
+    page = draw_page("title", [], [card(100, value=10), card(1000, value=11), card(1000, value=12)], SHARES)
     white = (np.asarray(page) == CARD).all(axis=2)
     (_, top, _, _) = boxes(page, (10,))[0]
     assert np.flatnonzero(white[top]).max() == page.width - cards.GAP - 2
@@ -88,20 +88,20 @@ def test_lines_of_right_to_left_text_end_at_the_same_place(monkeypatch):
 
     monkeypatch.setattr(cards, "draw_text", record)
     text = "שלום עולם עיגול אדום מעל ריבוע כחול ועוד מילים רבות"
-    draw_page("title", [], SHARES, [Card([[Image.new("RGB", (60, 60))]], "n", [Line("x"), Line(text, 5, wraps=True)])])
+    draw_page("title", [], [Card([[Image.new("RGB", (60, 60))]], "n", [Line("x"), Line(text, 5, wraps=True)])], SHARES)
     assert len(ends) >= 2
     assert len(set(ends)) == 1
 
 
 def test_a_few_narrow_items_make_a_narrow_page():
-    assert draw_page("title", [], SHARES, [card(50)]).width < 700
+    assert draw_page("title", [], [card(50)], SHARES).width < 700
 
 
 def test_texts_stay_within_their_card():
     long = Card(
         [[Image.new("RGB", (60, 150))]], "n", [Line("x" * 500, 3), Line("word " * 99, 2, right=False, value="0.5")]
     )
-    page = np.asarray(draw_page("title", [], SHARES, [long] * 5))
+    page = np.asarray(draw_page("title", [], [long] * 5, SHARES))
     gap = (page == PAPER).all(axis=2)
     assert gap[:, : cards.GAP].all()
     assert gap[:, -cards.GAP :].all()
@@ -132,7 +132,7 @@ def test_numbers_of_a_card_end_at_the_same_place(monkeypatch):
 
     monkeypatch.setattr(cards, "draw_text", record)
     lines = [Line("one", right=True, value="0.141"), Line("two", right=False, value="-0.025")]
-    draw_page("title", [], SHARES, [Card([[Image.new("RGB", (60, 60))]], "n", lines)])
+    draw_page("title", [], [Card([[Image.new("RGB", (60, 60))]], "n", lines)], SHARES)
     assert len(ends) == 2
     assert ends[0] == pytest.approx(ends[1])
 
@@ -170,16 +170,16 @@ def test_items_of_any_shape_keep_their_note_beside_their_texts(grid, monkeypatch
     t, h, w = grid
     frames = torch.zeros(1 if t == 1 else 2 * t, h * PATCH, w * PATCH, 3, dtype=torch.uint8)
     shown = item_card(frames, torch.zeros(t, h, w, 3, dtype=torch.uint8), [Line("text")])
-    draw_page("title", [], SHARES, [shown])
+    draw_page("title", [], [shown], SHARES)
     assert notes
     assert max(notes) <= cards.PADDING + shown.images_size[0] + cards.PADDING
 
 
 def test_a_page_reports_characters_without_a_font(drawn):
-    draw_page("title", [], SHARES, [card(90, text="private \U0003fffd")])
+    draw_page("title", [], [card(90, text="private \U0003fffd")], SHARES)
     assert any("U+3FFFD" in text and "no font" in text for text in drawn)
 
 
 def test_the_same_items_give_the_same_pixels():
-    pages = [draw_page("title", [Line("text")], SHARES, [card(90), card(40)]) for _ in range(2)]
+    pages = [draw_page("title", [Line("text")], [card(90), card(40)], SHARES) for _ in range(2)]
     assert pages[0].tobytes() == pages[1].tobytes()

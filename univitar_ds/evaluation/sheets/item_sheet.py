@@ -12,6 +12,7 @@ from torch import Tensor
 from univitar_ds.atomic_write import replacing
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.evaluation.embed import Embeddings
+from univitar_ds.evaluation.sheets.nearest import Nearest, nearest_captions
 from univitar_ds.model.contrastive import ContrastiveModel
 from univitar_ds.model.encoder import raster_order
 from univitar_ds.viz.cards import ITEMS, Line, draw_page, item_card
@@ -19,7 +20,6 @@ from univitar_ds.viz.sheet import component_colours
 
 ROWS, PER_PACK = 10, 5
 """Maximum number of items on the page, and from one pack."""
-SHOWN_CAPTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,6 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
         yield pack
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """The captions nearest to an item, among `count` distinct captions of the data.
-
-    `best` has the nearest ones, each with (caption, whether it is the item's own, cosine similarity). `rank` is the
-    position of the item's own caption, from 1, after those of equal similarity, and `cosine` its similarity.
-    """
-
-    best: list[tuple[str, bool, float]]
-    rank: int
-    cosine: float
-    count: int
-
-
 def draw_sheet(
     model: ContrastiveModel, kept: list[Kept], embeddings: Embeddings, path: Path, *, title: str = "", data: str = ""
 ) -> None:
@@ -80,7 +66,7 @@ def draw_sheet(
         for item, tokens, row, found in zip(kept, colours, rows, nearest, strict=True)
     ]
     heading = ": ".join(filter(None, (title, f"{len(cards)} held-out {embeddings.modality}s")))
-    page = draw_page(heading, _legend(embeddings, len(cards), nearest, data), shares, cards)
+    page = draw_page(heading, _legend(embeddings, len(cards), nearest, data), cards, shares)
     with replacing(path) as partial:
         page.save(partial, format="PNG")
 
@@ -113,7 +99,9 @@ def _texts(embeddings: Embeddings, row: int, nearest: Nearest | None) -> list[Li
         label = embeddings.labels[row]
         return [Line("no caption" if label is None else f"label: {label}", lines=3, bold=True)]
     lines = [Line(embeddings.captions[row], lines=2, bold=True)]
-    lines += [Line(caption, 2, right=right, value=f"{cosine:.3f}") for caption, right, cosine in nearest.best]
+    lines += [
+        Line(embeddings.captions[found], 2, right=right, value=f"{cosine:.3f}") for found, right, cosine in nearest.best
+    ]
     if not any(right for _, right, _ in nearest.best):
         lines.append(Line(f"own caption: place {nearest.rank} of {nearest.count}, {nearest.cosine:.3f}", 2, faint=True))
     return lines
@@ -126,33 +114,3 @@ def token_features(model: ContrastiveModel, item: Kept) -> Tensor:
         pixels = item.pixels.flatten().to(device)
         tokens = model.vision(pixels, [item.grid], frames=[len(item.pixels)]).float().cpu()
     return raster_order(tokens, item.grid, model.vision.config.spatial_merge_size).flatten(0, 2)
-
-
-def nearest_captions(embeddings: Embeddings, row: int) -> Nearest | None:
-    """Returns the distinct captions nearest to item `row`; None for an item without a caption.
-
-    All captions of an item are its own, not only the first.
-    """
-    if not embeddings.captions[row]:
-        return None
-    first = {embeddings.caption_ids[index]: index for index in reversed(embeddings.captioned)}
-    candidates = sorted(first.values())
-    scores = embeddings.text[candidates] @ embeddings.vision[row]
-    further = embeddings.others[row] if embeddings.others else ()
-    own = torch.tensor(
-        [
-            embeddings.caption_ids[index] == embeddings.caption_ids[row] or embeddings.captions[index] in further
-            for index in candidates
-        ]
-    )
-    cosine = scores[own].max()
-    best = scores.topk(min(SHOWN_CAPTIONS, len(candidates)))
-    return Nearest(
-        best=[
-            (embeddings.captions[candidates[index]], bool(own[index]), score)
-            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ],
-        rank=1 + int(((scores >= cosine) & ~own).sum()),
-        cosine=float(cosine),
-        count=len(candidates),
-    )

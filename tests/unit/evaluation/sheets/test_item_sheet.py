@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +13,8 @@ from torch import nn
 from tests.support.closeness import assert_sums_close
 from tests.unit.evaluation.made import made
 from univitar_ds.data.batch import PackedBatch
-from univitar_ds.evaluation import example_sheet
-from univitar_ds.evaluation.example_sheet import (
-    Kept,
-    draw_sheet,
-    keep_some,
-    nearest_captions,
-    token_features,
-)
+from univitar_ds.evaluation.sheets import item_sheet
+from univitar_ds.evaluation.sheets.item_sheet import Kept, draw_sheet, keep_some, token_features
 from univitar_ds.geometry import PATCH
 from univitar_ds.kernels.reference import patchify
 from univitar_ds.viz import cards
@@ -86,7 +79,7 @@ def test_tokens_are_in_raster_order_with_any_merge(grid: tuple[int, int, int], f
 
 
 def test_kept_items_have_their_own_pixels_and_different_captions(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(example_sheet, "PER_PACK", 2)
+    monkeypatch.setattr(item_sheet, "PER_PACK", 2)
     kept: list[Kept] = []
     packs = [_pack([7, 7, 8, 9], [(1, 2, 1), (1, 1, 1), (1, 1, 3), (1, 1, 1)], 10), _pack([8, 5], [(1, 1, 2)] * 2, 20)]
     assert list(keep_some(packs, kept)) == packs, "packs pass through unchanged"
@@ -94,47 +87,6 @@ def test_kept_items_have_their_own_pixels_and_different_captions(monkeypatch: py
     for item in kept:
         assert item.pixels.shape == (1, item.grid[1] * PATCH, item.grid[2] * PATCH, 3)
         assert item.pixels.unique().tolist() == [int(item.key[-4:])]
-
-
-def test_nearest_captions_are_distinct_and_the_own_one_is_marked():
-    rows = torch.eye(4)
-    found = made(rows[[0, 0, 1, 2]], rows[[0, 0, 1, 2]], ["same", "same", "other", "third"])
-    nearest = nearest_captions(found, 1)
-    assert next(caption for caption, _, _ in nearest.best) == "same"
-    assert len({caption for caption, _, _ in nearest.best}) == 3
-    assert [right for _, right, _ in nearest.best] == [True, False, False]
-    assert (nearest.rank, nearest.cosine, nearest.count) == (1, 1.0, 3)
-
-
-def test_the_place_of_the_own_caption_counts_all_captions():
-    text = torch.tensor([[1.0, 3.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 4.0]])
-    found = made(torch.tensor([[1.0, 0.0]]).expand(5, 2), text, list("abcde"))
-    nearest = nearest_captions(found, 0)
-    assert [caption for caption, _, _ in nearest.best] == ["b", "c", "d"]
-    assert not any(right for _, right, _ in nearest.best)
-    assert (nearest.rank, nearest.count) == (4, 5)
-    assert nearest.cosine == pytest.approx(10**-0.5)
-
-
-def test_equal_captions_come_before_the_own_one():
-    """Else a model that has collapsed would have every caption right."""
-    ones = torch.ones(4, 2)
-    assert nearest_captions(made(ones, ones, list("abcd")), 0).rank == 4
-
-
-def test_a_further_caption_of_an_item_is_its_own():
-    rows = torch.eye(3)
-    found = made(rows[[0, 1]], rows[[1, 0]], ["a cat", "a small cat"])
-    assert nearest_captions(found, 0).rank == 2
-    both = replace(found, others=[("a small cat",), ()])
-    nearest = nearest_captions(both, 0)
-    assert nearest.rank == 1
-    assert [right for _, right, _ in nearest.best] == [True, True]
-
-
-def test_an_item_without_a_caption_has_no_nearest_ones():
-    rows = torch.eye(3)
-    assert nearest_captions(made(rows[[0, 1]], rows[[0, 1]], ["", "b"], ["cat", None]), 0) is None
 
 
 def _drawn_page(path: Path, captions: list[str], labels: list[str | None] | None = None, **keywords) -> Image.Image:
