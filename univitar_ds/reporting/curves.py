@@ -59,6 +59,7 @@ PANELS = (
     Panel("rate", "Learning rate", "lr"),
     Panel("logits", "Scale and bias of the logits", r"logit_(scale|bias)"),
     Panel("tokens", "Tokens per sample", "tokens_per_sample", "tokens"),
+    Panel("sizes", "Size of items: square root of the area", "side_px_(image|video)", "px"),
     Panel("fill", "Fill of packs, and samples that were downscaled", r"(fill|downscaled)_pct", "%"),
     Panel("balance", "Longest rank above the mean, in FLOPs", "flop_imbalance_pct", "%"),
     Panel("speed", "Samples per second", "samples_per_s"),

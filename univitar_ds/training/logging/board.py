@@ -23,7 +23,7 @@ GROUPS = (
     ("grad_norm", r"grad_norm(_.+)?"),
     ("time", r"(data_wait|forward|backward|optimizer|collectives|other)(_max)?_s"),
     ("speed", r"(samples|tokens)_per_s|step_s|mfu_pct|tflops_per_rank|(data_wait|fill|flop_imbalance)_pct|memory_gb"),
-    ("data", r"(samples|tokens)_seen|downscaled_pct|(bad|ignored|filtered)_.+"),
+    ("data", r"(samples|tokens)_seen|downscaled_pct|side_px_.+|(bad|ignored|filtered)_.+"),
     ("schedule", r"lr|.+_weight|logit_(scale|bias)|stage_index|rollbacks|skipped_updates"),
 )
 """Groups of metrics with a pattern of their names."""

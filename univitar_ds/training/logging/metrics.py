@@ -19,7 +19,7 @@ import torch
 from univitar_ds.data.batch import PackedBatch
 from univitar_ds.data.sampler.bad_samples import KINDS
 from univitar_ds.data.shards.captions import IGNORED
-from univitar_ds.geometry import Modality, token_count
+from univitar_ds.geometry import PATCH, Modality, token_count
 from univitar_ds.model.blocks.dropping import NO_DROPPING, DropConfig
 from univitar_ds.training.distributed.process_group import World, gather_numbers, uses_cuda
 from univitar_ds.training.engine.optim import GRADIENT_PARTS
@@ -43,6 +43,7 @@ OVER_RANKS = {
     "token_budget": "sum",
     "flops": "sum",
     "busiest_flops": "max",
+    "side_px": "sum",
     "downscaled": "sum",
     "bad_samples": "sum",
     **dict.fromkeys(COUNTS, "sum"),
@@ -87,6 +88,7 @@ def local_metrics(
         "token_budget": token_budget * len(batches) / ranks,
         "flops": _flops(lengths, cost, dropping),
         "busiest_flops": _flops(_lengths([whole_of(batch) for batch in batches]), cost, dropping) / ranks,
+        "side_px": _sides_px(batches),
         "downscaled": sum(batch.downscaled for batch in batches),
         "bad_samples": bad.total(),
         **{name: bad[kind] for name, kind in BAD_OF_KIND.items()},
@@ -101,6 +103,11 @@ def local_metrics(
 
 def _lengths(batches: Sequence[PackedBatch]) -> list[int]:
     return [token_count(grid) for batch in batches for grid in batch.grid_thw.tolist()]
+
+
+def _sides_px(batches: Sequence[PackedBatch]) -> float:
+    """Returns the sum over items of the square root of their area in pixels."""
+    return PATCH * sum(math.sqrt(h * w) for batch in batches for _, h, w in batch.grid_thw.tolist())
 
 
 def _flops(lengths: Sequence[int], cost: tuple[float, float], dropping: DropConfig) -> float:
@@ -148,8 +155,8 @@ class Window:
     """Sums over the steps since the last line, and counts over the whole run.
 
     `bad` has these counts by the names of COUNTS: bad samples, ignored texts and filtered samples. For losses, loss
-    weights and the teacher's agreement, a line has the mean over the steps that have the value; `<name>_steps` counts
-    these steps.
+    weights, the teacher's agreement and the sizes of items, a line has the mean over the steps that have the value;
+    `<name>_steps` counts these steps.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -164,6 +171,8 @@ class Window:
         for part, value in result.losses.items():
             means |= {f"loss_{part}": value, f"loss_{part}_{modality}": value}
         means |= {f"{name}_weight": weight for name, weight in weights.items()}
+        if result.items:
+            means[f"side_px_{modality}"] = reduced["side_px"] / result.items
         if result.agreement is not None:
             means["teacher_agreement"] = result.agreement
         self._sum({"samples": result.items, **{f"{name}_steps": 1 for name in means}, **means}, reduced, modality)

@@ -131,6 +131,7 @@ def test_the_numbers_of_a_rank_are_those_of_all_its_packs():
     assert got["flops"] == got["busiest_flops"] == 10 * 30 + (36 + 256 + 64)
     assert got["bad_samples"] == 4
     assert {name: got[name] for name in BAD_OF_KIND if got[name]} == {"bad_corrupt": 3, "bad_json": 1}
+    assert got["side_px"] == pytest.approx(14 * (6**0.5 + 4 + 2))
     assert got["downscaled"] == 3
     assert got["memory_gb"] > 0.01
 
@@ -194,15 +195,14 @@ def test_ranks_join_as_declared():
 
 def test_a_line_covers_all_its_steps():
     window = Window()
-    window.add(
-        result(2.0, 6), numbers(tokens=90, token_budget=100, flops=3e3, busiest_flops=2e3, step_s=2.0), "image", WEIGHTS
-    )
-    window.add(
-        result(4.0, 2), numbers(tokens=50, token_budget=100, flops=1e3, busiest_flops=1e3, step_s=2.0), "video", WEIGHTS
-    )
+    first = {"tokens": 90, "token_budget": 100, "flops": 3e3, "busiest_flops": 2e3, "step_s": 2.0, "side_px": 672}
+    second = {"tokens": 50, "token_budget": 100, "flops": 1e3, "busiest_flops": 1e3, "step_s": 2.0, "side_px": 168}
+    window.add(result(2.0, 6), numbers(**first), "image", WEIGHTS)
+    window.add(result(4.0, 2), numbers(**second), "video", WEIGHTS)
     got = line(window, ranks=2)
     assert got["loss"] == 3.0
     assert (got["loss_image"], got["loss_video"], got["modality"]) == (2.0, 4.0, "mixed")
+    assert (got["side_px_image"], got["side_px_video"]) == (112.0, 84.0)
     assert (got["samples_per_s"], got["tokens_per_s"], got["step_s"]) == (2.0, 35.0, 2.0)
     assert (got["fill_pct"], got["data_wait_pct"]) == (70.0, 50.0)
     assert got["tflops_per_rank"] == pytest.approx(5e-10)
