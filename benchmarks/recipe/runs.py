@@ -149,6 +149,7 @@ def result_row(bench: Bench, arm: str, seed: int, progress: Mapping[str, Any], s
         "data": bench.data.name,
         "run_samples": bench.samples,
         "cpu_s": "" if cpu_s is None else round(cpu_s, 1),
+        "set": score.get("set") or "",
     }
 
 

@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy import stats
+
 from benchmarks.recipe.arms import DESIGN, MARGIN
 
 MEASURES = {
@@ -20,10 +22,11 @@ MEASURES = {
     "caption to image, R@5": ("text to image", "image", "R@5"),
     "direction of motion, top-1": ("zero-shot", "video", "top-1"),
 }
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.2)."""
 REMAKEABLE = "Data: {}, which anyone can render again. Its scenes decide."
-NOT_REMAKEABLE = "Data: {}, a folder that is not part of the repository: no one else can remake this table."
+NOT_REMAKEABLE = (
+    "Data: {}, a folder that is not part of the repository: no one else can remake this table. Images only. Classes "
+    "are those of the data set with the most test items."
+)
 
 Rows = Sequence[Mapping[str, str]]
 Values = dict[int, float]
@@ -46,8 +49,8 @@ QUESTIONS = (
     Question(
         "Curriculum against one fixed size",
         "`fixed` resizes every item to one square. `curriculum` trains on small squares, then on native images, then "
-        "on native images and videos, with the same number of samples; `curriculum-tokens` trains longer, until it has "
-        "taken the tokens of `fixed`.",
+        "on native images and, if the data has them, videos, with the same number of samples; `curriculum-tokens` "
+        "trains longer, until it has taken the tokens of `fixed`.",
         "fixed",
         ("curriculum", "curriculum-tokens"),
         ("curriculum-tokens",),
@@ -76,14 +79,14 @@ QUESTIONS = (
     ),
     Question(
         "Sigmoid against softmax, one pack a step",
-        "The loss alone differs. A step has about 21 pairs.",
+        "The loss alone differs. A step has about 21 pairs of scenes, or 24 of photos.",
         "native",
         ("sigmoid",),
         ("sigmoid",),
     ),
     Question(
         "Sigmoid against softmax, four packs a step",
-        "A step has about 84 pairs, and a run a quarter of the steps.",
+        "A step has about 84 pairs of scenes, or 96 of photos, and a run a quarter of the steps.",
         "softmax-4",
         ("sigmoid-4",),
         ("sigmoid-4",),
@@ -127,18 +130,23 @@ def final_rows(rows: Rows) -> dict[str, Rows]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Returns mean and half width of the 95 % t interval; None for fewer than two values or more than 16."""
-    if not 2 <= len(values) <= len(T_975) + 1:
+    """Returns mean and half width of the 95 % t interval; None for fewer than two values."""
+    if len(values) < 2:
         return None
-    half = T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), half
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _values(rows: Rows, measure: str) -> Values:
-    key = MEASURES[measure]
-    return {
-        int(row["seed"]): float(row["value"]) for row in rows if (row["task"], row["modality"], row["measure"]) == key
-    }
+    return {int(row["seed"]): float(row["value"]) for row in _of_measure(rows, measure)}
+
+
+def _of_measure(rows: Rows, measure: str) -> Rows:
+    """Returns the rows of a measure: of several data sets those of the one with the most items, the first of equal
+    ones."""
+    mine = [row for row in rows if (row["task"], row["modality"], row["measure"]) == MEASURES[measure]]
+    chosen = max(mine, key=lambda row: int(row["n"]), default={}).get("set")
+    return [row for row in mine if row.get("set") == chosen]
 
 
 def _table(question: Question, of_arm: Mapping[str, Rows]) -> str | None:
@@ -146,15 +154,16 @@ def _table(question: Question, of_arm: Mapping[str, Rows]) -> str | None:
     arms = [arm for arm in (question.baseline, *question.arms) if arm in of_arm]
     if question.baseline not in arms or len(arms) < 2:
         return None
+    measures = [measure for measure in MEASURES if any(_of_measure(of_arm[arm], measure) for arm in arms)]
     lines = [f"### {question.title}", "", question.about, ""]
     lines += [
-        "| arm | seeds | samples | tokens | CPU s | " + " | ".join(MEASURES) + " |",
-        "|---" * (5 + len(MEASURES)) + "|",
+        "| arm | seeds | samples | tokens | CPU s | " + " | ".join(measures) + " |",
+        "|---" * (5 + len(measures)) + "|",
     ]
     for arm in arms:
-        cells = [_percent(list(_values(of_arm[arm], measure).values())) for measure in MEASURES]
+        cells = [_percent(list(_values(of_arm[arm], measure).values())) for measure in measures]
         lines.append(f"| {arm} | {' | '.join([*_effort(of_arm[arm]), *cells])} |")
-    lines.append(f"| chance (test items) | | | | | {' | '.join(_chance(of_arm, arms, name) for name in MEASURES)} |")
+    lines.append(f"| chance (test items) | | | | | {' | '.join(_chance(of_arm, arms, name) for name in measures)} |")
     lines.append("")
     lines += [f"- {line}" for line in _conclusions(question, of_arm, arms)]
     return "\n".join(lines)
@@ -178,11 +187,8 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def _chance(of_arm: Mapping[str, Rows], arms: Sequence[str], measure: str) -> str:
-    key = MEASURES[measure]
-    for row in (row for arm in arms for row in of_arm[arm]):
-        if (row["task"], row["modality"], row["measure"]) == key:
-            return f"{100 * float(row['chance']):.1f} % ({row['n']})"
-    return "–"
+    row = next(row for arm in arms for row in _of_measure(of_arm[arm], measure))
+    return f"{100 * float(row['chance']):.1f} % ({row['n']})"
 
 
 def _conclusions(question: Question, of_arm: Mapping[str, Rows], arms: Sequence[str]) -> Iterator[str]:
@@ -197,7 +203,7 @@ def _conclusions(question: Question, of_arm: Mapping[str, Rows], arms: Sequence[
             ours, other = _values(of_arm[arm], measure), _values(of_arm[question.baseline], measure)
             against = "" if other else " (against chance)"
             if ours and not other:
-                level = next(float(row["chance"]) for row in of_arm[arm] if _is(row, measure))
+                level = float(_of_measure(of_arm[arm], measure)[0]["chance"])
                 other = dict.fromkeys(ours, level)
             gains = [100 * (ours[seed] - other[seed]) for seed in sorted(ours.keys() & other.keys())]
             if gains:
@@ -206,10 +212,6 @@ def _conclusions(question: Question, of_arm: Mapping[str, Rows], arms: Sequence[
         if found:
             note = "" if single > 1 else " One seed: a difference without an interval shows nothing."
             yield f"`{arm}` minus `{question.baseline}`, points: {'; '.join(found)}.{note}"
-
-
-def _is(row: Mapping[str, str], measure: str) -> bool:
-    return (row["task"], row["modality"], row["measure"]) == MEASURES[measure]
 
 
 def _difference(gains: Sequence[float]) -> str:
