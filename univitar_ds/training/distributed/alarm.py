@@ -29,7 +29,7 @@ it ends by itself before, for example with the same error."""
 HEARD_S = 5.0
 """Maximum time that a rank with an error waits until the other ranks have read it."""
 ANSWER_S = 60.0
-"""Maximum time that a rank waits at its end for an answer of the store, which a busy machine may give after seconds."""
+"""Maximum time that a rank waits at its end for an answer of the store, which may take seconds on a busy machine."""
 _FAULT, _HEARD = "fault", "heard"
 
 
@@ -70,6 +70,8 @@ class _Alarm:
     def stop(self) -> None:
         """Ends the thread. A thread that is in a request of the store when the interpreter ends would abort the process
         ("terminate called without an active exception"), and exit code 134 would hide that of the rank."""
+        if self._stopped.is_set():
+            return  # it has waited already
         self._stopped.set()
         self._thread.join(ANSWER_S)  # the machine of the store may be off
 
