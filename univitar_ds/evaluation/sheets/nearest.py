@@ -11,7 +11,7 @@ from torch import Tensor
 from univitar_ds.evaluation.embed import Embeddings
 
 SHOWN_CAPTIONS, SHOWN_ITEMS = 3, 4
-"""Number of captions that are found for an item, and of items for a caption."""
+"""Maximum number of captions that are shown for an item, and of items for a caption."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Nearest:
 
     `best` has the nearest ones, each with (its row in the embeddings, whether it is correct, cosine similarity). `rank`
     is the position of the first correct one, from 1, after incorrect ones of equal similarity, and `cosine` its
-    similarity.
+    similarity. A correct candidate with the similarity NaN is last, and an incorrect one first.
     """
 
     best: list[tuple[int, bool, float]]
@@ -42,9 +42,9 @@ def nearest_captions(embeddings: Embeddings, row: int) -> Nearest | None:
     return _nearest(embeddings.text[candidates] @ embeddings.vision[row], own, candidates, SHOWN_CAPTIONS)
 
 
-def nearest_items(embeddings: Embeddings, row: int, candidates: Sequence[int]) -> Nearest | None:
-    """Returns those of the items `candidates` that are nearest to the caption of item `row`; None if it belongs to none
-    of them."""
+def nearest_items(embeddings: Embeddings, row: int, candidates: list[int]) -> Nearest | None:
+    """Returns those of the items `candidates` that are nearest to the caption of item `row`; None if it has no caption,
+    or if none of the candidates has this caption."""
     own = [_belongs(embeddings, item, row) for item in candidates]
     if not embeddings.captions[row] or not any(own):
         return None
@@ -58,16 +58,14 @@ def _belongs(embeddings: Embeddings, item: int, caption: int) -> bool:
     return same or embeddings.captions[caption] in further
 
 
-def _nearest(scores: Tensor, correct: Sequence[bool], candidates: Sequence[int], shown: int) -> Nearest:
+def _nearest(scores: Tensor, correct: Sequence[bool], candidates: list[int], shown: int) -> Nearest:
     own = torch.tensor(correct)
-    cosine = scores[own].max()
-    best = scores.topk(min(shown, len(candidates)))
+    # Otherwise a model with NaN weights would always be right, since no score compares as higher.
+    ordered = torch.where(scores.isnan(), torch.where(own, -torch.inf, torch.inf), scores)
+    best = ordered.topk(min(shown, len(candidates))).indices.tolist()
     return Nearest(
-        best=[
-            (candidates[index], bool(own[index]), score)
-            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ],
-        rank=1 + int(((scores >= cosine) & ~own).sum()),
-        cosine=float(cosine),
+        best=[(candidates[index], bool(own[index]), float(scores[index])) for index in best],
+        rank=1 + int(((ordered >= ordered[own].max()) & ~own).sum()),
+        cosine=float(scores[own][ordered[own].argmax()]),
         count=len(candidates),
     )

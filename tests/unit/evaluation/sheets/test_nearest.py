@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,25 @@ def test_equal_captions_come_before_the_own_one():
     """Else a model that has collapsed would have every caption right."""
     ones = torch.ones(4, 2)
     assert nearest_captions(made(ones, ones, list("abcd")), 0).rank == 4
+
+
+def test_nothing_is_correct_for_a_model_with_nan_weights():
+    rows = torch.eye(4)
+    for found in (made(rows * torch.nan, rows, list("abcd")), made(rows, rows * torch.nan, list("abcd"))):
+        for nearest in (nearest_captions(found, 0), nearest_items(found, 0, [0, 1, 2, 3])):
+            assert nearest.rank == 4
+            assert math.isnan(nearest.cosine)
+            assert [right for _, right, _ in nearest.best[:3]] == [False] * 3
+            assert all(math.isnan(cosine) for _, _, cosine in nearest.best)
+
+
+def test_an_incorrect_candidate_with_nan_is_before_the_correct_one():
+    rows = torch.eye(4)
+    text = rows.clone()
+    text[3] = torch.nan
+    nearest = nearest_captions(made(rows, text, list("abcd")), 0)
+    assert [(row, right) for row, right, _ in nearest.best[:2]] == [(3, False), (0, True)]
+    assert (nearest.rank, nearest.cosine) == (2, 1.0)
 
 
 def test_a_further_caption_of_an_item_is_its_own():
