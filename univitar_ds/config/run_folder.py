@@ -75,8 +75,8 @@ MOST_NAMED = 5
 
 
 def examples_file(modality: str, of_texts: bool) -> str:
-    """Returns the name of the image with items and the captions that are found for them, or, `of_texts`, with captions
-    and the items that are found for these."""
+    """Returns the file name of a sheet of examples: items and the captions that are found for them, or with `of_texts`
+    captions and the items that are found for them."""
     return f"examples-{'text-to-' if of_texts else ''}{modality}.png"
 
 

@@ -90,7 +90,7 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Sheet:
-    """Data of a sheet of examples of one modality."""
+    """Data of the two sheets of one modality."""
 
     kept: list[Kept]
     thumbnails: list[bytes]
@@ -104,12 +104,12 @@ def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
     title = f"Run {trained.run.resolve().name}, checkpoint {trained.checkpoint.name} ({weights} weights)"
     for sheet in sheets:
         modality = sheet.embeddings.modality
-        path, of_texts = (trained.run / examples_file(modality, of_texts) for of_texts in (False, True))
-        queries = [item.key for item in sheet.kept]
-        with _warning(path):
-            draw_sheet(trained.model, sheet.kept, sheet.embeddings, path, title=title, data=sheet.data)
-        with _warning(of_texts):
-            draw_text_sheet(sheet.embeddings, queries, sheet.thumbnails, of_texts, title=title, data=sheet.data)
+        items, captions = (trained.run / examples_file(modality, of_texts) for of_texts in (False, True))
+        queries = [item.row for item in sheet.kept]
+        with _warning(items):
+            draw_sheet(trained.model, sheet.kept, sheet.embeddings, items, title=title, data=sheet.data)
+        with _warning(captions):
+            draw_text_sheet(sheet.embeddings, queries, sheet.thumbnails, captions, title=title, data=sheet.data)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ IMAGE, FRAME = (150, 190), (116, 124)
 NOTE_WIDTH = 112
 """Minimum width in pixels for the text with the sizes below an image."""
 THUMBNAIL = (80, 90)
-"""Maximum height and width of an image or of a frame of a thumbnail, in pixels."""
+"""Maximum height and width in pixels of a thumbnail of an image, or of each frame in one of a video."""
 SHOWN_FRAMES = 3
 TEXT_WIDTH, MARK = (150, 240), 17
 """Minimum and wanted width of the texts of a card, and width of a mark and its space, in pixels."""
@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """An item of a page: rows of images of the same height in each row, a note below them or "", and texts."""
+    """An item of a page: rows of images of the same height in each row, a note below them ("" for none), and texts."""
 
     rows: list[list[Image.Image]]
     note: str

@@ -24,9 +24,12 @@ ROWS, PER_PACK = 10, 5
 
 @dataclass(frozen=True)
 class Kept:
-    """An item of the sheet as it entered the encoder: `pixels` (frames, h*14, w*14, 3) uint8, `grid` (t, h, w)."""
+    """An item of the sheet as it entered the encoder: `pixels` (frames, h*14, w*14, 3) uint8, `grid` (t, h, w).
 
-    key: str
+    `row` is its row in the embeddings of all packs; a key may occur twice in a shard.
+    """
+
+    row: int
     pixels: Tensor
     grid: tuple[int, int, int]
 
@@ -37,14 +40,16 @@ def keep_some(packs: Iterable[PackedBatch], kept: list[Kept]) -> Iterator[Packed
     Items without a caption are compared by label.
     """
     seen: set[int | str | None] = set()
+    before = 0
     for pack in packs:
         taken = 0
         for row, (pixels, grid) in enumerate(zip(pack.images(), pack.grid_thw.tolist(), strict=True)):
             caption = int(pack.caption_ids[row]) if pack.captions[row] else pack.labels[row]
             if len(kept) < ROWS and taken < PER_PACK and caption not in seen:
-                kept.append(Kept(pack.keys[row], pixels.clone(), tuple(grid)))
+                kept.append(Kept(before + row, pixels.clone(), tuple(grid)))
                 seen.add(caption)
                 taken += 1
+        before += len(pack)
         yield pack
 
 
@@ -59,13 +64,14 @@ def draw_sheet(
     Args: title: run and checkpoint, for the title of the page; data: names of the sources.
     """
     colours, shares = component_colours([token_features(model, item) for item in kept])
-    rows = [embeddings.keys.index(item.key) for item in kept]
+    rows = [item.row for item in kept]
     nearest = [nearest_captions(embeddings, row) for row in rows]
     cards = [
         item_card(item.pixels, tokens.view(*item.grid, 3), _texts(embeddings, row, found))
         for item, tokens, row, found in zip(kept, colours, rows, nearest, strict=True)
     ]
-    heading = ": ".join(filter(None, (title, f"{len(cards)} held-out {embeddings.modality}s")))
+    plural = "" if len(cards) == 1 else "s"
+    heading = ": ".join(filter(None, (title, f"{len(cards)} held-out {embeddings.modality}{plural}")))
     page = draw_page(heading, _legend(embeddings, len(cards), nearest, data), cards, shares)
     with replacing(path) as partial:
         page.save(partial, format="PNG")

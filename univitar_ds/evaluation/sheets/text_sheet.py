@@ -15,13 +15,14 @@ from univitar_ds.evaluation.sheets.nearest import Nearest, nearest_items
 from univitar_ds.viz.cards import Hit, Line, draw_page, hits_card, thumbnail
 
 MOST_ITEMS = 10_000
-"""Maximum number of items that have a thumbnail, which takes about 3 KiB, and so can be found."""
+"""Maximum number of items with a thumbnail, which takes 3 KiB for an image and 9 KiB for a video. Only these items can
+be found."""
 _QUALITY = 90
 """JPEG quality of thumbnails."""
 
 
 def keep_thumbnails(packs: Iterable[PackedBatch], kept: list[bytes]) -> Iterator[PackedBatch]:
-    """Yields the packs and appends a JPEG of each of the first `MOST_ITEMS` items to `kept`, empty for an item without
+    """Yields the packs and appends a JPEG of each of the first `MOST_ITEMS` items to `kept`, and b"" for one without
     a caption."""
     for pack in packs:
         for pixels, caption in zip(pack.images(), pack.captions, strict=True):
@@ -42,25 +43,25 @@ def _image(jpeg: bytes) -> Image.Image:
 
 
 def draw_text_sheet(
-    embeddings: Embeddings, queries: Sequence[str], thumbnails: Sequence[bytes], path: Path, *, title: str, data: str
+    embeddings: Embeddings, queries: Sequence[int], thumbnails: Sequence[bytes], path: Path, *, title: str, data: str
 ) -> None:
     """Writes a PNG to `path` with one card per caption, unless there is no caption.
 
     A card shows a caption and the items nearest to it among those with a thumbnail, each marked as correct or not.
 
-    Args: queries: keys of the items whose captions are shown; thumbnails: of the first items of `embeddings`, as
+    Args: queries: rows of the items whose captions are shown; thumbnails: of the first items of `embeddings`, as
         `keep_thumbnails` has kept them; title: run and checkpoint; data: names of the sources.
     """
     candidates = [row for row, jpeg in enumerate(thumbnails) if jpeg]
-    rows = [embeddings.keys.index(key) for key in queries]
-    found = {row: nearest for row in rows if (nearest := nearest_items(embeddings, row, candidates)) is not None}
+    found = {row: nearest for row in queries if (nearest := nearest_items(embeddings, row, candidates)) is not None}
     if not found:
         return
     cards = []
     for row, near in found.items():
         hits = [Hit(_image(thumbnails[item]), right, f"{cosine:.3f}") for item, right, cosine in near.best]
         cards.append(hits_card(hits, _texts(embeddings, row, near)))
-    heading = f"{title}: {embeddings.modality}s found for {len(cards)} held-out captions"
+    plural = "" if len(cards) == 1 else "s"
+    heading = f"{title}: {embeddings.modality}s found for {len(cards)} held-out caption{plural}"
     page = draw_page(heading, _legend(embeddings, list(found.values()), data), cards)
     with replacing(path) as partial:
         page.save(partial, format="PNG")
@@ -71,15 +72,20 @@ def _legend(embeddings: Embeddings, found: list[Nearest], data: str) -> list[Lin
     modality, nearest = embeddings.modality, found[0]
     all_of = "the first " if nearest.count < len(embeddings.captioned) else ""
     first = sum(near.rank == 1 for near in found)
+    source = f" of {data}" if data else ""
     frames = " The frames of a video are below each other." if modality == "video" else ""
     return [
         Line(
-            f"Each card: a caption, and the {len(nearest.best)} nearest of {all_of}{nearest.count} {modality}s"
-            f"{f' of {data}' if data else ''}, with the cosine similarity of the embeddings of caption and {modality} "
-            f"(1: same direction, 0: unrelated).{frames}",
+            f"Each card: a caption, and the {len(nearest.best)} nearest of {all_of}{nearest.count} {modality}s with a "
+            f"caption{source}.",
             lines=3,
         ),
-        Line(f"the {modality} has this caption: the nearest one for {first} of {len(found)} captions here", right=True),
+        Line(
+            f"Below each {modality}: the cosine similarity of the embeddings of caption and {modality} (1: same "
+            f"direction, 0: unrelated).{frames}",
+            lines=2,
+        ),
+        Line(f"the {modality} has this caption; the nearest one does for {first} of {len(found)} captions", right=True),
         Line(f"the {modality} has other captions only", right=False),
     ]
 

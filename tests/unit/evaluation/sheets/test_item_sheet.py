@@ -40,14 +40,14 @@ def _model(merge: int = 1) -> nn.Module:
     return model
 
 
-def _item(grid: tuple[int, int, int], frames: int, key: str = "shard/0000") -> Kept:
+def _item(grid: tuple[int, int, int], frames: int, row: int = 0) -> Kept:
     """The red of every patch is its number in raster order."""
     t, h, w = grid
     numbers = torch.arange(t * h * w, dtype=torch.uint8).view(t, h, w)
     frame = numbers.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
     pixels = torch.zeros(frames, h * PATCH, w * PATCH, 3, dtype=torch.uint8)
     pixels[..., 0] = frame.repeat_interleave(frames // t, 0)
-    return Kept(key, pixels, grid)
+    return Kept(row, pixels, grid)
 
 
 def _pack(captions: list[int], grids: list[tuple[int, int, int]], first: int) -> PackedBatch:
@@ -83,14 +83,14 @@ def test_kept_items_have_their_own_pixels_and_different_captions(monkeypatch: py
     kept: list[Kept] = []
     packs = [_pack([7, 7, 8, 9], [(1, 2, 1), (1, 1, 1), (1, 1, 3), (1, 1, 1)], 10), _pack([8, 5], [(1, 1, 2)] * 2, 20)]
     assert list(keep_some(packs, kept)) == packs, "packs pass through unchanged"
-    assert [item.key for item in kept] == ["shard/0010", "shard/0012", "shard/0021"]
-    for item in kept:
+    assert [item.row for item in kept] == [0, 2, 5]
+    for item, value in zip(kept, (10, 12, 21), strict=True):
         assert item.pixels.shape == (1, item.grid[1] * PATCH, item.grid[2] * PATCH, 3)
-        assert item.pixels.unique().tolist() == [int(item.key[-4:])]
+        assert item.pixels.unique().tolist() == [value]
 
 
 def _drawn_page(path: Path, captions: list[str], labels: list[str | None] | None = None, **keywords) -> Image.Image:
-    kept = [_item((1, 3, 5), 1, "shard/0000"), _item((2, 4, 2), 4, "shard/0001")]
+    kept = [_item((1, 3, 5), 1, 0), _item((2, 4, 2), 4, 1)]
     text = torch.tensor([[1.0, 4.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
     found = made(torch.tensor([[1.0, 0.0]]).expand(len(captions), 2), text[: len(captions)], captions, labels)
     draw_sheet(_model(), kept, found, path, **keywords)

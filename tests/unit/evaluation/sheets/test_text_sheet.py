@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +44,31 @@ def test_frames_of_a_video_are_below_each_other():
     assert [image.getpixel((45, y))[0] for y in (30, 92, 154)] == [0, 100, 200]
 
 
-def _drawn(path: Path, captions: list[str], queries: list[int]) -> Image.Image | None:
+def test_items_that_are_found_are_in_order_each_above_its_mark():
+    sizes, values = ((90, 20), (10, 60), (40, 40)), (50, 100, 150)
+    hits = [
+        cards.Hit(Image.new("RGB", size, (value,) * 3), value == 100, "0.5")
+        for size, value in zip(sizes, values, strict=True)
+    ]
+    (row,) = cards.hits_card(hits, []).rows
+    assert len({image.height for image in row}) == 1
+    for image, (width, height), value in zip(row, sizes, values, strict=True):
+        top = 60 - height
+        assert [image.getpixel((0, y))[0] for y in (top, 59)] == [value, value]
+        assert image.getpixel((width, top)) == cards.CARD
+        below = {colour for _, colour in image.crop((0, 60, image.width, image.height)).getcolors(1 << 16)}
+        assert (cards.RIGHT in below, cards.WRONG in below) == (value == 100, value != 100)
+
+
+def _drawn(
+    path: Path, captions: list[str], queries: list[int], data: str = "photos (split test)", **changed
+) -> Image.Image | None:
     vision = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 3.0], [1.0, 4.0], [0.0, 1.0]])[: len(captions)]
     text = torch.tensor([[1.0, 0.0]]).expand(len(captions), 2)
     thumbnails: list[bytes] = []
     list(keep_thumbnails([_pack([40 * row for row in range(len(captions))], captions)], thumbnails))
-    keys = [f"shard/{row:04d}" for row in queries]
-    draw_text_sheet(made(vision, text, captions), keys, thumbnails, path, title="Run x", data="photos (split test)")
+    found = replace(made(vision, text, captions), **changed)
+    draw_text_sheet(found, queries, thumbnails, path, title="Run x", data=data)
     return Image.open(path).convert("RGB") if path.exists() else None
 
 
@@ -57,14 +76,27 @@ def test_a_page_marks_the_items_that_have_the_caption(tmp_path: Path, drawn: lis
     page = _drawn(tmp_path / "page.png", [*"abcde", ""], [0, 4])
     words = " ".join(drawn)
     assert "Run x: images found for 2 held-out captions" in drawn
-    assert "the 4 nearest of 5 images of photos (split test)" in words
-    assert "the nearest one for 1 of 2 captions here" in words
+    assert "the 4 nearest of 5 images with a caption of photos (split test)" in words
+    assert "the nearest one does for 1 of 2 captions" in words
     assert drawn.count("1.000") == 2, "the nearest item of each caption"
     assert [line for line in drawn if line.startswith("own")] == ["own image: place 5 of 5, 0.243"], "of caption e"
     assert "Colours" not in words, "the page has no colours of tokens"
     colours = {colour for _, colour in page.getcolors(1 << 24)}
     assert {cards.RIGHT, cards.WRONG} <= colours
     assert {0, 40, 80, 120} <= {red for red, green, blue in colours if red == green == blue}, "the nearest images"
+
+
+def test_the_legend_of_videos_is_whole_for_long_names_of_sources(tmp_path: Path, drawn: list[str]):
+    data = ", ".join(f"videos-{number} (split validation)" for number in range(3))
+    _drawn(tmp_path / "page.png", list("abcde"), [0], data, modality="video")
+    words = " ".join(drawn)
+    assert f"{data}." in words
+    assert "The frames of a video are below each other." in words
+
+
+def test_items_with_equal_keys_keep_their_own_captions(tmp_path: Path, drawn: list[str]):
+    _drawn(tmp_path / "page.png", list("abcde"), [0, 4], keys=["shard/0"] * 5)
+    assert {"a", "e"} <= set(drawn)
 
 
 def test_without_captions_there_is_no_page(tmp_path: Path):
@@ -74,5 +106,5 @@ def test_without_captions_there_is_no_page(tmp_path: Path):
 def test_a_page_says_that_only_the_first_items_can_be_found(tmp_path: Path, drawn: list[str], monkeypatch):
     monkeypatch.setattr(text_sheet, "MOST_ITEMS", 3)
     _drawn(tmp_path / "page.png", list("abcde"), [0, 4])
-    assert "the 3 nearest of the first 3 images" in " ".join(drawn)
-    assert "Run x: images found for 1 held-out captions" in drawn, "the item of caption e is none of them"
+    assert "the 3 nearest of the first 3 images with a caption" in " ".join(drawn)
+    assert "Run x: images found for 1 held-out caption" in drawn, "the item of caption e is none of them"
