@@ -76,8 +76,8 @@ def _legend(embeddings: Embeddings, found: list[Nearest], data: str) -> list[Lin
     frames = " The frames of a video are below each other." if modality == "video" else ""
     return [
         Line(
-            f"Each card: a caption, and the {len(nearest.best)} nearest of {all_of}{nearest.count} {modality}s with a "
-            f"caption{source}.",
+            f"Each card: a caption, and the {len(nearest.best)} nearest of {all_of}{nearest.count} captioned "
+            f"{modality}s{source}.",
             lines=3,
         ),
         Line(

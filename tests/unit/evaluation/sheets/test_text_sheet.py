@@ -76,7 +76,7 @@ def test_a_page_marks_the_items_that_have_the_caption(tmp_path: Path, drawn: lis
     page = _drawn(tmp_path / "page.png", [*"abcde", ""], [0, 4])
     words = " ".join(drawn)
     assert "Run x: images found for 2 held-out captions" in drawn
-    assert "the 4 nearest of 5 images with a caption of photos (split test)" in words
+    assert "the 4 nearest of 5 captioned images of photos (split test)" in words
     assert "the nearest one does for 1 of 2 captions" in words
     assert drawn.count("1.000") == 2, "the nearest item of each caption"
     assert [line for line in drawn if line.startswith("own")] == ["own image: place 5 of 5, 0.243"], "of caption e"
@@ -106,5 +106,5 @@ def test_without_captions_there_is_no_page(tmp_path: Path):
 def test_a_page_says_that_only_the_first_items_can_be_found(tmp_path: Path, drawn: list[str], monkeypatch):
     monkeypatch.setattr(text_sheet, "MOST_ITEMS", 3)
     _drawn(tmp_path / "page.png", list("abcde"), [0, 4])
-    assert "the 3 nearest of the first 3 images with a caption" in " ".join(drawn)
+    assert "the 3 nearest of the first 3 captioned images" in " ".join(drawn)
     assert "Run x: images found for 1 held-out caption" in drawn, "the item of caption e is none of them"
