@@ -47,7 +47,7 @@ def ending_together(world: World) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        alarm.stop()
+        alarm.stop_listening()
         if not known_to_all(error):
             alarm.ring(error)
         raise
@@ -67,11 +67,13 @@ class _Alarm:
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
         self._thread.start()
 
+    def stop_listening(self) -> None:
+        """From now on, an error of another rank does not end this one. Does not wait for the store."""
+        self._stopped.set()
+
     def stop(self) -> None:
         """Ends the thread. A thread that is in a request of the store when the interpreter ends would abort the process
         ("terminate called without an active exception"), and exit code 134 would hide that of the rank."""
-        if self._stopped.is_set():
-            return  # it has waited already
         self._stopped.set()
         self._thread.join(ANSWER_S)  # the machine of the store may be off
 
@@ -94,7 +96,7 @@ class _Alarm:
     def _listen(self) -> None:
         with suppress(dist.DistError):
             while not self._stopped.wait(LOOK_S):
-                if self._listening.check([_FAULT]):
+                if self._listening.check([_FAULT]) and not self._stopped.is_set():  # else it may be the rank's own
                     self._listening.add(_HEARD, 1)
                     if not self._stopped.wait(GRACE_S - LOOK_S):
                         self._leave(json.loads(self._listening.get(_FAULT)))

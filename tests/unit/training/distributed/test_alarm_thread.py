@@ -49,11 +49,13 @@ def test_it_has_ended_with_the_body_since_it_must_not_be_in_a_request_when_the_i
     assert "alarm" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_rank_waits_only_once_for_a_store_that_does_not_answer(monkeypatch):
-    waits: list[float] = []
+def test_an_error_is_sent_before_the_only_wait_for_a_store_that_does_not_answer(monkeypatch):
+    done: list[object] = []
+    monkeypatch.setattr(alarm, "GRACE_S", 0.0)
     monkeypatch.setattr(alarm.dist.distributed_c10d, "_get_default_store", Store)
     monkeypatch.setattr(alarm.dist, "PrefixStore", lambda prefix, store: store)
-    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout: waits.append(timeout))
-    with pytest.raises(PeerFailure, match="of this rank"), alarm.ending_together(World(0, 2, 0, torch.device("cpu"))):
-        raise PeerFailure("of this rank")
-    assert waits == [alarm.ANSWER_S]
+    monkeypatch.setattr(Store, "compare_set", lambda store, *_: done.append("sent"))
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, timeout: done.append(timeout))
+    with pytest.raises(DataError, match="of this rank"), alarm.ending_together(World(0, 2, 0, torch.device("cpu"))):
+        raise DataError("of this rank")
+    assert done == ["sent", alarm.ANSWER_S]
