@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ class _Sheet:
 def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
     weights = "averaged" if trained.averaged else "trained"
     title = f"Run {trained.run.resolve().name}, checkpoint {trained.checkpoint.name} ({weights} weights)"
+    for modality, of_texts in itertools.product(MODALITIES, (False, True)):
+        with suppress(OSError):  # those of an earlier evaluation, maybe of other data
+            (trained.run / examples_file(modality, of_texts)).unlink(missing_ok=True)
     for sheet in sheets:
         modality = sheet.embeddings.modality
         items, captions = (trained.run / examples_file(modality, of_texts) for of_texts in (False, True))

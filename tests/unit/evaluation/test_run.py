@@ -98,11 +98,15 @@ def test_figures_are_written_where_no_sheet_can_be_drawn(shards: Path, tmp_path:
         raise OSError("cannot open resource")  # the error of Pillow for a missing font
 
     write_run(tmp_path / "run", run_config(shards))
+    (tmp_path / "run" / "examples-image.png").write_bytes(b"of an earlier evaluation")
     monkeypatch.setattr(evaluation, "draw_sheet", broken)
     table = evaluate_run(tmp_path / "run", progress=False)
     assert "text to video" in table
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]
     assert caplog.text.count("could not be drawn: OSError: cannot open resource") == 2
+    assert {path.name for path in (tmp_path / "run").glob("examples-*")} == {
+        "examples-text-to-image.png", "examples-text-to-video.png",
+    }  # fmt: skip
 
 
 def test_two_evaluations_of_a_checkpoint_agree(run: Path):
