@@ -61,6 +61,8 @@ class Arm:
     objective: str = "softmax"
     lanes: int = 1
     distilled: bool = False
+    logit_bias: float | None = None
+    """Bias of the logits at the start; None: that of the model."""
     tokens_of: str | None = None
 
 
@@ -74,6 +76,7 @@ ARMS = {
     "video-0.1": Arm("native", 0.1),
     "video-0.6": Arm("native", 0.6),
     "sigmoid": Arm("native", objective="sigmoid"),
+    "sigmoid-bias": Arm("native", objective="sigmoid", logit_bias=-3.0),
     "softmax-4": Arm("native", lanes=4),
     "sigmoid-4": Arm("native", objective="sigmoid", lanes=4),
     "distilled": Arm("curriculum", VIDEO_SHARE, distilled=True),
@@ -126,6 +129,8 @@ def run_file(name: str, arm: Arm, data: Data, samples: int, seed: int, teacher: 
         "logging": {"images_every_steps": 0},
     }
     config["objective"] = {"kind": arm.objective, "same_caption_positive": True}
+    if arm.logit_bias is not None:
+        config["model"]["logit_bias_init"] = arm.logit_bias
     if arm.distilled:
         config["objective"]["teacher"] = {"path": str(teacher)}
     config["data"] |= {"sources": [{"path": str(data.shards), "split": "train"}], "lanes": arm.lanes}

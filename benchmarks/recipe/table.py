@@ -79,10 +79,12 @@ QUESTIONS = (
     ),
     Question(
         "Sigmoid against softmax, one pack a step",
-        "The loss alone differs. A step has about 21 pairs of scenes, or 24 of photos.",
+        "The loss alone differs. A step has about 21 pairs of scenes, or 24 of photos. `sigmoid` starts with a bias of "
+        "the logits of -10, as SigLIP does for batches of 32,768. `sigmoid-bias` starts with -3: then the predicted "
+        "probability of a pair is about the share of the true pairs among all, 1 in 21.",
         "native",
-        ("sigmoid",),
-        ("sigmoid",),
+        ("sigmoid", "sigmoid-bias"),
+        ("sigmoid", "sigmoid-bias"),
     ),
     Question(
         "Sigmoid against softmax, four packs a step",

@@ -39,7 +39,8 @@ def test_every_arm_is_a_valid_run_file(scenes, arm):
     config = RunConfig.model_validate(run_file(arm, ARMS[arm], scenes, SAMPLES, seed=3, teacher=Path("teacher")))
     assert config.seed == 3
     assert config.data.lanes == (4 if arm.endswith("-4") else 1)
-    assert config.objective.kind == arm.split("-")[0] if "-4" in arm or arm == "sigmoid" else "softmax"
+    assert config.objective.kind == ("sigmoid" if arm.startswith("sigmoid") else "softmax")
+    assert config.model.logit_bias_init == (-3.0 if arm == "sigmoid-bias" else -10.0)
     assert (config.objective.teacher is not None) == any(stage.distill.ever for stage in config.stages)
     samples = sum(stage.samples for stage in config.stages)
     assert (samples == SAMPLES) == (ARMS[arm].tokens_of is None)
