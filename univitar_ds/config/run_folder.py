@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from univitar_ds.geometry import MODALITIES
 from univitar_ds.owned import MARK, Names
 
 CONFIG = "config.yaml"
@@ -53,12 +54,18 @@ EXPORT_FILES: Names = {
     f"{re.escape(MARK)}(-files)?": None,
     r"(config\.json|model\.safetensors|pytorch_model\.bin)\.partial": None,  # of earlier versions
 }
+EXAMPLES = {
+    (modality, of_texts): f"examples-{'text-to-' if of_texts else ''}{modality}.png"
+    for modality in MODALITIES
+    for of_texts in (False, True)
+}
+"""Sheets of examples by (modality, of_texts): items with the captions found for them, or captions with the items."""
 LOCKS: Names = {r"\.lock-\d{8}|\.lock-probe-[0-9a-f]{32}": None}
 RUN_ENTRIES: Names = {
     "|".join(map(re.escape, (MARK, CONFIG, DEEPSPEED, TOKENIZER, DESCRIPTION, CLASSES))): None,
     "|".join(map(re.escape, (SUMMARY, EVALUATION, METRICS, EVENTS, TRACKERS))): None,
     r"(samples|skipped)-rank\d+\.jsonl": None,
-    r"examples-(text-to-)?(image|video)\.png": None,
+    "|".join(map(re.escape, EXAMPLES.values())): None,
     STACKS: {r"rank\d{5,}\.txt|collectives-rank\d{5,}\.json|nccl-rank\d+|stalls\.jsonl|again": None},
     PROFILE: {r"step\d{8,}-rank\d{5,}\.json\.gz|\.step\d{8,}-rank\d{5,}\.json\.gz\.partial": None},
     MEMORY: {r"rank\d{5,}\.pickle": None},
@@ -72,12 +79,6 @@ REPLACED: Names = {name: below for name, below in RUN_ENTRIES.items() if name !=
 """Entries that a new launch replaces if there is no checkpoint. STACKS stays, to show why the earlier launch ended."""
 
 MOST_NAMED = 5
-
-
-def examples_file(modality: str, of_texts: bool) -> str:
-    """Returns the file name of a sheet of examples: items and the captions that are found for them, or with `of_texts`
-    captions and the items that are found for them."""
-    return f"examples-{'text-to-' if of_texts else ''}{modality}.png"
 
 
 def not_a_run(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import logging
 import time
@@ -18,7 +17,7 @@ import torch
 from univitar_ds import startup
 from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, EVALUATION, examples_file
+from univitar_ds.config.run_folder import CONFIG, EVALUATION, EXAMPLES
 from univitar_ds.data.contents import contents_of
 from univitar_ds.data.shards.sources import SourceShard, find_shards
 from univitar_ds.data.storage.base import StorageSettings
@@ -75,7 +74,7 @@ def evaluate_run(
     startup.phase("reading the model and the sources")
     trained = replace(open_trained(run, weights), config=with_packed_sources(config, training=False))
     own = out is None and same_evaluation(before, config)
-    result, sheets, model = _on_gpu_or_host(trained, progress)
+    result, sheets, model = _on_gpu_or_host(trained, progress, with_sheets=own)
     result["sources"] = [{"path": source.path, "split": source.split} for source in config.evaluation.sources]
     table = render_evaluation(result)
     if not own and out is None:
@@ -103,12 +102,12 @@ class _Sheet:
 def _draw(trained: Trained, sheets: Sequence[_Sheet]) -> None:
     weights = "averaged" if trained.averaged else "trained"
     title = f"Run {trained.run.resolve().name}, checkpoint {trained.checkpoint.name} ({weights} weights)"
-    for modality, of_texts in itertools.product(MODALITIES, (False, True)):
+    for name in EXAMPLES.values():
         with suppress(OSError):  # those of an earlier evaluation, maybe of other data
-            (trained.run / examples_file(modality, of_texts)).unlink(missing_ok=True)
+            (trained.run / name).unlink(missing_ok=True)
     for sheet in sheets:
         modality = sheet.embeddings.modality
-        items, captions = (trained.run / examples_file(modality, of_texts) for of_texts in (False, True))
+        items, captions = (trained.run / EXAMPLES[modality, of_texts] for of_texts in (False, True))
         queries = [item.row for item in sheet.kept]
         with _warning(items):
             draw_sheet(trained.model, sheet.kept, sheet.embeddings, items, title=title, data=sheet.data)
@@ -125,24 +124,26 @@ def _warning(path: Path) -> Iterator[None]:
         logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)
 
 
-def _on_gpu_or_host(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet], ContrastiveModel]:
+def _on_gpu_or_host(
+    trained: Trained, progress: bool, *, with_sheets: bool
+) -> tuple[dict[str, Any], list[_Sheet], ContrastiveModel]:
     """Returns the results, the data of sheets, and the model that computed them."""
     if uses_cuda():
         gc.collect()  # after training in this process, reference cycles may hold memory of the GPU
         try:
-            return _evaluated_on(torch.device("cuda"), trained, progress)
+            return _evaluated_on(torch.device("cuda"), trained, progress, with_sheets)
         except torch.OutOfMemoryError as error:
             logger.warning("the GPU has too little memory; the evaluation runs on the CPU instead: %s", error)
         # Outside of the except clause, because the error's frames hold tensors.
         torch.cuda.empty_cache()
-    return *_evaluate(trained, progress), trained.model
+    return *_evaluate(trained, progress, with_sheets), trained.model
 
 
 def _evaluated_on(
-    device: torch.device, trained: Trained, progress: bool
+    device: torch.device, trained: Trained, progress: bool, with_sheets: bool
 ) -> tuple[dict[str, Any], list[_Sheet], ContrastiveModel]:
     model = placed(trained.model, device, feature_dtype(device))
-    return *_evaluate(replace(trained, model=model), progress), model
+    return *_evaluate(replace(trained, model=model), progress, with_sheets), model
 
 
 def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
@@ -151,10 +152,11 @@ def evaluate(trained: Trained, *, progress: bool = False) -> dict[str, Any]:
     Returns: the content of `evaluation.json` without the sources.
     Raises: ConfigError if evaluation.sources is empty; DataError if sources cannot be read or nothing is measured.
     """
-    return _evaluate(trained, progress)[0]
+    return _evaluate(trained, progress, with_sheets=False)[0]
 
 
-def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_Sheet]]:
+def _evaluate(trained: Trained, progress: bool, with_sheets: bool) -> tuple[dict[str, Any], list[_Sheet]]:
+    """Returns the results, and the data of sheets if they are wanted."""
     config = trained.config.evaluation
     if not config.sources:
         raise ConfigError(
@@ -180,8 +182,8 @@ def _evaluate(trained: Trained, progress: bool) -> tuple[dict[str, Any], list[_S
         kept: list[Kept] = []
         thumbnails: list[bytes] = []
         with closing(packs_of(trained.config, trained.run, stage, modality)) as packs:
-            keeping = keep_thumbnails(keep_some(packs, kept), thumbnails)
-            embeddings = embed(trained.model, keeping, modality, progress=progress)
+            read = keep_thumbnails(keep_some(packs, kept), thumbnails) if with_sheets else packs
+            embeddings = embed(trained.model, read, modality, progress=progress)
         evaluated.append(embeddings)
         measured, detail = figures_of(trained.config, trained.model, trained.tokenizer, embeddings, shards)
         figures += measured

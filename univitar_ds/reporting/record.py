@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from univitar_ds.config.load import load_config
-from univitar_ds.config.run_folder import CONFIG, EVENTS, METRICS, examples_file, not_a_run
+from univitar_ds.config.run_folder import CONFIG, EVENTS, EXAMPLES, METRICS, not_a_run
 from univitar_ds.config.schema import RunConfig
 from univitar_ds.errors import UserError
 from univitar_ds.evaluation.results import int64, read_evaluation, read_summary
-from univitar_ds.geometry import MODALITIES, Modality
+from univitar_ds.geometry import Modality
 from univitar_ds.regular_files import is_regular, open_regular
 
 MOST_LINES = 4000
@@ -26,8 +26,8 @@ class RunRecord:
     """The content of a run's folder.
 
     `lines`: every `stride`-th line of metrics.jsonl, and the last; `events`: the lines of events.jsonl; `summary`,
-    `evaluation`: empty if the run has not written them yet; `examples`: files of the evaluation's images by modality
-    and whether they show what is found for texts.
+    `evaluation`: empty if the run has not written them yet; `examples`: files of the evaluation's images, by the keys
+    of EXAMPLES.
     """
 
     folder: Path
@@ -51,11 +51,7 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(not_a_run(folder))
     config = load_config(folder / CONFIG)
     lines, stride = _subsampled(_objects(folder / METRICS))
-    examples = {
-        (modality, of_texts): folder / examples_file(modality, of_texts)
-        for modality in MODALITIES
-        for of_texts in (False, True)
-    }
+    examples = {kind: folder / name for kind, name in EXAMPLES.items()}
     return RunRecord(
         folder,
         config.name,

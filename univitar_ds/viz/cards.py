@@ -113,11 +113,7 @@ def item_card(frames: Tensor, colours: Tensor, lines: list[Line]) -> Card:
 
 def thumbnail(frames: Tensor) -> Image.Image:
     """Makes a small image of an item; frames of a video are below each other. Args: frames: (frames, h, w, 3) uint8."""
-    chosen = [0] if len(frames) == 1 else spread_frames(len(frames), SHOWN_FRAMES)
-    return _below([to_size(frames[frame], *THUMBNAIL) for frame in chosen])
-
-
-def _below(parts: Sequence[Image.Image]) -> Image.Image:
+    parts = [to_size(frames[frame], *THUMBNAIL) for frame in spread_frames(len(frames), SHOWN_FRAMES)]
     height = sum(part.height for part in parts) + BETWEEN * (len(parts) - 1)
     image = Image.new("RGB", (max(part.width for part in parts), height), CARD)
     top = 0

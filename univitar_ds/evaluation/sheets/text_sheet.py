@@ -93,8 +93,6 @@ def _legend(embeddings: Embeddings, found: list[Nearest], data: str) -> list[Lin
 def _texts(embeddings: Embeddings, row: int, near: Nearest) -> list[Line]:
     """Returns the caption, and where its own item is if that is not shown."""
     lines = [Line(embeddings.captions[row], lines=4, bold=True)]
-    if not any(right for _, right, _ in near.best):
-        lines.append(
-            Line(f"own {embeddings.modality}: place {near.rank} of {near.count}, {near.cosine:.3f}", 2, faint=True)
-        )
+    if near.place is not None:
+        lines.append(Line(f"own {embeddings.modality}: {near.place}", 2, faint=True))
     return lines
