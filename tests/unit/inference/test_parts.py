@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from univitar_ds.inference.reading import Rows
@@ -44,7 +45,6 @@ def test_safetensors(tmp_path, kind, count):
 @pytest.mark.parametrize("kind", ["embedding", "mean", "tokens"])
 @pytest.mark.parametrize("group_bytes", [1, 1 << 20])
 def test_parquet(tmp_path, monkeypatch, kind, group_bytes):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'univitar_ds[parquet]'")
     monkeypatch.setattr(parts, "_GROUP_BYTES", group_bytes)
     units = [rows(kind, 4, seed) for seed in range(2)]
     units[1].keys[2] = "no \udcff UTF-8"
@@ -63,8 +63,6 @@ def test_parquet(tmp_path, monkeypatch, kind, group_bytes):
 
 @pytest.mark.parametrize("suffix", parts.SUFFIXES)
 def test_a_dropped_part_leaves_nothing(tmp_path, suffix):
-    if suffix == ".parquet":
-        pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'univitar_ds[parquet]'")
     part = parts.open_part(tmp_path / f"p{suffix}", "mean", 4)
     part.add(rows("mean", 4, 0))
     part.drop()

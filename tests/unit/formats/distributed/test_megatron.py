@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pickle
@@ -46,10 +45,6 @@ from univitar_ds.model.towers import build_text_tower
 HEADS, WIDTH, INNER = 4, 64, 64
 GRID = [1, 4, 6]
 BLOCK = f"{VISION}encoder.layers.0."
-needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None,
-    reason="needs the extra megatron: pip install 'univitar_ds[megatron]'",
-)
 
 
 def _model() -> ContrastiveModel:
@@ -295,7 +290,6 @@ def _read_into_layers(folder: Path, wanted: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], wanted[name]), name
 
 
-@needs_megatron
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_megatron_reads_it_on_2_processes_and_what_they_write_is_read_back(source, folder, tmp_path):
@@ -314,7 +308,6 @@ def test_megatron_reads_it_on_2_processes_and_what_they_write_is_read_back(sourc
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-@needs_megatron
 @pytest.mark.distributed
 def test_megatron_reads_it_on_4_processes(folder):
     run_distributed(_with_megatron, 4, folder, None)
