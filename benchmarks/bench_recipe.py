@@ -11,7 +11,7 @@ teacher and the runs. All arms of a seed come first. An interrupted call continu
 are in results/bench_recipe.csv are not repeated; calls with different arms may run at the same time in one WORK.
 
 Runs have one process. CPU seconds are those of the whole command `train`, with start, evaluation and export. A run of
-7,000 samples takes 4 to 8 minutes of CPU time. PYTHON is that of an environment with timm
+7,000 samples takes 3 to 6 minutes of CPU time. PYTHON is that of an environment with timm
 (`pip install torch==2.14.1 torchvision==0.29.1 timm`); its arms need those of `video-0` with the same seed. FOLDER has
 captioned photos with splits train and test, in a form that `univitar-ds data pack` reads; its videos are not used.
 `--table` prints Markdown.
@@ -28,12 +28,16 @@ from benchmarks.recipe.arms import ARMS, PHOTO_ARMS
 from benchmarks.recipe.naflex import NAFLEX_ARMS, provide_naflex
 from benchmarks.recipe.runs import Bench, photos, provide_run, read_rows, scenes
 from benchmarks.recipe.table import tables
+from univitar_ds.cli.common import positive
+from univitar_ds.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--samples", type=int, default=7000, help="samples of a run, over all stages (default 7000)")
+    parser.add_argument(
+        "--samples", type=positive, default=7000, help="samples of a run, over all stages (default 7000)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *NAFLEX_ARMS], help="default: all that the data allows")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="captioned photos in place of scenes")
@@ -50,9 +54,13 @@ def main() -> None:
         possible += NAFLEX_ARMS
     arms = arguments.arms or possible
     if impossible := [arm for arm in arms if arm not in possible]:
-        parser.error(f"arms {' '.join(impossible)}: not with photos, and those of timm only with --timm-python")
+        reason = "there are none with photos" if arguments.photos else "they need --timm-python"
+        parser.error(f"arms {' '.join(impossible)}: {reason}")
     work = arguments.work
-    data = photos(work, arguments.photos) if arguments.photos else scenes(work)
+    try:
+        data = photos(work, arguments.photos) if arguments.photos else scenes(work)
+    except UserError as error:
+        parser.error(str(error))
     bench = Bench(work, data, arguments.samples)
     for seed in arguments.seeds:  # all arms of a seed first: if time runs out, the results of some seeds are complete
         for arm in arms:
