@@ -106,9 +106,9 @@ def _image_maps(model: UniViTARModel, image: Image.Image, caption: str | None) -
         (found,) = model.intermediates([_with_tokens(image, tokens)], [-1])[0]  # (1, D, h, w)
         features.setdefault(tuple(found.shape[2:]), found[0])
     colours, _ = component_colours([_rows(one) for one in features.values()])
-    shown = [Map(_shrunk(image), f"{image.width} x {image.height} px")]
+    shown = [Map(_shrunk(image), f"{image.height} x {image.width} px")]
     shown += [
-        Map(to_size(colour.view(*grid, 3), _HEIGHT, _WIDTH), f"{grid[1]} x {grid[0]} tokens")
+        Map(to_size(colour.view(*grid, 3), _HEIGHT, _WIDTH), f"{grid[0]} x {grid[1]} tokens")
         for grid, colour in zip(features, colours, strict=True)
     ]
     if caption is not None:
@@ -127,7 +127,7 @@ def _video_maps(model: UniViTARModel, frames: Sequence[Image.Image], caption: st
         frame = frames[index * per_token]
         shown.append(Map(_shrunk(frame), f"frame {index * per_token + 1} of {len(frames)}"))
         colour = colours[index].view(*found.shape[2:], 3)
-        shown.append(Map(to_size(colour, _HEIGHT, _WIDTH), f"{found.shape[3]} x {found.shape[2]} tokens"))
+        shown.append(Map(to_size(colour, _HEIGHT, _WIDTH), f"{found.shape[2]} x {found.shape[3]} tokens"))
         if caption is not None:
             shown.append(_similarity(model, found[index], frame, caption))
     return shown

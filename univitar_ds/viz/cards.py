@@ -36,7 +36,7 @@ RIGHT, WRONG = (0, 90, 181), (200, 70, 10)
 """Blue and orange, which remain different with all kinds of colour blindness."""
 MEANING = (
     "Colours: the first three principal components of the encoder's output tokens as red, green and blue. All items of "
-    "this page share them, so similar colours are similar features."
+    "this sheet share them, so similar colours are similar features."
 )
 ITEMS = {
     "image": "the encoder's input and its tokens; sizes are height x width",

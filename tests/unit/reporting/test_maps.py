@@ -21,10 +21,10 @@ def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp
     Image.effect_noise((140, 70), 90).convert("RGB").save(tmp_path / "noise.png")
     (found,) = maps_of(run, "tried", [tmp_path / "noise.png"], "a red image")
     original, *components, similar = found.maps
-    assert original.text == "140 x 70 px"
+    assert original.text == "70 x 140 px"
     assert len(components) >= 1  # the rule of this run allows at most 36 tokens, which can be the same grid
     for one in components:
-        width, height = (int(text) for text in one.text.split()[:3:2])
+        height, width = (int(text) for text in one.text.split()[:3:2])
         assert width * height <= 36
         cells = np.asarray(one.image.resize((width, height), Image.Resampling.NEAREST))
         assert len(np.unique(cells.reshape(-1, 3), axis=0)) > 1

@@ -87,6 +87,7 @@ def _legend(embeddings: Embeddings, found: list[Nearest], data: str) -> list[Lin
         ),
         Line(f"the {modality} has this caption; the nearest one does for {first} of {len(found)} captions", right=True),
         Line(f"the {modality} has other captions only", right=False),
+        Line(f"Where no {modality} shown has the caption, a line names the nearest one that has it.", lines=2),
     ]
 
 
