@@ -216,6 +216,7 @@ def _add_after_training(commands) -> None:
         "their configurations. A run may still be training.\n\n"
         "  univitar-ds report runs/photos\n"
         "  univitar-ds report runs/photos --out report.html\n"
+        "  univitar-ds report runs/photos --out report.html --images\n"
         "  univitar-ds report runs/photos --out report.html --images cat.jpg walk.mp4 --caption 'a cat'\n"
         "  univitar-ds report runs/curriculum runs/fixed --out compared.html --png drawings",
         leaves_files=False,
@@ -224,8 +225,9 @@ def _add_after_training(commands) -> None:
     report.add_argument("folders", nargs="+", type=expand, metavar="RUN", help="folders of runs, at most 8 for a page")
     report.add_argument("--out", type=expand, metavar="FILE", help="write the page to this file")
     report.add_argument(
-        "--images", nargs="+", type=expand, metavar="FILE", default=[],
-        help="with --out: images and videos whose features are drawn, from the last checkpoint of each run",
+        "--images", nargs="*", type=expand, metavar="FILE",
+        help="with --out: images and videos whose features are drawn, from the last checkpoint of each run; without "
+        "FILE: two images and a video of the first run's evaluation.sources, with their captions",
     )  # fmt: skip
     report.add_argument(
         "--caption", metavar="TEXT", help="with --images: also draw the similarity of each patch to this text"
@@ -275,7 +277,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     if arguments.out is not None:
         return _write_page(arguments)
-    if arguments.png is not None or arguments.images or arguments.caption is not None:
+    if arguments.png is not None or arguments.images is not None or arguments.caption is not None:
         raise ConfigError("--png, --images and --caption are for a page; give --out FILE too")
     several = len(arguments.folders) > 1
     for folder in arguments.folders:
@@ -285,8 +287,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _write_page(arguments: argparse.Namespace) -> None:
     from univitar_ds.reporting.page import PageOptions, check_page, write_page
 
-    if arguments.caption is not None and not arguments.images:
-        raise ConfigError("--caption is for maps of images; give --images FILE too")
+    if arguments.caption is not None and arguments.images is None:
+        raise ConfigError("--caption is for maps of images; give --images too")
     options = PageOptions(arguments.images, arguments.caption, arguments.png)
     check_page(arguments.out, options)
     for line in write_page(arguments.folders, arguments.out, options):

@@ -2,6 +2,7 @@
 
 __all__ = [
     "collected",
+    "configured",
     "during_training",
     "embed",
     "measure",

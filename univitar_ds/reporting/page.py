@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -24,6 +24,9 @@ from univitar_ds.reporting.differences import differences
 from univitar_ds.reporting.record import RunRecord, read_run
 from univitar_ds.training.logging.trackers import without_credentials
 from univitar_ds.training.logging.writers import event_text
+
+if TYPE_CHECKING:
+    from univitar_ds.reporting.map_items import MapItem
 
 TEMPLATE = "page.html.jinja"
 GENERATOR = '<meta name="generator" content="univitar-ds report">'
@@ -95,11 +98,12 @@ class PageImage:
 class PageOptions:
     """What is drawn in addition to the content of the runs' folders.
 
-    `images`: images and videos for maps of the features; `caption`: text whose similarity is drawn in these maps;
-    `drawings`: existing folder in which the curves are also written as PNG files.
+    `images`: images and videos for maps of the features, empty for held-out items of the first run, None for no maps;
+    `caption`: text whose similarity is drawn in these maps; `drawings`: existing folder in which the curves are also
+    written as PNG files.
     """
 
-    images: Sequence[Path] = ()
+    images: Sequence[Path] | None = None
     caption: str | None = None
     drawings: Path | None = None
 
@@ -122,16 +126,17 @@ def write_page(folders: Sequence[Path], out: Path, options: PageOptions = DEFAUL
     """Writes the page of runs to the file `out`, and the curves as PNG files if `options.drawings` is set.
 
     Yields: texts to print: the results of each run, and what was written.
-    Raises: as `read_runs` and `render_page`; StorageError if a file cannot be written.
+    Raises: as `read_runs`, `map_items.read_items` and `render_page`; StorageError if a file cannot be written.
     """
     startup.phase("reading the runs")
     runs = read_runs(folders)
+    items = _items(runs, options)
     for run in runs:
         title = [str(run.folder), ""] if len(runs) > 1 else []
         results = render_results(run.evaluation, run.summary)
         yield "\n".join([*title, results or f"{run.folder} has no results yet"])
     startup.phase("drawing the page")
-    page, drawn = render_page(runs, options)
+    page, drawn = render_page(runs, items)
     write_result(out, page)
     yield f"page in {out} ({len(page.encode()) / 1e6:.1f} MB)"
     if options.drawings is not None:
@@ -163,8 +168,16 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     ]
 
 
-def render_page(runs: Sequence[RunRecord], options: PageOptions = DEFAULTS) -> tuple[str, list[Drawing]]:
-    """Returns the page as HTML, and its drawings.
+def _items(runs: Sequence[RunRecord], options: PageOptions) -> list[MapItem]:
+    if options.images is None:
+        return []
+    from univitar_ds.reporting.map_items import read_items  # imports torch, which is slow
+
+    return read_items(runs, options.images, options.caption)
+
+
+def render_page(runs: Sequence[RunRecord], items: Sequence[MapItem] = ()) -> tuple[str, list[Drawing]]:
+    """Returns the page as HTML, and its drawings. Args: items: for maps of the features.
 
     Raises: as `maps.maps_of`; UserError if an example image cannot be read; InstallationError without Jinja2 or
         matplotlib.
@@ -188,7 +201,7 @@ def render_page(runs: Sequence[RunRecord], options: PageOptions = DEFAULTS) -> t
         "results": _results(runs),
         "checkpoints": [(run.name, _weights(run)) for run in runs if run.evaluation],
         "notes": list(dict.fromkeys(note for run in runs for note in run.evaluation.get("notes", []))),
-        "maps": _maps(runs, options),
+        "maps": _maps(runs, items),
         "examples": [],
         "differences": differences(runs) if len(runs) > 1 else [],
         "configs": [(run.name, _run_file(run)) for run in runs],
@@ -305,21 +318,21 @@ def _run_file(run: RunRecord) -> str:
     return text if len(text) <= _CONFIG_LETTERS else f"{text[:_CONFIG_LETTERS]}\n# and more, in {run.folder}"
 
 
-def _maps(runs: Sequence[RunRecord], options: PageOptions) -> list[tuple[str, list[PageImage]]]:
-    """Returns the title and the maps of each file in `options.images`, for each run."""
-    if not options.images:
+def _maps(runs: Sequence[RunRecord], items: Sequence[MapItem]) -> list[tuple[str, list[PageImage]]]:
+    """Returns the title and the maps of each item, for each run."""
+    if not items:
         return []
     from univitar_ds.reporting.maps import maps_of  # imports torch, which is slow
 
-    files = [one for run in runs for one in maps_of(run.folder, run.name, options.images, options.caption)]
-    count = sum(len(one.maps) for one in files)
+    found_maps = [one for run in runs for one in maps_of(run.folder, run.name, items)]
+    count = sum(len(one.maps) for one in found_maps)
     each = min(_MAP_BYTES, int(MOST_BYTES * _MAPS_SHARE * 3 / 4) // max(count, 1))
     return [
         (
             found.title,
             [PageImage(one.text, f"{found.title}, {one.text}", data_url(one.image, each)) for one in found.maps],
         )
-        for found in files
+        for found in found_maps
     ]
 
 

@@ -6,20 +6,29 @@ from PIL import Image
 
 from tests.support import media
 from tests.support.finished import run_config, write_run
+from tests.support.shards import write_demo_shards
+from univitar_ds.cli.main import main
 from univitar_ds.errors import UserError
+from univitar_ds.reporting.map_items import read_items
 from univitar_ds.reporting.maps import maps_of
+from univitar_ds.reporting.record import read_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    shards = write_demo_shards(tmp_path_factory.mktemp("shards"), images=8, videos=4, shards=1)
     folder = tmp_path_factory.mktemp("maps") / "run"
-    write_run(folder, run_config())
+    write_run(folder, run_config(shards))
     return folder
+
+
+def drawn(run, *files, caption=None):
+    return list(maps_of(run, "tried", read_items([read_run(run)], files, caption)))
 
 
 def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp_path):
     Image.effect_noise((140, 70), 90).convert("RGB").save(tmp_path / "noise.png")
-    (found,) = maps_of(run, "tried", [tmp_path / "noise.png"], "a red image")
+    (found,) = drawn(run, tmp_path / "noise.png", caption="a red image")
     original, *components, similar = found.maps
     assert original.text == "70 x 140 px"
     assert len(components) >= 1  # the rule of this run allows at most 36 tokens, which can be the same grid
@@ -33,14 +42,39 @@ def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp
 
 def test_a_video_has_frames_with_their_maps(run, tmp_path):
     (tmp_path / "v.mp4").write_bytes(media.video(media.moving_frames(16)))
-    (found,) = maps_of(run, "tried", [tmp_path / "v.mp4"])
+    (found,) = drawn(run, tmp_path / "v.mp4")
     assert next(one.text for one in found.maps if one.text.startswith("frame")) == "frame 1 of 16"
     assert len(found.maps) % 2 == 0
 
 
-def test_a_file_that_is_no_image_is_named(run, tmp_path):
+def test_held_out_items_are_drawn_with_their_captions(run):
+    items = read_items([read_run(run)], [], None)
+    assert [isinstance(one.item, Image.Image) for one in items] == [True, True, False]
+    assert len({one.name for one in items}) == 3
+    assert all("test" in one.name for one in items)
+    assert len({one.caption for one in items}) == 3
+    for one, found in zip(items, maps_of(run, "tried", items), strict=True):
+        assert found.title == f"tried: {one.name}"
+        assert sum(f"“{one.caption}”: cosine" in drawn.text for drawn in found.maps) >= 1
+    assert {one.caption for one in read_items([read_run(run)], [], "another")} == {"another"}
+
+
+def test_what_cannot_be_drawn_is_reported_before_the_results_are_printed(run, tmp_path, capsys):
     (tmp_path / "x.jpg").write_bytes(b"text")
-    with pytest.raises(UserError, match=r"x\.jpg cannot be drawn: .*; name an image or a video"):
-        list(maps_of(run, "tried", [tmp_path / "x.jpg"]))
-    with pytest.raises(UserError, match=r"gone\.jpg cannot be drawn"):
-        list(maps_of(run, "tried", [tmp_path / "gone.jpg"]))
+    (tmp_path / "v.mp4").write_bytes(b"text")
+    for file, said in (("x.jpg", "name an image or a video"), ("v.mp4", "name an image or a video"),
+                       ("gone.jpg", "No such file or directory; name an image or a video")):  # fmt: skip
+        assert main(["report", str(run), "--out", str(tmp_path / "p.html"), "--images", str(tmp_path / file)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"{tmp_path / file} cannot be drawn: " in printed.err
+        assert said in printed.err
+        assert "[Errno" not in printed.err
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_a_run_without_held_out_data_asks_for_files(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, run_config(evaluation={"sources": []}))
+    with pytest.raises(UserError, match=r"evaluation\.sources of tried is empty; name files: --images FILE"):
+        read_items([read_run(folder)], [], None)

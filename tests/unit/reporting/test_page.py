@@ -166,7 +166,7 @@ def test_files_of_others_are_kept_and_wrong_options_are_error_messages(run_folde
     for wrong, said in (
         (["--png", tmp_path], "give --out FILE too"),
         (["--caption", "a cat"], "give --out FILE too"),
-        (["--out", tmp_path / "p.html", "--caption", "a cat"], "give --images FILE too"),
+        (["--out", tmp_path / "p.html", "--caption", "a cat"], "give --images too"),
         ([*[run] * 8, "--out", tmp_path / "p.html"], "9 runs are too many for one page (limit 8)"),
         ([tmp_path, "--out", tmp_path / "p.html"], "has no config.yaml"),
     ):
