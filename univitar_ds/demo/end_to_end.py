@@ -1,4 +1,5 @@
-"""Runs the demo: renders scenes, packs shards, trains with ZeRO-3 on local processes, evaluates and exports."""
+"""Runs the demo: renders scenes, packs shards, trains with ZeRO-3 on local processes, evaluates, exports, and writes a
+page of the run."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from pathlib import Path
 from univitar_ds import launch
 from univitar_ds.config.run_folder import EXPORT, MODEL, SUMMARY
 from univitar_ds.data.writing.writer import pack_folder
-from univitar_ds.demo.folder import RUN, claim
+from univitar_ds.demo.folder import PAGE, RUN, claim
 from univitar_ds.demo.synthetic import write_scenes
 from univitar_ds.demo.use_model import classified
 from univitar_ds.evaluation.report import render_times
+from univitar_ds.reporting.page import PageOptions, check_page, write_page
 from univitar_ds.screen import show
 
 IMAGES, VIDEOS = 1600, 1600
@@ -27,6 +29,9 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     Returns: the exit status.
     Raises: UserError, for example a ConfigError if the folder contains files that no demo writes.
     """
+    with_maps = PageOptions(images=())
+    if folder.is_dir():
+        check_page(folder / PAGE, with_maps)
     claim(folder)
     os.environ["DS_ACCELERATOR"] = "cpu"  # so that the demo runs on every machine
     times: dict[str, float] = {} if install_seconds is None else {"installation": install_seconds}
@@ -44,11 +49,13 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     if status:
         return status
     run = folder / RUN
+    with launch.timed(after := {}, "drawing the page"):
+        *_, page = write_page([run], folder / PAGE, with_maps)
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     rest = times.pop("training, evaluation, export") - sum(summary["seconds"].values())
-    show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"]}))
+    show(render_times({**times, "starting processes": round(rest, 1), **summary["seconds"], **after}))
     show("\nThe results differ by a few points between processors, and more between seeds (docs/results.md).")
     show(f"\nUniViTARModel.from_pretrained({str(run / EXPORT / MODEL)!r}).zero_shot(images, names):\n")
     show(classified(run / EXPORT / MODEL, folder / "scenes"))
-    show(f"\nLook at {run}/examples-*.png; the model is in {run / EXPORT}.")
+    show(f"\nThe model is in {run / EXPORT}; look at the {page}.")
     return 0

@@ -17,10 +17,12 @@ from univitar_ds.run_lock import RunLock
 KIND = "demo"
 """Kind of the marker file in the folder of a demo."""
 RUN = Path("runs", "demo")
+PAGE = "report.html"
 _RUN: Names = RUN_ENTRIES | LOCKS
 _SCENE = r"(train|test)-\d{6}\.(png|jpg|mp4)"
 _ENTRIES: Names = {
     re.escape(MARK): None,
+    re.escape(PAGE): None,
     "scenes": {r"scenes\.json|metadata\.jsonl(\.partial)?": None, "images": {_SCENE: None}, "videos": {_SCENE: None}},
     "shards": {r"manifest\.json|\.pack\.(jsonl|lock)|(train|test)-(image|video)-\d{6}\.tar": None},
     "runs": {"demo": _RUN},

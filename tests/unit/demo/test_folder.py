@@ -22,6 +22,7 @@ WRITTEN = [
     "shards/.train-image-000001.tar.partial", "shards/.pack.jsonl.partial", "runs/demo/metrics.jsonl",
     "runs/demo/checkpoints/step-00000050/rank00001.safetensors", "runs/demo/checkpoints/latest",
     "runs/demo/export/model.safetensors", "runs/demo/examples-image.png", "runs/demo/tb/events.out.tfevents.1.x",
+    "report.html",
 ]  # fmt: skip
 MINE = ["notes.txt", "scenes/images/holiday.png", "shards/photos-000000.tar", "runs/mine/config.yaml",
         "runs/demo/notes.txt", "runs/demo/checkpoints/step-00000050/notes.txt"]  # fmt: skip
