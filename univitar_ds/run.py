@@ -40,7 +40,7 @@ from univitar_ds.config.run_folder import (
     not_a_run,
 )
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import ConfigError, writing
+from univitar_ds.errors import ConfigError, UserError, writing
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
@@ -140,20 +140,30 @@ def reopen_run(
 def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
     """Returns what `create_run` and the training would do, as text, after the same checks. Writes nothing.
 
-    Raises: as `create_run`, and ConfigError if the disk has too little space for the checkpoints.
+    Raises: as `create_run`, and ConfigError if the disk has too little space for the checkpoints. If the folder has an
+        earlier run, an error of the run file is reported too.
     """
     from univitar_ds.planning.report import Plan, report
 
     run = Path(config.output, config.name)
+    used: ConfigError | None = None
     with writing(run), RunLock(run) as lock:
         lock.refuse()
-        _check_unused(run, recipe)
-        _check_store_unused(config)
+        try:
+            _check_unused(run, recipe)
+            _check_store_unused(config)
+        except ConfigError as error:
+            used = error
         check_lengths(run)
         parent = existing_parent(run)
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
-    found = check_run(config, recipe, world_size)
+    try:
+        found = check_run(config, recipe, world_size)
+    except UserError as error:
+        raise ConfigError(f"{error}\n{used}") if used else error from None
+    if used:
+        raise used
     described, classes = foreseen_model(found)
     return report(Plan(found, run, world_size, described, classes))
 

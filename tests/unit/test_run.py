@@ -15,7 +15,7 @@ from univitar_ds.config.load import changed_result, check_config, dump_config, l
 from univitar_ds.config.run_folder import RUN_ENTRIES
 from univitar_ds.errors import ConfigError, StorageError, UserError
 from univitar_ds.owned import MARK, foreign
-from univitar_ds.run import create_run, reopen_run
+from univitar_ds.run import create_run, describe_run, reopen_run
 from univitar_ds.run_lock import RunLock, RunLocked
 
 
@@ -196,6 +196,16 @@ def test_a_job_that_torchrun_has_started_again_continues_what_it_saved(config, m
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
         create_run(config, "test", 1)
+
+
+def test_a_dry_run_beside_an_earlier_run_reports_errors_of_the_run_file_too(config, tmp_path):
+    (tmp_path / config.name / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (tmp_path / config.name / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^[^\n]*holds the checkpoints of an earlier run[^\n]*$"):
+        describe_run(config, "test", 1)
+    missing = run_config(tmp_path / "nowhere", output=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"nowhere(.|\n)*holds the checkpoints of an earlier run"):
+        describe_run(missing, "test", 1)
 
 
 @pytest.mark.parametrize(
