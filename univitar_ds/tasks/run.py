@@ -116,9 +116,21 @@ def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Me
     names = class_list(data)
 
     def measured(found: Embeddings, texts: Texts) -> _Measured:
-        return zero_shot(found, templates[found.modality], texts, names)
+        figures, notes = zero_shot(found, templates[found.modality], texts, names)
+        return figures, [*notes, *([_templates_note(found.modality, options)] if figures else [])]
 
     return _with_texts(opened, data, options, "label", measured)
+
+
+def _templates_note(modality: Modality, options: TaskOptions) -> str:
+    """Returns a sentence about the templates of a modality."""
+    templates = _templates(options)[modality]
+    if len(templates) == 1:
+        used = repr(templates[0])
+    else:
+        origin = "CLIP's, for ImageNet" if options.templates in (None, IMAGENET) else f"of {options.templates}"
+        used = f"{len(templates)} templates ({origin})"
+    return f"Zero-shot of {modality}s: each class name in {used}; --templates FILE takes others."
 
 
 def _templates(options: TaskOptions) -> dict[Modality, list[str]]:
@@ -174,6 +186,7 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
     setup, sources = opened.setup(texts=False), probe_sources(data)
     listed = _listed(setup, sources, "label")
     measurable, notes = _measurable(*listed)
+    setup = _of_measurable(setup, measurable, listed)
     found = _features_of(opened, setup, sources if measurable else [], data, options)
     for number in measurable:
         modality = MODALITIES[number]
@@ -233,6 +246,13 @@ def _measurable(train: Sequence[Items], test: Sequence[Items]) -> tuple[list[int
         elif learned.labels:
             notes.append(f"No {modality} of the test split has a label, so that {modality}s are not measured.")
     return found, notes
+
+
+def _of_measurable(setup: AnySetup, measurable: Sequence[int], listed: Sequence[Sequence[Items]]) -> AnySetup:
+    """Returns the setup without the other modality, if it has items and only one is measurable."""
+    if len(measurable) != 1 or not any(both[1 - measurable[0]].samples for both in listed):
+        return setup
+    return replace(setup, reading=replace(setup.reading, only=MODALITIES[measurable[0]]))
 
 
 def _of_several_classes(both: Sequence[Items], names: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -314,7 +334,7 @@ def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measu
         sweep = Sweep(opened, splits[-1], train, templates, features_cache(data), options.progress, names)
         more, said = sweep.points(options.counts)
         points += more
-        notes += said
+        notes += [*said, *([_templates_note(MODALITIES[number], options)] if more and train is None else [])]
     if points and options.png is not None:
         replace_bytes(options.png, drawing(points))
         notes.append(f"The curves are drawn in {options.png}.")

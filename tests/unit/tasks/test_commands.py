@@ -46,7 +46,9 @@ def by_measure(result: dict) -> dict[str, dict]:
 def test_zero_shot_is_that_of_the_model_itself(run, pets, tmp_path, capsys):
     (tmp_path / "templates").write_text("\ufeff# words\na {c}\nthe {} here\n", encoding="utf-8")
     given = ["--data", pets, "--cache", tmp_path, "--templates", tmp_path / "templates"]
-    figure = by_measure(measured(capsys, "zero-shot", run, *given))["top-1"]
+    result = measured(capsys, "zero-shot", run, *given)
+    assert f"each class name in 2 templates (of {tmp_path / 'templates'})" in result["notes"][0]
+    figure = by_measure(result)["top-1"]
     paths = [pets / "test" / name / f"{index}.png" for name in CLASSES for index in range(EACH)]
     model = UniViTARModel.from_pretrained(run)
     probabilities = model.zero_shot([Image.open(path) for path in paths], CLASSES, ["a {}", "the {} here"])
@@ -128,6 +130,19 @@ def test_a_modality_that_a_split_lacks_is_a_note_beside_the_other_ones_results(r
     result = measured(capsys, "knn", run, *given)
     assert {figure["modality"] for figure in result["figures"]} == {"image"}
     assert "No video of the test split has a label" in result["notes"][0]
+    keys = [key for index in tmp_path.rglob("*.index.json") for key in json.loads(index.read_text())["key"]]
+    assert len(keys) == len(CLASSES) * (EACH + 1)  # features of the video are not computed
+
+
+def test_the_default_templates_are_named(run, tmp_path, capsys):
+    members = [("clip.mp4", video([np.asarray(noise(28, 42, seed=seed)) for seed in range(4)])), ("clip.cls", "cat")]
+    members += [("image.png", encoded(noise(28, 42, seed=1), "PNG")), ("image.cls", "dog")]
+    datasets.write_tar(tmp_path / "0.tar", members)
+    (tmp_path / "names").write_text("cat\ndog\n")
+    given = ["--data", tmp_path / "0.tar", "--class-names", tmp_path / "names", "--cache", tmp_path / "cache"]
+    image, of_video = measured(capsys, "zero-shot", run, *given)["notes"]
+    assert image.startswith("Zero-shot of images: each class name in 80 templates (CLIP's, for ImageNet);")
+    assert of_video.startswith("Zero-shot of videos: each class name in 'a video of a {}.';")
 
 
 def _captioned(index: int) -> list[tuple[str, bytes | str]]:
