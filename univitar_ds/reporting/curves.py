@@ -40,18 +40,20 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Panel:
-    """What a drawing shows. `names`: regular expression of the names of metrics; `unit`: label of the y axis."""
+    """What a drawing shows. `names`: regular expression of the names of metrics; `unit`: label of the y axis; `least`:
+    number of metrics that one of the runs must have, else the panel is not drawn."""
 
     key: str
     title: str
     names: str
     unit: str = ""
     logarithmic: bool = False
+    least: int = 1
 
 
 PANELS = (
     Panel("loss", "Loss", "loss"),
-    Panel("loss-parts", "Parts of the loss", r"loss_(?!(.*_)?(image|video)$).+|teacher_agreement"),
+    Panel("loss-parts", "Parts of the loss", r"loss_(?!(.*_)?(image|video)$).+|teacher_agreement", least=2),
     Panel("loss-modality", "Loss of images and videos", "loss_(image|video)"),
     Panel("classes", "Evaluation during training: classification, top-1", r"eval/(?!.*(R@\d|top-5)).+"),
     Panel("retrieval", "Evaluation during training: retrieval, R@1", r"eval/.*R@1(_.*)?"),
@@ -61,7 +63,7 @@ PANELS = (
     Panel("tokens", "Tokens per sample", "tokens_per_sample", "tokens"),
     Panel("sizes", "Size of items: square root of the area", "side_px_(image|video)", "px"),
     Panel("fill", "Fill of packs, and samples that were downscaled", r"(fill|downscaled)_pct", "%"),
-    Panel("balance", "Longest rank above the mean, in FLOPs", "flop_imbalance_pct", "%"),
+    Panel("balance", "Balance: most FLOPs of a rank, above the mean of ranks", "flop_imbalance_pct", "%"),
     Panel("speed", "Samples per second", "samples_per_s"),
     Panel("use", "Model FLOPs utilization (MFU), and time spent waiting for data", r"(mfu|data_wait)_pct", "%"),
     Panel("memory", "Memory of a rank", "memory_gb", "GB"),
@@ -80,7 +82,7 @@ class Drawing:
 
 
 def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
-    """Draws each panel that any of the runs has values for. With several runs each run has a colour, with one run each
+    """Draws each panel for which a run has enough metrics. With several runs each run has a colour, with one run each
     metric.
 
     Raises: InstallationError without matplotlib.
@@ -95,7 +97,7 @@ def drawings(runs: Sequence[RunRecord]) -> list[Drawing]:
     return [
         _drawn(panel, runs, [of_run[panel.key] for of_run in curves])
         for panel in PANELS
-        if any(of_run[panel.key] for of_run in curves)
+        if any(len(of_run[panel.key]) >= panel.least for of_run in curves)
     ]
 
 

@@ -20,15 +20,17 @@ TOKENS = (64, 256, 1024)
 """Approximate tokens of an image at the three resolutions. The run's size rule may limit them."""
 SHOWN_FRAMES = 4
 """Number of frames of a video that are drawn."""
-_HEIGHT, _WIDTH = 224, 448
-"""Maximum size of a map in pixels."""
+_HEIGHT, _WIDTH, _FRAME_WIDTH = 224, 448, 224
+"""Maximum height of a map in pixels, and width of a map of an image and of a frame."""
+ORIGINAL, COMPONENTS, SIMILARITY = "original", "principal components", "similarity"
+"""What the images of a map show."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """An RGB image, and the text that is shown below it."""
+    """RGB images that are shown one below the other, by what they show, and the text below them."""
 
-    image: Image.Image
+    images: dict[str, Image.Image]
     text: str
 
 
@@ -61,31 +63,36 @@ def _image_maps(model: UniViTARModel, image: Image.Image, caption: str | None) -
         (found,) = model.intermediates([with_tokens(image, tokens)], [-1])[0]  # (1, D, h, w)
         features.setdefault(tuple(found.shape[2:]), found[0])
     colours, _ = component_colours([_rows(one) for one in features.values()])
-    shown = [Map(_shrunk(image), f"{image.height} x {image.width} px")]
+    shown = [Map({ORIGINAL: _shrunk(image, _WIDTH)}, f"{image.height} x {image.width} px")]
     shown += [
-        Map(to_size(colour.view(*grid, 3), _HEIGHT, _WIDTH), f"{grid[0]} x {grid[1]} tokens")
+        Map({COMPONENTS: to_size(colour.view(*grid, 3), _HEIGHT, _WIDTH)}, _tokens(grid))
         for grid, colour in zip(features, colours, strict=True)
     ]
     if caption is not None:
         finest = max(features, key=lambda grid: grid[0] * grid[1])
-        shown.append(_similarity(model, features[finest], image, caption))
+        similar, text = _similarity(model, features[finest], _shrunk(image, _WIDTH), caption)
+        shown.append(Map({SIMILARITY: similar}, text))
     return shown
 
 
 def _video_maps(model: UniViTARModel, frames: Sequence[Image.Image], caption: str | None) -> list[Map]:
     (found,) = model.intermediates([list(frames)], [-1])[0]  # (t, D, h, w)
     colours, _ = component_colours([_rows(one) for one in found])
-    chosen = spread_frames(len(found), SHOWN_FRAMES)
     per_token = len(frames) // len(found)
     shown = []
-    for index in chosen:
-        frame = frames[index * per_token]
-        shown.append(Map(_shrunk(frame), f"frame {index * per_token + 1} of {len(frames)}"))
-        colour = colours[index].view(*found.shape[2:], 3)
-        shown.append(Map(to_size(colour, _HEIGHT, _WIDTH), f"{found.shape[2]} x {found.shape[3]} tokens"))
+    for index in spread_frames(len(found), SHOWN_FRAMES):
+        frame, grid = _shrunk(frames[index * per_token], _FRAME_WIDTH), tuple(found.shape[2:])
+        images = {ORIGINAL: frame, COMPONENTS: to_size(colours[index].view(*grid, 3), _HEIGHT, _FRAME_WIDTH)}
+        texts = [f"frame {index * per_token + 1} of {len(frames)}", _tokens(grid)]
         if caption is not None:
-            shown.append(_similarity(model, found[index], frame, caption))
+            images[SIMILARITY], text = _similarity(model, found[index], frame, caption)
+            texts.append(text)
+        shown.append(Map(images, ", ".join(texts)))
     return shown
+
+
+def _tokens(grid: Sequence[int]) -> str:
+    return f"{grid[0]} x {grid[1]} tokens"
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -93,16 +100,16 @@ def _rows(features: Tensor) -> Tensor:
     return features.flatten(1).T.float().cpu()
 
 
-def _shrunk(image: Image.Image) -> Image.Image:
-    return to_size(np.asarray(image.convert("RGB")), _HEIGHT, _WIDTH)
+def _shrunk(image: Image.Image, width: int) -> Image.Image:
+    return to_size(np.asarray(image.convert("RGB")), _HEIGHT, width)
 
 
 @torch.no_grad()
-def _similarity(model: UniViTARModel, features: Tensor, image: Image.Image, caption: str) -> Map:
-    """Draws the cosine similarity of each patch to a caption over the image. Each patch is pooled and projected as if
-    it were an item.
+def _similarity(model: UniViTARModel, features: Tensor, shown: Image.Image, caption: str) -> tuple[Image.Image, str]:
+    """Draws the cosine similarity of each patch to a caption over the image, with a text about the colours. Each patch
+    is pooled and projected as if it were an item.
 
-    Args: features: (D, h, w) of the image.
+    Args: features: (D, h, w) of the image; shown: the image at the size of the map.
     """
     module = model.module
     tokens = features.flatten(1).T.contiguous()
@@ -112,7 +119,6 @@ def _similarity(model: UniViTARModel, features: Tensor, image: Image.Image, capt
     shares = ((cosines - low) / max(high - low, 1e-6)).view(features.shape[1:]).cpu().numpy()
     from matplotlib import colormaps
 
-    shown = _shrunk(image)
     heat = Image.fromarray((colormaps["viridis"](shares)[..., :3] * 255).astype(np.uint8))
     heat = heat.resize(shown.size, Image.Resampling.BICUBIC)
-    return Map(Image.blend(shown, heat, 0.6), f"“{caption}”: cosine {low:+.2f} (dark) to {high:+.2f} (bright)")
+    return Image.blend(shown, heat, 0.6), f"“{caption}”: cosine {low:+.2f} (dark) to {high:+.2f} (bright)"

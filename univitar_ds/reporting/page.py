@@ -94,6 +94,13 @@ class PageImage:
     url: str
 
 
+class MapFigure(NamedTuple):
+    """Images that are shown one below the other, and the text below them."""
+
+    images: list[PageImage]
+    text: str
+
+
 @dataclass(frozen=True)
 class PageOptions:
     """What is drawn in addition to the content of the runs' folders.
@@ -318,21 +325,30 @@ def _run_file(run: RunRecord) -> str:
     return text if len(text) <= _CONFIG_LETTERS else f"{text[:_CONFIG_LETTERS]}\n# and more, in {run.folder}"
 
 
-def _maps(runs: Sequence[RunRecord], items: Sequence[MapItem]) -> list[tuple[str, list[PageImage]]]:
+def _maps(runs: Sequence[RunRecord], items: Sequence[MapItem]) -> list[tuple[str, list[MapFigure]]]:
     """Returns the title and the maps of each item, for each run."""
     if not items:
         return []
     from univitar_ds.reporting.maps import maps_of  # imports torch, which is slow
 
-    found_maps = [one for run in runs for one in maps_of(run.folder, run.name, items)]
-    count = sum(len(one.maps) for one in found_maps)
+    drawn = [one for run in runs for one in maps_of(run.folder, run.name, items)]
+    count = sum(len(figure.images) for one in drawn for figure in one.maps)
     each = min(_MAP_BYTES, int(MOST_BYTES * _MAPS_SHARE * 3 / 4) // max(count, 1))
     return [
         (
-            found.title,
-            [PageImage(one.text, f"{found.title}, {one.text}", data_url(one.image, each)) for one in found.maps],
+            one.title,
+            [
+                MapFigure(
+                    [
+                        PageImage(what, f"{one.title}, {figure.text}: {what}", data_url(image, each))
+                        for what, image in figure.images.items()
+                    ],
+                    figure.text,
+                )
+                for figure in one.maps
+            ],
         )
-        for found in found_maps
+        for one in drawn
     ]
 
 

@@ -35,7 +35,7 @@ def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp
     for one in components:
         height, width = (int(text) for text in one.text.split()[:3:2])
         assert width * height <= 36
-        cells = np.asarray(one.image.resize((width, height), Image.Resampling.NEAREST))
+        cells = np.asarray(one.images["principal components"].resize((width, height), Image.Resampling.NEAREST))
         assert len(np.unique(cells.reshape(-1, 3), axis=0)) > 1
     assert "“a red image”: cosine" in similar.text
 
@@ -43,8 +43,11 @@ def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp
 def test_a_video_has_frames_with_their_maps(run, tmp_path):
     (tmp_path / "v.mp4").write_bytes(media.video(media.moving_frames(16)))
     (found,) = drawn(run, tmp_path / "v.mp4")
-    assert next(one.text for one in found.maps if one.text.startswith("frame")) == "frame 1 of 16"
-    assert len(found.maps) % 2 == 0
+    assert len(found.maps) == 4
+    assert found.maps[0].text == "frame 1 of 16, 1 x 2 tokens"
+    for one in found.maps:
+        assert list(one.images) == ["original", "principal components"]
+        assert all(image.width <= 224 and image.height <= 224 for image in one.images.values())
 
 
 def test_held_out_items_are_drawn_with_their_captions(run):
@@ -55,7 +58,9 @@ def test_held_out_items_are_drawn_with_their_captions(run):
     assert len({one.caption for one in items}) == 3
     for one, found in zip(items, maps_of(run, "tried", items), strict=True):
         assert found.title == f"tried: {one.name}"
-        assert sum(f"“{one.caption}”: cosine" in drawn.text for drawn in found.maps) >= 1
+        similar = [drawn for drawn in found.maps if "similarity" in drawn.images]
+        assert len(similar) == (1 if isinstance(one.item, Image.Image) else len(found.maps))
+        assert all(f"“{one.caption}”: cosine" in drawn.text for drawn in similar)
     assert {one.caption for one in read_items([read_run(run)], [], "another")} == {"another"}
 
 

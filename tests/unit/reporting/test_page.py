@@ -143,6 +143,16 @@ def test_a_run_before_its_first_line_has_a_page(run_folder, tmp_path, capsys):
     assert not any(tag == "svg" for tag, _ in page.elements)
 
 
+def test_parts_of_the_loss_are_drawn_if_there_are_two(run_folder, tmp_path):
+    run = run_folder("a")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for parts in (["loss_contrastive"], ["loss_contrastive", "loss_distill"]):
+        content = "".join(json.dumps({**line, **dict.fromkeys(parts, 0.5)}) + "\n" for line in lines)
+        (run / "metrics.jsonl").write_text(content)
+        page_of(tmp_path, run)
+        assert ("Parts of the loss" in (tmp_path / "page.html").read_text()) == (len(parts) > 1)
+
+
 def test_curves_are_written_as_images_too_and_written_again(run_folder, tmp_path):
     drawings = tmp_path / "drawings"
     drawings.mkdir()
