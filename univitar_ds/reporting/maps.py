@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from univitar_ds.errors import shortened
 from univitar_ds.inference.model import UniViTARModel
 from univitar_ds.reporting.map_items import MapItem, with_tokens
 from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
@@ -24,6 +25,8 @@ _HEIGHT, _WIDTH, _FRAME_WIDTH = 224, 448, 224
 """Maximum height of a map in pixels, and width of a map of an image and of a frame."""
 ORIGINAL, COMPONENTS, SIMILARITY = "original", "principal components", "similarity"
 """What the images of a map show."""
+_CAPTION_LETTERS = 200
+"""Maximum length of a caption below a map."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ def maps_of(folder: Path, name: str, items: Sequence[MapItem]) -> Iterator[ItemM
     For an image: the first three principal components of its features at three resolutions, with one basis for the
     colours; and the similarity of its patches to its text. For a video: the same for some frames, at one resolution.
 
-    Args: folder, name: of the run; items: those with a text need a model with a text tower.
+    Args: folder, name: of the run; items: their texts are left out if the model has no text tower.
     Raises: CheckpointError if the run has no complete checkpoint.
     """
     model = UniViTARModel.from_pretrained(folder)
     for one in items:
         draw = _image_maps if isinstance(one.item, Image.Image) else _video_maps
-        yield ItemMaps(f"{name}: {one.name}", draw(model, one.item, one.caption))
+        caption = None if model.joint is None else one.caption
+        yield ItemMaps(f"{name}: {one.name}", draw(model, one.item, caption))
 
 
 def _image_maps(model: UniViTARModel, image: Image.Image, caption: str | None) -> list[Map]:
@@ -121,4 +125,5 @@ def _similarity(model: UniViTARModel, features: Tensor, shown: Image.Image, capt
 
     heat = Image.fromarray((colormaps["viridis"](shares)[..., :3] * 255).astype(np.uint8))
     heat = heat.resize(shown.size, Image.Resampling.BICUBIC)
-    return Image.blend(shown, heat, 0.6), f"“{caption}”: cosine {low:+.2f} (dark) to {high:+.2f} (bright)"
+    text = f"“{shortened(caption, _CAPTION_LETTERS)}”: cosine {low:+.2f} (dark) to {high:+.2f} (bright)"
+    return Image.blend(shown, heat, 0.6), text

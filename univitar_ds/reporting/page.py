@@ -62,8 +62,12 @@ _OF_TEXTS = (
 """Title and alternative text of an example image."""
 _WEBP_PX = 16_383
 """Maximum side of a WebP image, a limit of the format."""
-_UNPRINTED = dict.fromkeys({*range(32), 127} - set(map(ord, "\t\n\r")), "\N{REPLACEMENT CHARACTER}")
-"""Control characters that HTML must not contain; names in a damaged log may have them."""
+_UNPRINTED = dict.fromkeys(
+    {*range(32), 127, *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(map(ord, "\t\n\r")),
+    "\N{REPLACEMENT CHARACTER}",
+)
+"""Control characters that HTML must not contain, and those that change the direction of the text after them. Captions
+and names in a damaged log may have them."""
 
 
 class Cell(NamedTuple):

@@ -1,16 +1,21 @@
 """Maps of a model's features on images and videos, and of their similarity to a caption."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import media
+from tests.support import datasets, media
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
 from univitar_ds.cli.main import main
-from univitar_ds.errors import UserError
+from univitar_ds.errors import CheckpointError, UserError
+from univitar_ds.reporting import map_items
 from univitar_ds.reporting.map_items import read_items
 from univitar_ds.reporting.maps import maps_of
+from univitar_ds.reporting.page import render_page
 from univitar_ds.reporting.record import read_run
 
 
@@ -24,6 +29,18 @@ def run(tmp_path_factory):
 
 def drawn(run, *files, caption=None):
     return list(maps_of(run, "tried", read_items([read_run(run)], files, caption)))
+
+
+def held_out(run, folder, *captions):
+    """The run, evaluated on images with these captions."""
+    members = []
+    for number, caption in enumerate(captions):
+        content = io.BytesIO()
+        Image.effect_noise((42, 42), 90).save(content, "PNG")
+        members += [(f"{number}.png", content.getvalue()), (f"{number}.txt", caption)]
+    datasets.write_tar(folder / "0.tar", members)
+    sources = {"sources": [{"path": str(folder)}], "token_budget": 200}
+    return replace(read_run(run), config=run_config(folder, evaluation=sources))
 
 
 def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp_path):
@@ -83,3 +100,56 @@ def test_a_run_without_held_out_data_asks_for_files(tmp_path):
     write_run(folder, run_config(evaluation={"sources": []}))
     with pytest.raises(UserError, match=r"evaluation\.sources of tried is empty; name files: --images FILE"):
         read_items([read_run(folder)], [], None)
+
+
+@pytest.mark.parametrize(("looked_at", "shown"), [(64, ["0/0", "0/3"]), (3, ["0/0", "0/1"])])
+def test_items_with_different_captions_come_first(run, tmp_path, monkeypatch, looked_at, shown):
+    """A data set may have one caption or label: it is neither read to its end nor has it one item."""
+    monkeypatch.setattr(map_items, "_LOOKED_AT", looked_at)
+    record = held_out(run, tmp_path, "a cat", "a cat", "a cat", "a dog")
+    assert [one.name for one in read_items([record], [], None)] == shown
+
+
+def test_captions_of_any_length_and_direction_leave_the_page_readable(run, tmp_path):
+    record = held_out(run, tmp_path, "x" * 10_000, "\u202e<b>evil")
+    page, _ = render_page([record], read_items([record], [], None))
+    assert "x" * 201 not in page
+    assert "“\N{REPLACEMENT CHARACTER}&lt;b&gt;evil”: cosine" in page
+
+
+def test_files_of_one_name_have_their_folders_in_the_title(run, tmp_path):
+    files = [tmp_path / folder / "x.png" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        Image.new("RGB", (42, 42)).save(file)
+    assert [one.name for one in read_items([read_run(run)], files, None)] == [str(file) for file in files]
+    assert [one.name for one in read_items([read_run(run)], files[:1], None)] == ["x.png"]
+
+
+def test_a_file_above_the_limit_is_not_read(run, tmp_path, monkeypatch):
+    with (tmp_path / "v.mp4").open("wb") as file:
+        file.truncate((2 << 20) + 1)
+    monkeypatch.setattr(map_items, "_MAX_MB", 2)
+    with pytest.raises(UserError, match=r"the file has 2097153 bytes \(limit 2097152\); name an image or a video"):
+        read_items([read_run(run)], [tmp_path / "v.mp4"], None)
+
+
+def test_a_run_without_a_checkpoint_is_reported_first(run, tmp_path):
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        read_items([read_run(run), read_run(tmp_path)], [], None)
+
+
+def test_texts_are_drawn_for_the_runs_that_have_a_text_tower(run, tmp_path):
+    record = held_out(run, tmp_path, "a cat", "a dog")
+    classifier = tmp_path / "classifier"
+    shards = write_demo_shards(tmp_path / "shards", images=4, videos=2, shards=1)
+    write_run(classifier, run_config(shards, objective={"kind": "classification"}))
+    items = read_items([record, read_run(classifier)], [], None)
+    for folder, similar in ((run, 1), (classifier, 0)):
+        for found in maps_of(folder, "tried", items):
+            assert sum("similarity" in drawn.images for drawn in found.maps) == similar
+    with pytest.raises(UserError, match="--caption needs a text tower"):
+        read_items([record, read_run(classifier)], [], "a cat")
+    with pytest.raises(UserError, match="--caption is empty"):
+        read_items([record], [], " ")
