@@ -117,24 +117,25 @@ def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Me
 
     def measured(found: Embeddings, texts: Texts) -> _Measured:
         figures, notes = zero_shot(found, templates[found.modality], texts, names)
-        return figures, [*notes, *([_templates_note(found.modality, options)] if figures else [])]
+        return figures, [*notes, *([_templates_note(found.modality, templates, options)] if figures else [])]
 
     return _with_texts(opened, data, options, "label", measured)
 
 
-def _templates_note(modality: Modality, options: TaskOptions) -> str:
-    """Returns a sentence about the templates of a modality."""
-    templates = _templates(options)[modality]
-    if len(templates) == 1:
-        used = repr(templates[0])
+def _templates_note(modality: Modality, templates: dict[Modality, list[str]], options: TaskOptions) -> str:
+    """Returns a sentence about the templates of a modality. Args: templates: result of `_templates`."""
+    used = templates[modality]
+    if len(used) == 1:
+        text = repr(used[0])
     else:
         origin = "CLIP's, for ImageNet" if options.templates in (None, IMAGENET) else f"of {options.templates}"
-        used = f"{len(templates)} templates ({origin})"
-    return f"Zero-shot of {modality}s: each class name in {used}; --templates FILE takes others."
+        text = f"{len(used)} templates ({origin})"
+    hint = "; --templates FILE takes others" if options.templates is None else ""
+    return f"Zero-shot of {modality}s: each class name in {text}{hint}."
 
 
 def _templates(options: TaskOptions) -> dict[Modality, list[str]]:
-    """Returns the sentences of each modality: the given ones, or the defaults."""
+    """Returns the templates of each modality: the given ones, or the defaults."""
     if options.templates is not None:
         return dict.fromkeys(MODALITIES, read_templates(options.templates))
     return {"image": read_templates(IMAGENET), "video": list(VIDEO_TEMPLATES)}
@@ -249,7 +250,7 @@ def _measurable(train: Sequence[Items], test: Sequence[Items]) -> tuple[list[int
 
 
 def _of_measurable(setup: AnySetup, measurable: Sequence[int], listed: Sequence[Sequence[Items]]) -> AnySetup:
-    """Returns the setup without the other modality, if it has items and only one is measurable."""
+    """Returns the setup, which reads only the measurable modality if it is the only one and the other has items."""
     if len(measurable) != 1 or not any(both[1 - measurable[0]].samples for both in listed):
         return setup
     return replace(setup, reading=replace(setup.reading, only=MODALITIES[measurable[0]]))
@@ -318,6 +319,7 @@ def _dense(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measur
 
 
 def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measured:
+    templates = _templates(options)
     if (options.by or ("zero-shot" if opened.has_texts else "knn")) == "knn":
         sources, names = list(probe_sources(data)), ()
     else:
@@ -328,13 +330,13 @@ def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measu
     measurable, notes = _of_several_classes(*listed, names) if len(sources) == 1 else _measurable(*listed)
     points: list[Point] = []
     for number in measurable:
+        modality = MODALITIES[number]
         splits = [SweptSplit(source, items[number]) for source, items in zip(sources, listed, strict=True)]
         train = splits[0] if len(splits) > 1 else None
-        templates = _templates(options)[MODALITIES[number]]
-        sweep = Sweep(opened, splits[-1], train, templates, features_cache(data), options.progress, names)
+        sweep = Sweep(opened, splits[-1], train, templates[modality], features_cache(data), options.progress, names)
         more, said = sweep.points(options.counts)
         points += more
-        notes += [*said, *([_templates_note(MODALITIES[number], options)] if more and train is None else [])]
+        notes += [*said, *([_templates_note(modality, templates, options)] if more and train is None else [])]
     if points and options.png is not None:
         replace_bytes(options.png, drawing(points))
         notes.append(f"The curves are drawn in {options.png}.")

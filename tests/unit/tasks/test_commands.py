@@ -47,7 +47,8 @@ def test_zero_shot_is_that_of_the_model_itself(run, pets, tmp_path, capsys):
     (tmp_path / "templates").write_text("\ufeff# words\na {c}\nthe {} here\n", encoding="utf-8")
     given = ["--data", pets, "--cache", tmp_path, "--templates", tmp_path / "templates"]
     result = measured(capsys, "zero-shot", run, *given)
-    assert f"each class name in 2 templates (of {tmp_path / 'templates'})" in result["notes"][0]
+    used = f"2 templates (of {tmp_path / 'templates'})"
+    assert result["notes"] == [f"Zero-shot of images: each class name in {used}."]
     figure = by_measure(result)["top-1"]
     paths = [pets / "test" / name / f"{index}.png" for name in CLASSES for index in range(EACH)]
     model = UniViTARModel.from_pretrained(run)
