@@ -40,7 +40,7 @@ from univitar_ds.config.run_folder import (
     not_a_run,
 )
 from univitar_ds.config.schema import RunConfig
-from univitar_ds.errors import ConfigError, UserError, writing
+from univitar_ds.errors import ConfigError, Faults, writing
 from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.stored_model import JointConfig, StoredModel
@@ -86,8 +86,7 @@ def create_run(config: RunConfig, recipe: str, world_size: int, lock: RunLock | 
         lock.refuse()
         if lock.continues() and (_stored_before(config) or checkpoint_dir.latest(run / CHECKPOINTS) is not None):
             return reopen_run(run, (), world_size, lock)
-        _check_unused(run, recipe)
-        _check_store_unused(config)
+        _check_new(run, config, recipe)
         check_lengths(run)
         found = check_run(config, recipe, world_size, pack=True)
         _report_unused(found.config)
@@ -140,30 +139,22 @@ def reopen_run(
 def describe_run(config: RunConfig, recipe: str, world_size: int) -> str:
     """Returns what `create_run` and the training would do, as text, after the same checks. Writes nothing.
 
-    Raises: as `create_run`, and ConfigError if the disk has too little space for the checkpoints. If the folder has an
-        earlier run, an error of the run file is reported too.
+    Raises: as `create_run`, and ConfigError if the disk has too little space for the checkpoints. An earlier run in the
+        folder and errors of the run file are reported together.
     """
     from univitar_ds.planning.report import Plan, report
 
-    run = Path(config.output, config.name)
-    used: ConfigError | None = None
+    run, faults = Path(config.output, config.name), Faults()
     with writing(run), RunLock(run) as lock:
         lock.refuse()
-        try:
-            _check_unused(run, recipe)
-            _check_store_unused(config)
-        except ConfigError as error:
-            used = error
+        faults.of(_check_new, run, config, recipe)
         check_lengths(run)
         parent = existing_parent(run)
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
-    try:
-        found = check_run(config, recipe, world_size)
-    except UserError as error:
-        raise ConfigError(f"{error}\n{used}") if used else error from None
-    if used:
-        raise used
+    found = faults.of(check_run, config, recipe, world_size)
+    faults.raise_all()
+    assert found is not None
     described, classes = foreseen_model(found)
     return report(Plan(found, run, world_size, described, classes))
 
@@ -251,6 +242,12 @@ def _held(run: Path, lock: RunLock | None) -> Iterator[RunLock]:
         return
     with RunLock(run) as own:
         yield own
+
+
+def _check_new(run: Path, config: RunConfig, recipe: str) -> None:
+    """Raises as `_check_unused` and `_check_store_unused`."""
+    _check_unused(run, recipe)
+    _check_store_unused(config)
 
 
 def _check_unused(run: Path, recipe: str) -> None:

@@ -204,8 +204,12 @@ def test_a_dry_run_beside_an_earlier_run_reports_errors_of_the_run_file_too(conf
     with pytest.raises(ConfigError, match=r"^[^\n]*holds the checkpoints of an earlier run[^\n]*$"):
         describe_run(config, "test", 1)
     missing = run_config(tmp_path / "nowhere", output=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"nowhere(.|\n)*holds the checkpoints of an earlier run"):
+    with pytest.raises(ConfigError) as error:
         describe_run(missing, "test", 1)
+    title, used, *others = str(error.value).splitlines()
+    assert title == f"{1 + len(others)} errors:"
+    assert used.startswith(f"  - {tmp_path / config.name} holds the checkpoints of an earlier run; ")
+    assert all(one.startswith("  - ") and "nowhere" in one for one in others)
 
 
 @pytest.mark.parametrize(
