@@ -12,6 +12,7 @@ from pathlib import Path
 from univitar_ds.config.run_folder import LOCKS, RUN_ENTRIES
 from univitar_ds.errors import ConfigError, UserError
 from univitar_ds.owned import MARK, Names, clear, foreign, is_empty, is_marked, mark, refuse_link, remove
+from univitar_ds.reporting.page_file import is_page
 from univitar_ds.run_lock import RunLock
 
 KIND = "demo"
@@ -73,10 +74,19 @@ def remove_demo(folder: Path) -> str:
     run = folder / RUN
     if run.is_dir():
         RunLock(run).refuse()
-    if remove(folder, _ENTRIES):
+    entries = {name: inner for name, inner in _ENTRIES.items() if name != re.escape(PAGE) or _is_ours(folder / PAGE)}
+    if remove(folder, entries):
         return f"{folder}: removed"
     mark(folder, KIND)  # `remove` has removed the marker file, which the next `make clean` needs
-    return f"{folder} stays: it holds {foreign(folder, _ENTRIES)}, which the demo did not write"
+    return f"{folder} stays: it holds {foreign(folder, entries)}, which the demo did not write"
+
+
+def _is_ours(page: Path) -> bool:
+    """Whether there is no page, or the program wrote it. Others may have files of this common name."""
+    try:
+        return not page.is_file() or is_page(page)
+    except OSError:
+        return False
 
 
 def main(folder: str) -> None:

@@ -21,6 +21,7 @@ from univitar_ds.extras import extra
 from univitar_ds.owned import check_result, drawn_by, write_result
 from univitar_ds.reporting.curves import PANELS, SOFTWARE, Drawing, drawings
 from univitar_ds.reporting.differences import differences
+from univitar_ds.reporting.page_file import GENERATOR, is_page
 from univitar_ds.reporting.record import RunRecord, read_run
 from univitar_ds.training.logging.trackers import without_credentials
 from univitar_ds.training.logging.writers import event_text
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from univitar_ds.reporting.map_items import MapItem
 
 TEMPLATE = "page.html.jinja"
-GENERATOR = '<meta name="generator" content="univitar-ds report">'
-"""The line by which `is_page` recognizes a page that this program wrote."""
 MOST_RUNS = 8
 MOST_BYTES = 5_000_000
 """Maximum size of a page. Example images and maps get what texts and curves leave."""
@@ -154,12 +153,6 @@ def write_page(folders: Sequence[Path], out: Path, options: PageOptions = DEFAUL
         for drawing in drawn:
             replace_bytes(options.drawings / f"{drawing.key}.png", drawing.png)
         yield f"{len(drawn)} drawings in {options.drawings}"
-
-
-def is_page(path: Path) -> bool:
-    """Whether `report` wrote this file."""
-    with path.open("rb") as file:
-        return GENERATOR.encode() in file.read(2048)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:

@@ -11,9 +11,11 @@ import pytest
 from tests.support.finished import run_config
 from tests.support.paths import ROOT
 from univitar_ds.config.load import dump_config
+from univitar_ds.demo.end_to_end import run_demo
 from univitar_ds.demo.folder import claim, remove_demo
 from univitar_ds.errors import ConfigError
 from univitar_ds.owned import MARK, mark
+from univitar_ds.reporting.page_file import GENERATOR
 from univitar_ds.run_lock import RunLock, RunLocked
 
 WRITTEN = [
@@ -44,6 +46,7 @@ def demo(tmp_path) -> Path:
     folder = tmp_path / "demo"
     claim(folder)
     fill(folder, *WRITTEN)
+    (folder / "report.html").write_text(GENERATOR)
     mark(folder / "runs" / "demo", "run")
     dump_config(run_config(name="demo"), folder / "runs" / "demo" / "config.yaml")
     return folder
@@ -80,6 +83,16 @@ def test_a_note_in_the_demo_s_run_is_kept(demo, name):
     with pytest.raises(ConfigError, match="which no run has written there"):
         claim(demo)
     assert files(demo) == before
+
+
+def test_a_page_that_the_demo_did_not_write_is_neither_replaced_nor_removed(demo):
+    (demo / "report.html").write_text("<html>mine</html>")
+    before = files(demo)
+    with pytest.raises(ConfigError, match=r"report\.html is a file that this command has not written"):
+        run_demo(demo, 1, None)
+    assert files(demo) == before
+    assert remove_demo(demo) == f"{demo} stays: it holds report.html, which the demo did not write"
+    assert files(demo) == {MARK, "report.html"}
 
 
 @pytest.mark.parametrize("place", [".", "runs/demo"])
