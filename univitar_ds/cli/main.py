@@ -236,7 +236,7 @@ def _add_after_training(commands) -> None:
 
 
 def _add_demo(commands) -> None:
-    demo = add_command(commands, "demo", _demo, "data, training, evaluation and export on rendered scenes")
+    demo = add_command(commands, "demo", _demo, "rendered scenes, training, evaluation, export and a page")
     demo.add_argument("--folder", type=expand, default=Path("demo"), help="folder to write (default demo)")
     demo.add_argument("--nproc", type=positive, default=2, help="processes of the training (default 2)")
     demo.add_argument(

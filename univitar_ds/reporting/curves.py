@@ -63,7 +63,7 @@ PANELS = (
     Panel("tokens", "Tokens per sample", "tokens_per_sample", "tokens"),
     Panel("sizes", "Size of items: square root of the area", "side_px_(image|video)", "px"),
     Panel("fill", "Fill of packs, and samples that were downscaled", r"(fill|downscaled)_pct", "%"),
-    Panel("balance", "Balance: most FLOPs of a rank, above the mean of ranks", "flop_imbalance_pct", "%"),
+    Panel("balance", "Balance: FLOPs of the busiest rank above the mean", "flop_imbalance_pct", "%"),
     Panel("speed", "Samples per second", "samples_per_s"),
     Panel("use", "Model FLOPs utilization (MFU), and time spent waiting for data", r"(mfu|data_wait)_pct", "%"),
     Panel("memory", "Memory of a rank", "memory_gb", "GB"),

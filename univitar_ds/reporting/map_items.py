@@ -17,7 +17,7 @@ from univitar_ds.data.media.image_decode import decode_image
 from univitar_ds.data.media.probe import probe
 from univitar_ds.data.media.types import DecodeLimits
 from univitar_ds.data.writing.packed_sources import with_packed_sources
-from univitar_ds.errors import SampleError, UserError, shortened
+from univitar_ds.errors import DataError, SampleError, UserError, shortened
 from univitar_ds.evaluation.configured import last_stage, packs_of
 from univitar_ds.formats.run import find_checkpoint
 from univitar_ds.geometry import MODALITIES, PATCH
@@ -72,7 +72,10 @@ def read_items(runs: Sequence[RunRecord], files: Sequence[Path], caption: str | 
             MapItem(name if names.count(name) == 1 else str(file), _read(file), caption)
             for name, file in zip(names, files, strict=True)
         ]
-    items = list(_held_out(runs[0]))
+    try:
+        items = list(_held_out(runs[0]))
+    except DataError as error:
+        raise DataError(f"held-out data of {runs[0].name}: {error}; or name files: --images FILE") from error
     if not items:
         raise UserError(
             f"evaluation.sources of {runs[0].name} have no image and no video with a caption or label that can be "

@@ -90,11 +90,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class PageImage:
-    """An image on the page: title, alternative text, and content as a data URL."""
+    """An image on the page: title, alternative text, content as a data URL, and the width at which it is shown, in CSS
+    pixels (None: that of the page), also if its content is reduced."""
 
     title: str
     alt: str
     url: str
+    width: int | None = None
 
 
 class MapFigure(NamedTuple):
@@ -337,7 +339,7 @@ def _maps(runs: Sequence[RunRecord], items: Sequence[MapItem]) -> list[tuple[str
             [
                 MapFigure(
                     [
-                        PageImage(what, f"{one.title}, {figure.text}: {what}", data_url(image, each))
+                        PageImage(what, f"{one.title}, {figure.text}: {what}", data_url(image, each), image.width)
                         for what, image in figure.images.items()
                     ],
                     figure.text,

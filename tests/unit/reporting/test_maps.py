@@ -1,6 +1,8 @@
 """Maps of a model's features on images and videos, and of their similarity to a caption."""
 
+import base64
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +13,9 @@ from tests.support import datasets, media
 from tests.support.finished import run_config, write_run
 from tests.support.shards import write_demo_shards
 from univitar_ds.cli.main import main
-from univitar_ds.errors import CheckpointError, UserError
+from univitar_ds.errors import CheckpointError, DataError, UserError
 from univitar_ds.reporting import map_items
+from univitar_ds.reporting import page as page_module
 from univitar_ds.reporting.map_items import read_items
 from univitar_ds.reporting.maps import maps_of
 from univitar_ds.reporting.page import render_page
@@ -95,11 +98,25 @@ def test_what_cannot_be_drawn_is_reported_before_the_results_are_printed(run, tm
     assert not (tmp_path / "p.html").exists()
 
 
+def test_maps_of_one_item_are_shown_at_one_size_however_they_are_stored(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "_MAP_BYTES", 1000)
+    Image.effect_noise((140, 70), 90).save(tmp_path / "noise.png")
+    record = read_run(run)
+    page, _ = render_page([record], read_items([record], [tmp_path / "noise.png"], None))
+    shown = re.findall(r'<img style="width: (\d+)px" src="data:image/webp;base64,([^"]+)"', page)
+    stored = [Image.open(io.BytesIO(base64.b64decode(content))).width for _, content in shown]
+    assert {int(width) for width, _ in shown} == {448}
+    assert min(stored) < 448
+
+
 def test_a_run_without_held_out_data_asks_for_files(tmp_path):
     folder = tmp_path / "run"
     write_run(folder, run_config(evaluation={"sources": []}))
     with pytest.raises(UserError, match=r"evaluation\.sources of tried is empty; name files: --images FILE"):
         read_items([read_run(folder)], [], None)
+    moved = replace(read_run(folder), config=run_config(tmp_path / "moved"))
+    with pytest.raises(DataError, match=r"held-out data of tried: .*moved.*; or name files: --images FILE"):
+        read_items([moved], [], None)
 
 
 @pytest.mark.parametrize(("looked_at", "shown"), [(64, ["0/0", "0/3"]), (3, ["0/0", "0/1"])])
