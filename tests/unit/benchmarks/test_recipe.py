@@ -151,8 +151,15 @@ def test_unequal_tokens_are_reported():
 
 def test_photos_are_marked_as_not_remakeable():
     rows = [row(arm, 0, 0.5, data="photos-x") for arm in ("native", "square")]
-    assert "no one else can remake this table" in tables(rows, "photos-x", 7000)
+    text = tables(rows, "photos-x", 7000)
+    assert text.startswith("Data: x, a folder that is not part of the repository: no one else can remake this table")
     assert "###" not in tables(rows, "scenes", 7000)
+
+
+def test_a_table_describes_only_the_arms_that_it_has():
+    rows = [row(arm, 0, 0.5) for arm in ("native", "sigmoid")]
+    assert "sigmoid-bias" not in tables(rows, "scenes", 7000)
+    assert "`sigmoid-bias` starts with -3" in tables([*rows, row("sigmoid-bias", 0, 0.5)], "scenes", 7000)
 
 
 def test_the_interval_is_that_of_student():
