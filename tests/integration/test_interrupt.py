@@ -39,7 +39,8 @@ def steps(run: Path) -> list[int]:
 
 
 def unexpected(lines: list[str]) -> list[str]:
-    return [line for line in lines if " INFO step " not in line]
+    """Returns the lines without those of steps and of a pack that is not full, which a decoder may find at any time."""
+    return [line for line in lines if " INFO step " not in line and "% full" not in line]
 
 
 def resume(run: Path, nproc: object) -> str:
