@@ -25,8 +25,9 @@ from univitar_ds.inference.model import Item
 from univitar_ds.regular_files import read_bytes
 from univitar_ds.reporting.record import RunRecord
 
-FRAMES, FRAME_TOKENS = 16, 64
-"""Number of frames read from a video file, and approximate tokens of each."""
+FRAMES, FRAME_TOKENS = 16, 1024
+"""Number of frames read from a video file if the run has no stage with videos, and approximate maximum of the tokens of
+a frame."""
 MOST_FILES = 12
 """Maximum number of files of a page."""
 HELD_OUT = {"image": 2, "video": 1}
@@ -67,9 +68,11 @@ def read_items(runs: Sequence[RunRecord], files: Sequence[Path], caption: str | 
     for run in runs:
         find_checkpoint(run.folder)
     if files:
+        stage = last_stage(runs[0].config, "video")
+        frames = FRAMES if stage is None else stage.video_frames
         names = [file.name for file in files]
         return [
-            MapItem(name if names.count(name) == 1 else str(file), _read(file), caption)
+            MapItem(name if names.count(name) == 1 else str(file), _read(file, frames), caption)
             for name, file in zip(names, files, strict=True)
         ]
     try:
@@ -126,8 +129,11 @@ def _items(pack: PackedBatch) -> Iterator[tuple[str | None, MapItem]]:
         yield caption or label, MapItem(shortened(key, _KEY_LETTERS), item, caption or None)
 
 
-def _read(file: Path) -> Item:
-    """Returns an image, or the frames of a video. Raises: UserError if the file cannot be decoded or is too large."""
+def _read(file: Path, frames: int) -> Item:
+    """Returns an image, or `frames` frames of a video.
+
+    Raises: UserError if the file cannot be decoded or is too large.
+    """
     try:
         if (length := file.stat().st_size) > _MAX_MB << 20:
             raise SampleError("too_large", f"the file has {length} bytes (limit {_MAX_MB << 20})")
@@ -137,8 +143,8 @@ def _read(file: Path) -> Item:
             return Image.fromarray(decode_image(content, max_px=_MAX_PX))
         from univitar_ds.data.media.video_decode import decode_video
 
-        frames = decode_video(content, frames=FRAMES, limits=DecodeLimits(_MAX_PX, _TIMEOUT_S), fit=_fitting)
-        return [Image.fromarray(frame) for frame in frames]
+        decoded = decode_video(content, frames=frames, limits=DecodeLimits(_MAX_PX, _TIMEOUT_S), fit=_fitting)
+        return [Image.fromarray(frame) for frame in decoded]
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{file} cannot be drawn: {why}; name an image or a video on this machine") from error
@@ -147,11 +153,13 @@ def _read(file: Path) -> Item:
 
 
 def _fitting(frame: np.ndarray) -> np.ndarray:
-    """Resizes a frame (h, w, 3) so that it has about FRAME_TOKENS patches."""
+    """Resizes a frame (h, w, 3) with more than FRAME_TOKENS patches to about as many."""
+    if frame.shape[0] * frame.shape[1] <= FRAME_TOKENS * PATCH**2:
+        return frame
     return np.asarray(with_tokens(Image.fromarray(frame), FRAME_TOKENS))
 
 
-def with_tokens(image: Image.Image, tokens: int) -> Image.Image:
+def with_tokens(image: Image.Image, tokens: float) -> Image.Image:
     """Resizes an image so that it has about `tokens` patches, with sides that are multiples of a patch."""
     scale = (tokens * PATCH**2 / (image.width * image.height)) ** 0.5
     sides = (max(PATCH, round(side * scale / PATCH) * PATCH) for side in image.size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,13 +11,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from univitar_ds.errors import shortened
+from univitar_ds.config.schema import RunConfig
+from univitar_ds.errors import CheckpointError, shortened
+from univitar_ds.evaluation.configured import last_stage
+from univitar_ds.formats.run import with_size_rule
 from univitar_ds.inference.model import UniViTARModel
+from univitar_ds.preprocessing import Preprocessor
 from univitar_ds.reporting.map_items import MapItem, with_tokens
+from univitar_ds.reporting.record import RunRecord
 from univitar_ds.viz.sheet import component_colours, spread_frames, to_size
 
-TOKENS = (64, 256, 1024)
-"""Approximate tokens of an image at the three resolutions. The run's size rule may limit them."""
+SIZES, FACTORS = 3, (1 / 4, 4, 1 / 16)
+"""Number of sizes of an image, and tokens of those beside the native one as multiples of its tokens, in the order in
+which they are tried. The run's size rule may limit them."""
 SHOWN_FRAMES = 4
 """Number of frames of a video that are drawn."""
 _HEIGHT, _WIDTH, _FRAME_WIDTH = 224, 448, 224
@@ -45,37 +50,71 @@ class ItemMaps:
     maps: list[Map]
 
 
-def maps_of(folder: Path, name: str, items: Sequence[MapItem]) -> Iterator[ItemMaps]:
-    """Yields the maps of each item, with the model in the last checkpoint of a run.
+def maps_of(run: RunRecord, items: Sequence[MapItem]) -> Iterator[ItemMaps]:
+    """Yields the maps of each item, with the model in the last checkpoint of a run and its last size rules.
 
-    For an image: the first three principal components of its features at three resolutions, with one basis for the
-    colours; and the similarity of its patches to its text. For a video: the same for some frames, at one resolution.
+    For an image: the first three principal components of its features at native size and at up to two others, with one
+    basis for the colours; and the similarity of its patches to its text at native size. For a video: the same for some
+    frames at native size.
 
-    Args: folder, name: of the run; items: their texts are left out if the model has no text tower.
+    Args: items: their texts are left out if the model has no text tower.
     Raises: CheckpointError if the run has no complete checkpoint.
     """
-    model = UniViTARModel.from_pretrained(folder)
+    model = UniViTARModel.from_pretrained(run.folder)
+    of_videos = _with_rule_of_videos(model, run.config)
     for one in items:
-        draw = _image_maps if isinstance(one.item, Image.Image) else _video_maps
         caption = None if model.joint is None else one.caption
-        yield ItemMaps(f"{name}: {one.name}", draw(model, one.item, caption))
+        image = isinstance(one.item, Image.Image)
+        maps = _image_maps(model, one.item, caption) if image else _video_maps(of_videos, one.item, caption)
+        yield ItemMaps(f"{run.name}: {one.name}", maps)
+
+
+def _with_rule_of_videos(model: UniViTARModel, config: RunConfig) -> UniViTARModel:
+    """Returns the model with the size rule for videos of the last stage that has one. A stored model has one rule, that
+    for images."""
+    stage = last_stage(config, "video")
+    if stage is None:
+        return model
+    try:
+        encoder = with_size_rule(model.preprocessor.config, stage.model_copy(update={"video_ratio": 1.0}))
+    except CheckpointError:  # the format cannot express the rule
+        return model
+    return UniViTARModel(model.module, Preprocessor(encoder), model.joint).eval()
+
+
+def _grid(model: UniViTARModel, image: Image.Image) -> tuple[int, int]:
+    """Returns the tokens along height and width of an image, by the size rule of the model."""
+    _, _, ((_, height, width),) = model.preprocessor.pixels([image])
+    return height, width
+
+
+def _sizes(model: UniViTARModel, image: Image.Image) -> dict[tuple[int, int], Image.Image]:
+    """Returns an image at SIZES sizes or fewer, by their grids, which differ. The first is its native size."""
+    native = _grid(model, image)
+    found = {native: image}
+    for factor in FACTORS:
+        if len(found) < SIZES:
+            other = with_tokens(image, factor * native[0] * native[1])
+            found.setdefault(_grid(model, other), other)
+    return found
 
 
 def _image_maps(model: UniViTARModel, image: Image.Image, caption: str | None) -> list[Map]:
+    sizes = _sizes(model, image)
+    native = next(iter(sizes))
     features = {}
-    for tokens in TOKENS:
-        (found,) = model.intermediates([with_tokens(image, tokens)], [-1])[0]  # (1, D, h, w)
-        features.setdefault(tuple(found.shape[2:]), found[0])
+    for grid in sorted(sizes):
+        (found,) = model.intermediates([sizes[grid]], [-1])[0]  # (1, D, h, w)
+        features[grid] = found[0]
     colours, _ = component_colours([_rows(one) for one in features.values()])
-    shown = [Map({ORIGINAL: _shrunk(image, _WIDTH)}, f"{image.height} x {image.width} px")]
-    shown += [
-        Map({COMPONENTS: to_size(colour.view(*grid, 3), _HEIGHT, _WIDTH)}, _tokens(grid))
-        for grid, colour in zip(features, colours, strict=True)
-    ]
+    original = _shrunk(image, _WIDTH)
+    shown = [Map({ORIGINAL: original}, f"{image.height} x {image.width} px")]
+    for (grid, found), colour in zip(features.items(), colours, strict=True):
+        text = _tokens(grid) + (", native size" if grid == native else "")
+        shown.append(Map({COMPONENTS: _drawn(colour, found, original)}, text))
     if caption is not None:
-        finest = max(features, key=lambda grid: grid[0] * grid[1])
-        similar, text = _similarity(model, features[finest], _shrunk(image, _WIDTH), caption)
-        shown.append(Map({SIMILARITY: similar}, text))
+        similar, text = _similarity(model, features[native], original, caption)
+        shown.append(Map({SIMILARITY: similar}, f"{_tokens(native)}, {text}"))
     return shown
 
 
@@ -86,7 +125,7 @@ def _video_maps(model: UniViTARModel, frames: Sequence[Image.Image], caption: st
     shown = []
     for index in spread_frames(len(found), SHOWN_FRAMES):
         frame, grid = _shrunk(frames[index * per_token], _FRAME_WIDTH), tuple(found.shape[2:])
-        images = {ORIGINAL: frame, COMPONENTS: to_size(colours[index].view(*grid, 3), _HEIGHT, _FRAME_WIDTH)}
+        images = {ORIGINAL: frame, COMPONENTS: _drawn(colours[index], found[index], frame)}
         texts = [f"frame {index * per_token + 1} of {len(frames)}", _tokens(grid)]
         if caption is not None:
             images[SIMILARITY], text = _similarity(model, found[index], frame, caption)
@@ -97,6 +136,12 @@ def _video_maps(model: UniViTARModel, frames: Sequence[Image.Image], caption: st
 
 def _tokens(grid: Sequence[int]) -> str:
     return f"{grid[0]} x {grid[1]} tokens"
+
+
+def _drawn(colours: Tensor, features: Tensor, original: Image.Image) -> Image.Image:
+    """Returns colours (h*w, 3) uint8 of features (D, h, w) as an image of the size of the original."""
+    cells = Image.fromarray(colours.view(*features.shape[1:], 3).numpy())
+    return cells.resize(original.size, Image.Resampling.NEAREST)
 
 
 def _rows(features: Tensor) -> Tensor:

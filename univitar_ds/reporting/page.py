@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -206,7 +207,7 @@ def render_page(runs: Sequence[RunRecord], items: Sequence[MapItem] = ()) -> tup
         "events": [(run.name, shown, hidden) for run in runs for shown, hidden in [_events(run)] if shown],
         "results": _results(runs),
         "checkpoints": [(run.name, _weights(run)) for run in runs if run.evaluation],
-        "notes": list(dict.fromkeys(note for run in runs for note in run.evaluation.get("notes", []))),
+        "notes": _notes(runs),
         "maps": _maps(runs, items),
         "examples": [],
         "differences": differences(runs) if len(runs) > 1 else [],
@@ -231,8 +232,8 @@ def _facts(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("parameters", [_of_summary(run, "parameters", "{:,.0f}") for run in runs]),
         ("ranks", [_of_summary(run, "ranks", "{}") for run in runs]),
         ("last loss", [_last(run, "loss", "{:.4f}") for run in runs]),
-        ("samples per second", [_last(run, "samples_per_s", "{:,.1f}") for run in runs]),
-        ("MFU", [_last(run, "mfu_pct", "{:.1f} %") for run in runs]),
+        ("samples per second, median", [_median(run, "samples_per_s", "{:,.1f}") for run in runs]),
+        ("MFU, median", [_median(run, "mfu_pct", "{:.1f} %") for run in runs]),
         ("machine", [_of_summary(run, "machine", "{}") for run in runs]),
         ("versions", [_versions(run) for run in runs]),
     ]
@@ -248,6 +249,12 @@ def _state(run: RunRecord) -> str:
 def _last(run: RunRecord, name: str, form: str) -> str:
     value = next((line[name] for line in reversed(run.lines) if isinstance(line.get(name), int | float)), None)
     return "" if value is None else form.format(value)
+
+
+def _median(run: RunRecord, name: str, form: str) -> str:
+    """Returns the median over the lines of metrics, since some cover few steps."""
+    values = [line[name] for line in run.lines if isinstance(line.get(name), int | float)]
+    return form.format(statistics.median(values)) if values else ""
 
 
 def _of_summary(run: RunRecord, name: str, form: str) -> str:
@@ -310,7 +317,19 @@ def _cell(figure: Mapping[str, Any], best: bool) -> Cell:
 
 
 def _weights(run: RunRecord) -> str:
-    return f"{run.evaluation.get('checkpoint', '?')}, {run.evaluation.get('weights', 'trained')} weights"
+    """Returns checkpoint, weights and data of an evaluation."""
+    text = f"{run.evaluation.get('checkpoint', '?')}, {run.evaluation.get('weights', 'trained')} weights"
+    sources = [
+        f"{source['path']} (split {source['split']})" if source.get("split") else str(source["path"])
+        for source in run.evaluation.get("sources", [])
+    ]
+    return without_credentials(f"{text}, on {', '.join(sources)}") if sources else text
+
+
+def _notes(runs: Sequence[RunRecord]) -> list[str]:
+    """Returns the notes of the evaluations; of several runs, with their names."""
+    notes = [(run.name, note) for run in runs for note in run.evaluation.get("notes", [])]
+    return [f"{name}: {note}" if len(runs) > 1 else note for name, note in dict.fromkeys(notes)]
 
 
 def _examples(run: RunRecord, most: int) -> Iterator[PageImage]:
@@ -330,7 +349,7 @@ def _maps(runs: Sequence[RunRecord], items: Sequence[MapItem]) -> list[tuple[str
         return []
     from univitar_ds.reporting.maps import maps_of  # imports torch, which is slow
 
-    drawn = [one for run in runs for one in maps_of(run.folder, run.name, items)]
+    drawn = [one for run in runs for one in maps_of(run, items)]
     count = sum(len(figure.images) for one in drawn for figure in one.maps)
     each = min(_MAP_BYTES, int(MOST_BYTES * _MAPS_SHARE * 3 / 4) // max(count, 1))
     return [

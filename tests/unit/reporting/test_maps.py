@@ -26,12 +26,14 @@ from univitar_ds.reporting.record import read_run
 def run(tmp_path_factory):
     shards = write_demo_shards(tmp_path_factory.mktemp("shards"), images=8, videos=4, shards=1)
     folder = tmp_path_factory.mktemp("maps") / "run"
-    write_run(folder, run_config(shards))
+    stage = run_config(shards).stages[0].model_dump(mode="json")
+    stage["video"]["min_tokens"] = 48  # above the maximum of images
+    write_run(folder, run_config(shards, stages=[stage]))
     return folder
 
 
 def drawn(run, *files, caption=None):
-    return list(maps_of(run, "tried", read_items([read_run(run)], files, caption)))
+    return list(maps_of(read_run(run), read_items([read_run(run)], files, caption)))
 
 
 def held_out(run, folder, *captions):
@@ -51,20 +53,20 @@ def test_an_image_has_a_map_for_each_resolution_and_one_for_the_caption(run, tmp
     (found,) = drawn(run, tmp_path / "noise.png", caption="a red image")
     original, *components, similar = found.maps
     assert original.text == "70 x 140 px"
-    assert len(components) >= 1  # the rule of this run allows at most 36 tokens, which can be the same grid
+    assert [one.text.endswith(", native size") for one in components] == [False, False, True]  # at most 36 tokens
+    assert components[2].text == "4 x 8 tokens, native size"
     for one in components:
         height, width = (int(text) for text in one.text.split()[:3:2])
         assert width * height <= 36
         cells = np.asarray(one.images["principal components"].resize((width, height), Image.Resampling.NEAREST))
         assert len(np.unique(cells.reshape(-1, 3), axis=0)) > 1
-    assert "“a red image”: cosine" in similar.text
+    assert similar.text.startswith("4 x 8 tokens, “a red image”: cosine")
 
 
 def test_a_video_has_frames_with_their_maps(run, tmp_path):
     (tmp_path / "v.mp4").write_bytes(media.video(media.moving_frames(16)))
     (found,) = drawn(run, tmp_path / "v.mp4")
-    assert len(found.maps) == 4
-    assert found.maps[0].text == "frame 1 of 16, 1 x 2 tokens"
+    assert [one.text for one in found.maps] == ["frame 1 of 4, 5 x 6 tokens", "frame 3 of 4, 5 x 6 tokens"]
     for one in found.maps:
         assert list(one.images) == ["original", "principal components"]
         assert all(image.width <= 224 and image.height <= 224 for image in one.images.values())
@@ -76,9 +78,13 @@ def test_held_out_items_are_drawn_with_their_captions(run):
     assert len({one.name for one in items}) == 3
     assert all("test" in one.name for one in items)
     assert len({one.caption for one in items}) == 3
-    for one, found in zip(items, maps_of(run, "tried", items), strict=True):
+    for one, found in zip(items, maps_of(read_run(run), items), strict=True):
         assert found.title == f"tried: {one.name}"
+        frame = one.item if isinstance(one.item, Image.Image) else one.item[0]
+        native = f"{frame.height // 14} x {frame.width // 14} tokens"  # as the evaluation has read it
+        assert any(native in drawn.text for drawn in found.maps)
         similar = [drawn for drawn in found.maps if "similarity" in drawn.images]
+        assert all(native in drawn.text for drawn in similar)
         assert len(similar) == (1 if isinstance(one.item, Image.Image) else len(found.maps))
         assert all(f"“{one.caption}”: cosine" in drawn.text for drawn in similar)
     assert {one.caption for one in read_items([read_run(run)], [], "another")} == {"another"}
@@ -164,7 +170,7 @@ def test_texts_are_drawn_for_the_runs_that_have_a_text_tower(run, tmp_path):
     write_run(classifier, run_config(shards, objective={"kind": "classification"}))
     items = read_items([record, read_run(classifier)], [], None)
     for folder, similar in ((run, 1), (classifier, 0)):
-        for found in maps_of(folder, "tried", items):
+        for found in maps_of(read_run(folder), items):
             assert sum("similarity" in drawn.images for drawn in found.maps) == similar
     with pytest.raises(UserError, match="--caption needs a text tower"):
         read_items([record, read_run(classifier)], [], "a cat")

@@ -143,6 +143,29 @@ def test_a_run_before_its_first_line_has_a_page(run_folder, tmp_path, capsys):
     assert not any(tag == "svg" for tag, _ in page.elements)
 
 
+def test_data_and_notes_of_several_runs_have_their_names(run_folder, tmp_path):
+    first, second = run_folder("first"), run_folder("second")
+    result = json.loads((first / "evaluation.json").read_text())
+    result["sources"] = [{"path": "https://me:secret@host/data", "split": "test"}, {"path": "other.tar", "split": None}]
+    (first / "evaluation.json").write_text(json.dumps(result))
+    page_of(tmp_path, first, second)
+    content = (tmp_path / "page.html").read_text()
+    assert "first: step-00000040, trained weights, on https://***@host/data (split test), other.tar" in content
+    assert "first: a &lt;b&gt;note" in content
+    assert "second: a &lt;b&gt;note" in content
+
+
+def test_speed_is_the_median_since_some_lines_cover_few_steps(run_folder, tmp_path):
+    run = run_folder("a", 3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    content = "".join(
+        json.dumps({**line, "mfu_pct": mfu}) + "\n" for line, mfu in zip(lines, (31, 30, 70), strict=True)
+    )
+    (run / "metrics.jsonl").write_text(content)
+    page_of(tmp_path, run)
+    assert re.search(r"MFU, median</th><td>31.0 %<", (tmp_path / "page.html").read_text())
+
+
 def test_parts_of_the_loss_are_drawn_if_there_are_two(run_folder, tmp_path):
     run = run_folder("a")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
