@@ -196,16 +196,16 @@ class StageConfig(Section):
         if self.video_frames % TUBELET:
             faults.append(f"video_frames {self.video_frames} is not a multiple of {TUBELET}")
         if self.warmup_samples >= self.samples:
-            faults.append(f"warmup_samples {self.warmup_samples} must be below samples {self.samples}")
+            faults.append(f"warmup_samples {self.warmup_samples} must be below samples {self.samples}; lower it")
+        elif self.warmup_samples + self.decay_samples > self.samples:
+            faults.append(
+                f"warmup_samples {self.warmup_samples} and decay_samples {self.decay_samples} together exceed "
+                f"samples {self.samples}; lower one of them"
+            )
         if (self.lr_schedule == "wsd") != (self.decay_samples > 0):
             faults.append(
                 f"lr_schedule {self.lr_schedule} with decay_samples {self.decay_samples}: "
                 + ("wsd needs decay_samples above 0" if self.lr_schedule == "wsd" else "remove it, or use wsd")
-            )
-        if self.warmup_samples + self.decay_samples > self.samples:
-            faults.append(
-                f"warmup_samples {self.warmup_samples} and decay_samples {self.decay_samples} together exceed "
-                f"samples {self.samples}"
             )
         if not self.contrastive.ever and not self.distill.ever:
             faults.append("contrastive and distill have weight 0 in the whole stage, so nothing is learned; raise one")
