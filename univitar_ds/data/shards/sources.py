@@ -13,7 +13,7 @@ from univitar_ds.config.stage import StageConfig
 from univitar_ds.data.shards.class_names import read_class_names, shared_names
 from univitar_ds.data.shards.hold_out import HELD_OUT, HoldOut
 from univitar_ds.data.shards.line_watch import LineWatch
-from univitar_ds.data.shards.listing import INIT_HINT, PACK_HINT, Shard, list_shards, place_of, warn_once
+from univitar_ds.data.shards.listing import INIT_HINT, Shard, list_shards, place_of, warn_once
 from univitar_ds.data.storage.address import real_place, storage_for
 from univitar_ds.data.storage.base import LOCAL, S3, StorageSettings
 from univitar_ds.data.storage.parallel import at_once
@@ -115,7 +115,8 @@ def find_shards(sources: Sequence[SourceConfig], settings: StorageSettings = LOC
                 return shards
         except DataError as error:
             return str(error)
-        hint = f"give its subfolders with shards as sources; if it holds images and videos, {PACK_HINT}"
+        pack = f"`univitar-ds data pack {sources[position].path} OUT` names the captions or labels that they lack"
+        hint = f"give its subfolders with shards as sources; if it holds images and videos, {pack}"
         return f"source {sources[position].path}: no shard found (*.tar) in this folder; {hint}"
 
     all_listed = list(at_once(listed, range(len(sources)), [storage_for(place_of(one), settings) for one in sources]))
