@@ -29,7 +29,7 @@ def add_command(
         description=description or help_text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run, leaves_files=leaves_files, announced=announced)
+    parser.set_defaults(run=run, parser=parser, leaves_files=leaves_files, announced=announced)
     return parser
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from univitar_ds import startup
@@ -93,10 +95,20 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         words[:2] = [" ".join(words[:2])]
     parsed, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(parsed, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parsed.parser.error(_unrecognized(parsed.parser, words, rest))
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
+
+
+def _unrecognized(command: argparse.ArgumentParser, words: Sequence[str], rest: Sequence[str]) -> str:
+    """Returns the message for the arguments `rest` that a command does not have, with the most similar one it has."""
+    if words[0] == "eval" and not Path(words[1]).exists() and (near := get_close_matches(words[1], TASKS, 1)):
+        return f"eval has no task {words[1]!r}; did you mean {near[0]!r}?"
+    text = f"unrecognized arguments: {' '.join(rest)}"
+    option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
+    near = get_close_matches(option, re.findall(r"--[\w-]+", command.format_usage()), 1)
+    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 class _Versions(argparse.Action):
