@@ -251,7 +251,10 @@ def write_parts(
         about = destination.part(number)
         seen += len(set(about.keys)) + len(about.left_out)
     coming = units(places, part_rows, _UNIT_ITEMS.get(setup.kind, _UNIT_ITEMS_OF_VECTORS), start, done)
-    with progress_bar(total=count_items(places), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
+    read = [
+        one for one in places if isinstance(one, tuple) or one.modality is None or one.modality in setup.reading.rules()
+    ]
+    with progress_bar(total=count_items(read), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
         first = next(coming, None)
         if first is None:
             return

@@ -11,8 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from univitar_ds.config.schema import RunConfig
 from univitar_ds.data.shards.sources import SourceShard
 from univitar_ds.errors import CheckpointError, ConfigError
+from univitar_ds.evaluation.configured import last_stage
 from univitar_ds.evaluation.embed import embed_texts
 from univitar_ds.formats.recognise import FORMATS, model_type, recognised
 from univitar_ds.geometry import Modality
@@ -41,8 +43,22 @@ class OpenedModel:
 
     name: str
     found: Opened
-    video_note = None
-    """Sentence about how the model reads videos; only peers have one."""
+
+    @property
+    def recipe(self) -> RunConfig | None:
+        """The configuration of the run that the model is from; None for other models."""
+        return self.found.stored.origin.get("recipe") if self.found.stored.format == "run" else None
+
+    @property
+    def video_note(self) -> str | None:
+        """Sentence about how the model reads videos, if its run's own evaluation reads them in another way."""
+        stage = None if self.recipe is None else last_stage(self.recipe, "video")
+        if stage is None or stage.resolution("video") == self.reading.encoder.resolution:
+            return None
+        return (
+            "Videos are read by the model's size rule, that of images; the run's own evaluation reads them by the rule "
+            "of its last stage for videos."
+        )
 
     @cached_property
     def model(self) -> UniViTARModel:

@@ -37,6 +37,8 @@ class OpenedPeer:
     name: str
     found: PeerSetup
     nproc: int
+    recipe = None
+    """Only models of this project are from runs."""
 
     @property
     def video_note(self) -> str:

@@ -116,22 +116,26 @@ def _zero_shot(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Me
     names = class_list(data)
 
     def measured(found: Embeddings, texts: Texts) -> _Measured:
-        figures, notes = zero_shot(found, templates[found.modality], texts, names)
-        return figures, [*notes, *([_templates_note(found.modality, templates, options)] if figures else [])]
+        used = templates[found.modality]
+        figures, notes = zero_shot(found, used, texts, names)
+        return figures, [*notes, *([_templates_note(opened, found.modality, used, options)] if figures else [])]
 
     return _with_texts(opened, data, options, "label", measured)
 
 
-def _templates_note(modality: Modality, templates: dict[Modality, list[str]], options: TaskOptions) -> str:
-    """Returns a sentence about the templates of a modality. Args: templates: result of `_templates`."""
-    used = templates[modality]
+def _templates_note(opened: AnyModel, modality: Modality, used: Sequence[str], options: TaskOptions) -> str:
+    """Returns a sentence about the templates of a modality. Args: used: these templates."""
     if len(used) == 1:
         text = repr(used[0])
     else:
         origin = "CLIP's, for ImageNet" if options.templates in (None, IMAGENET) else f"of {options.templates}"
         text = f"{len(used)} templates ({origin})"
-    hint = "; --templates FILE takes others" if options.templates is None else ""
-    return f"Zero-shot of {modality}s: each class name in {text}{hint}."
+    note = f"Zero-shot of {modality}s: each class name in {text}"
+    if options.templates is not None:
+        return f"{note}."
+    if opened.recipe is not None and getattr(opened.recipe.evaluation, key := f"{modality}_templates") != used:
+        note += f"; the run's own evaluation has others (evaluation.{key})"
+    return f"{note}; --templates FILE takes others."
 
 
 def _templates(options: TaskOptions) -> dict[Modality, list[str]]:
@@ -166,11 +170,15 @@ def _with_texts(
     (both,) = _listed(setup, [source], needs)
     figures: list[Figure] = []
     notes: list[str] = []
+    whole: list[Vectors] = []  # features of both modalities, if there is only one view
     for items in both:
         if not items.samples and not items.bad:
             continue
         views = options.views.of(setup, items.modality)
-        found = mean_of([one for view in views for one in _features_of(opened, view, [source], data, options)])
+        if views == [setup]:
+            found = (whole := whole or _features_of(opened, setup, [source], data, options))[0]
+        else:
+            found = mean_of([one for view in views for one in _features_of(opened, view, [source], data, options)])
         embedded = items.embeddings(found, opened.texts)
         if len(embedded):
             more, said = measured(embedded, opened.texts)
@@ -199,6 +207,7 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
             continue
         if both.unknown:
             notes.append(f"{both.unknown} {modality}s have a label that the training split lacks, and are left out.")
+        notes.append(_about_probe(task, both, modality, sources))
         if task == "knn":
             figures += knn(both, modality, options.neighbours)
         else:
@@ -207,6 +216,17 @@ def _probe(task: str, opened: AnyModel, data: DataOptions, options: TaskOptions)
             notes += said
     notes += _video_notes(opened, figures)
     return figures, notes or ([] if figures else ["no item has a label."])
+
+
+def _about_probe(task: str, both: Labelled, modality: Modality, sources: Sequence[SourceConfig]) -> str:
+    """Returns a sentence about the items of a probe."""
+    counts = [f"{len(classes):,} {modality}s" for classes in (both.train_classes, both.test_classes)]
+    learned, scored = (f"{count} of {source.label}" for count, source in zip(counts, sources, strict=True))
+    splits = [f", split {source.split}" if source.split else "" for source in sources]
+    return (
+        f"{task}: {learned}{splits[0]}, are the training items, and {scored}{splits[1]}, are scored, by their pooled "
+        f"features; {len(both.classes)} classes."
+    )
 
 
 def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> list[list[Items]]:
@@ -336,7 +356,10 @@ def _tokens(opened: AnyModel, data: DataOptions, options: TaskOptions) -> _Measu
         sweep = Sweep(opened, splits[-1], train, templates[modality], features_cache(data), options.progress, names)
         more, said = sweep.points(options.counts)
         points += more
-        notes += [*said, *([_templates_note(modality, templates, options)] if more and train is None else [])]
+        notes += [
+            *said,
+            *([_templates_note(opened, modality, templates[modality], options)] if more and train is None else []),
+        ]
     if points and options.png is not None:
         replace_bytes(options.png, drawing(points))
         notes.append(f"The curves are drawn in {options.png}.")

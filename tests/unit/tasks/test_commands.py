@@ -1,6 +1,7 @@
 """`univitar-ds eval TASK` on small data sets in common formats."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -131,6 +132,8 @@ def test_a_modality_that_a_split_lacks_is_a_note_beside_the_other_ones_results(r
     result = measured(capsys, "knn", run, *given)
     assert {figure["modality"] for figure in result["figures"]} == {"image"}
     assert "No video of the test split has a label" in result["notes"][0]
+    assert re.match(r"knn: 3 images of \S+, split train, are the training items, and 12 images of \S+, split test, are "
+                    "scored, by their pooled features; 3 classes", result["notes"][1])  # fmt: skip
     keys = [key for index in tmp_path.rglob("*.index.json") for key in json.loads(index.read_text())["key"]]
     assert len(keys) == len(CLASSES) * (EACH + 1)  # features of the video are not computed
 
@@ -141,9 +144,13 @@ def test_the_default_templates_are_named(run, tmp_path, capsys):
     datasets.write_tar(tmp_path / "0.tar", members)
     (tmp_path / "names").write_text("cat\ndog\n")
     given = ["--data", tmp_path / "0.tar", "--class-names", tmp_path / "names", "--cache", tmp_path / "cache"]
-    image, of_video = measured(capsys, "zero-shot", run, *given)["notes"]
-    assert image.startswith("Zero-shot of images: each class name in 80 templates (CLIP's, for ImageNet);")
-    assert of_video.startswith("Zero-shot of videos: each class name in 'a video of a {}.';")
+    image, of_video, sizes = measured(capsys, "zero-shot", run, *given)["notes"]
+    others = "; the run's own evaluation has others (evaluation.{}_templates); --templates FILE takes others."
+    assert (
+        image == f"Zero-shot of images: each class name in 80 templates (CLIP's, for ImageNet){others.format('image')}"
+    )
+    assert of_video == f"Zero-shot of videos: each class name in 'a video of a {{}}.'{others.format('video')}"
+    assert sizes.startswith("Videos are read by the model's size rule, that of images;")
 
 
 def _captioned(index: int) -> list[tuple[str, bytes | str]]:
@@ -194,6 +201,21 @@ def test_each_task_is_computed_by_processes_takes_peers_and_continues(capsys):
         about = capsys.readouterr().out
         assert all(text in about for text in ("--nproc", "SigLIP", "interruption the same command continues")), task
         assert ("--max-gb" in about) == (task in ("attentive", "dense"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "zeroshot", "run", "--data", "x"], "eval has no task 'zeroshot'; did you mean 'zero-shot'?"),
+        (["eval", "zero-shot", "run", "--data", "x", "--templats=y"], "--templats=y; did you mean --templates?"),
+        (["report", "run", "--imagse"], "unrecognized arguments: --imagse; did you mean --images?"),
+        (["report", "run", "--zzz"], "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_a_misspelt_option_or_task_is_named_with_the_one_that_is_meant(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert said in capsys.readouterr().err
 
 
 def test_epochs_are_for_the_solver_that_has_them(run, pets, tmp_path, capsys):
