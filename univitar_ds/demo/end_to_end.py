@@ -57,5 +57,5 @@ def run_demo(folder: Path, nproc: int, install_seconds: float | None) -> int:
     show("\nThe results differ by a few points between processors, and more between seeds (docs/results.md).")
     show(f"\nUniViTARModel.from_pretrained({str(run / EXPORT / MODEL)!r}).zero_shot(images, names):\n")
     show(classified(run / EXPORT / MODEL, folder / "scenes"))
-    show(f"\nThe model is in {run / EXPORT}; look at the {page}.")
+    show(f"\nFiles are below {folder / 'scenes'}. The model is in {run / EXPORT}; look at the {page}.")
     return 0
