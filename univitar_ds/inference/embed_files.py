@@ -125,12 +125,17 @@ def open_for_files(model: str, how: ModelOptions, *, tokens: bool = False) -> Op
     stored = open_as(folder, how.weights, how.dtype)
     if stored.format == "run":  # names the checkpoint, since training may write a later one meanwhile
         folder = str(stored.path)
-    recipe: RunConfig | None = stored.origin.get("recipe") if stored.format == "run" else None
+    recipe = recipe_of(stored)
     data = data_settings(how, nproc, None if recipe is None else recipe.data)
     frames, sampling = _frames(recipe, how.frames)
     reading = Reading(stored.encoder, data, how.token_budget, frames, sampling)
     kind: Kind = "tokens" if tokens else "mean" if stored.joint is None else "embedding"
     return Opened(stored, Setup(folder, how.weights, how.dtype, kind, reading), nproc)
+
+
+def recipe_of(stored: StoredModel) -> RunConfig | None:
+    """Returns the configuration of the run that a stored model is from; None for other models."""
+    return stored.origin.get("recipe") if stored.format == "run" else None
 
 
 def processes_of(how: ModelOptions) -> int:
@@ -251,10 +256,7 @@ def write_parts(
         about = destination.part(number)
         seen += len(set(about.keys)) + len(about.left_out)
     coming = units(places, part_rows, _UNIT_ITEMS.get(setup.kind, _UNIT_ITEMS_OF_VECTORS), start, done)
-    read = [
-        one for one in places if isinstance(one, tuple) or one.modality is None or one.modality in setup.reading.rules()
-    ]
-    with progress_bar(total=count_items(read), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
+    with progress_bar(total=count_items(places), initial=seen, desc=title or "", unit="item", disable=not title) as bar:
         first = next(coming, None)
         if first is None:
             return

@@ -24,6 +24,7 @@ from univitar_ds.inference.embed_files import (
     digest_of,
     model_folder,
     open_for_files,
+    recipe_of,
     settings_of,
 )
 from univitar_ds.inference.model import UniViTARModel
@@ -47,7 +48,7 @@ class OpenedModel:
     @property
     def recipe(self) -> RunConfig | None:
         """The configuration of the run that the model is from; None for other models."""
-        return self.found.stored.origin.get("recipe") if self.found.stored.format == "run" else None
+        return recipe_of(self.found.stored)
 
     @property
     def video_note(self) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,16 @@ from PIL import Image
 
 from tests.support import datasets
 from tests.support.media import encoded, noise, video
+from tests.support.shards import write_demo_shards
 from univitar_ds import UniViTARModel
 from univitar_ds.cli.main import main
 from univitar_ds.cli.tasks import TASKS
+from univitar_ds.config.data import SourceConfig
 from univitar_ds.config.encoder import EncoderConfig
 from univitar_ds.errors import ConfigError
+from univitar_ds.inference.embed_files import ModelOptions
+from univitar_ds.tasks.cached.feature_cache import Request
+from univitar_ds.tasks.models import open_model
 from univitar_ds.tasks.sizes import at_most
 
 CLASSES = ("cat", "dog", "horse")
@@ -136,6 +142,17 @@ def test_a_modality_that_a_split_lacks_is_a_note_beside_the_other_ones_results(r
                     "scored, by their pooled features; 3 classes", result["notes"][1])  # fmt: skip
     keys = [key for index in tmp_path.rglob("*.index.json") for key in json.loads(index.read_text())["key"]]
     assert len(keys) == len(CLASSES) * (EACH + 1)  # features of the video are not computed
+
+
+def test_shards_of_a_modality_that_is_not_read_are_left_out(run, tmp_path):
+    source = SourceConfig(path=str(write_demo_shards(tmp_path, images=4, videos=2, shards=1)))
+    opened = open_model(str(run), ModelOptions())
+    setup = opened.setup(texts=False)
+    images = replace(setup, reading=replace(setup.reading, only="image"))
+    found = [
+        {place.modality for place in Request.of(opened, one, source, progress=False).places} for one in (setup, images)
+    ]
+    assert found == [{"image", "video"}, {"image"}]
 
 
 def test_the_default_templates_are_named(run, tmp_path, capsys):

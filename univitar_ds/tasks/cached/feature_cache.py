@@ -29,7 +29,7 @@ from torch import Tensor
 
 from univitar_ds.atomic_write import replace_text
 from univitar_ds.config.data import SourceConfig
-from univitar_ds.data.shards.sources import SourceShard
+from univitar_ds.data.shards.sources import SourceShard, of_modality
 from univitar_ds.data.storage.base import StorageSettings
 from univitar_ds.errors import CheckpointError, ConfigError, StorageError, writing
 from univitar_ds.inference.embed_files import for_places, write_parts
@@ -103,10 +103,12 @@ class Request:
 
     @classmethod
     def of(cls, model: FeatureModel, setup: AnySetup, source: SourceConfig, *, progress: bool) -> Request:
-        """Returns the request for all items of a source. Raises: DataError as `find_shards`."""
+        """Returns the request for all items of a source that `setup` reads. Raises: DataError as `find_shards`."""
         # Texts and labels are read each time, so that all tasks share an entry.
         plain = source.model_copy(update={"class_names": None, "captions": "one"})
         places = shards_of(plain, StorageSettings.of(setup.reading.data))
+        if setup.reading.only is not None:  # shards of the other modality alone are not even scanned
+            places = [places[index] for index in of_modality(places, setup.reading.only)]
         setup = replace(setup, reading=for_places(setup.reading, places))
         settings = {**model.settings(setup, places), "files": _times(places), "versions": versions()}
         about = {"model": model.name, "data": source.path, "split": source.split}
