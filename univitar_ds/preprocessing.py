@@ -54,7 +54,7 @@ class Preprocessor:
         if isinstance(items, Image.Image) or not items:
             raise UserError("the preprocessor takes a list of at least one image or video; put a single one in a list")
         videos = [self._upright(item, index) for index, item in enumerate(items)]
-        grids = [self._grid(frames) for frames in videos]
+        grids = [self.grid(frames) for frames in videos]
         pixels = [
             resize_rgb(frame, h * PATCH, w * PATCH).reshape(-1)
             for frames, (_, h, w) in zip(videos, grids, strict=True)
@@ -77,7 +77,11 @@ class Preprocessor:
             raise UserError(f"item {index} has frames of different sizes {sizes}; bring all frames to one size")
         return frames
 
-    def _grid(self, frames: list[Image.Image]) -> tuple[int, int, int]:
+    def grid(self, frames: Sequence[Image.Image]) -> tuple[int, int, int]:
+        """Returns the tokens along time, height and width of an image, as a list of one frame, or a video.
+
+        Raises: UserError if a video has too many frames.
+        """
         width, height = (max(1, int(side * self.config.relarge_ratio)) for side in frames[0].size)
         try:
             return self.config.resolution.grid(height, width, len(frames))

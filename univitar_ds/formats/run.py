@@ -22,7 +22,7 @@ from univitar_ds.formats import checkpoint_dir
 from univitar_ds.formats.checkpoint.store import store_of
 from univitar_ds.formats.elastic import FROZEN, ElasticReader
 from univitar_ds.formats.stored_model import MOMENTS, JointConfig, OptimizerState, StoredModel, TensorInfo, Tensors
-from univitar_ds.geometry import PATCH
+from univitar_ds.geometry import PATCH, Modality
 from univitar_ds.model.config import encoder_config
 from univitar_ds.model.towers import text_model_config
 from univitar_ds.regular_files import is_regular, read_utf8
@@ -201,13 +201,14 @@ def _tokenizer(run: Path) -> Path:
     return run / TOKENIZER
 
 
-def with_size_rule(config: EncoderConfig, stage: StageConfig) -> EncoderConfig:
-    """Returns `config` with the size rule of a stage: the rule for images, or for videos if the stage has no images.
+def with_size_rule(config: EncoderConfig, stage: StageConfig, modality: Modality | None = None) -> EncoderConfig:
+    """Returns `config` with the size rule of a stage for a modality; None: for images, or videos if it has no images.
 
     The release has one rule for images and videos. Raises: CheckpointError if the release's config.json cannot express
     the stage's rule.
     """
-    rule = stage.video if stage.video_ratio == 1 else stage.image
+    modality = modality or ("video" if stage.video_ratio == 1 else "image")
+    rule = stage.video if modality == "video" else stage.image
     if rule.size_px is not None:
         return dataclasses.replace(config, resolution_mode=str(rule.size_px), relarge_ratio=1.0)
     block = PATCH * config.spatial_merge_size

@@ -76,7 +76,7 @@ def _with_rule_of_videos(model: UniViTARModel, config: RunConfig) -> UniViTARMod
     if stage is None:
         return model
     try:
-        encoder = with_size_rule(model.preprocessor.config, stage.model_copy(update={"video_ratio": 1.0}))
+        encoder = with_size_rule(model.preprocessor.config, stage, "video")
     except CheckpointError:  # the format cannot express the rule
         return model
     return UniViTARModel(model.module, Preprocessor(encoder), model.joint).eval()
@@ -84,7 +84,7 @@ def _with_rule_of_videos(model: UniViTARModel, config: RunConfig) -> UniViTARMod
 
 def _grid(model: UniViTARModel, image: Image.Image) -> tuple[int, int]:
     """Returns the tokens along height and width of an image, by the size rule of the model."""
-    _, _, ((_, height, width),) = model.preprocessor.pixels([image])
+    _, height, width = model.preprocessor.grid([image])
     return height, width
 
 
@@ -109,9 +109,9 @@ def _image_maps(model: UniViTARModel, image: Image.Image, caption: str | None) -
     colours, _ = component_colours([_rows(one) for one in features.values()])
     original = _shrunk(image, _WIDTH)
     shown = [Map({ORIGINAL: original}, f"{image.height} x {image.width} px")]
-    for (grid, found), colour in zip(features.items(), colours, strict=True):
+    for grid, colour in zip(features, colours, strict=True):
         text = _tokens(grid) + (", native size" if grid == native else "")
-        shown.append(Map({COMPONENTS: _drawn(colour, found, original)}, text))
+        shown.append(Map({COMPONENTS: _drawn(colour, grid, original)}, text))
     if caption is not None:
         similar, text = _similarity(model, features[native], original, caption)
         shown.append(Map({SIMILARITY: similar}, f"{_tokens(native)}, {text}"))
@@ -125,7 +125,7 @@ def _video_maps(model: UniViTARModel, frames: Sequence[Image.Image], caption: st
     shown = []
     for index in spread_frames(len(found), SHOWN_FRAMES):
         frame, grid = _shrunk(frames[index * per_token], _FRAME_WIDTH), tuple(found.shape[2:])
-        images = {ORIGINAL: frame, COMPONENTS: _drawn(colours[index], found[index], frame)}
+        images = {ORIGINAL: frame, COMPONENTS: _drawn(colours[index], grid, frame)}
         texts = [f"frame {index * per_token + 1} of {len(frames)}", _tokens(grid)]
         if caption is not None:
             images[SIMILARITY], text = _similarity(model, found[index], frame, caption)
@@ -138,9 +138,9 @@ def _tokens(grid: Sequence[int]) -> str:
     return f"{grid[0]} x {grid[1]} tokens"
 
 
-def _drawn(colours: Tensor, features: Tensor, original: Image.Image) -> Image.Image:
-    """Returns colours (h*w, 3) uint8 of features (D, h, w) as an image of the size of the original."""
-    cells = Image.fromarray(colours.view(*features.shape[1:], 3).numpy())
+def _drawn(colours: Tensor, grid: tuple[int, int], original: Image.Image) -> Image.Image:
+    """Returns colours (h*w, 3) uint8 of a grid (h, w) as an image of the size of the original."""
+    cells = Image.fromarray(colours.view(*grid, 3).numpy())
     return cells.resize(original.size, Image.Resampling.NEAREST)
 
 
