@@ -29,6 +29,7 @@ from univitar_ds.training.logging.writers import event_text
 
 if TYPE_CHECKING:
     from univitar_ds.reporting.map_items import MapItem
+    from univitar_ds.reporting.maps import Map
 
 TEMPLATE = "page.html.jinja"
 MOST_RUNS = 8
@@ -247,14 +248,18 @@ def _state(run: RunRecord) -> str:
 
 
 def _last(run: RunRecord, name: str, form: str) -> str:
-    value = next((line[name] for line in reversed(run.lines) if isinstance(line.get(name), int | float)), None)
-    return "" if value is None else form.format(value)
+    values = _values(run, name)
+    return form.format(values[-1]) if values else ""
 
 
 def _median(run: RunRecord, name: str, form: str) -> str:
     """Returns the median over the lines of metrics, since some cover few steps."""
-    values = [line[name] for line in run.lines if isinstance(line.get(name), int | float)]
+    values = _values(run, name)
     return form.format(statistics.median(values)) if values else ""
+
+
+def _values(run: RunRecord, name: str) -> list[float]:
+    return [line[name] for line in run.lines if isinstance(line.get(name), int | float)]
 
 
 def _of_summary(run: RunRecord, name: str, form: str) -> str:
@@ -353,21 +358,14 @@ def _maps(runs: Sequence[RunRecord], items: Sequence[MapItem]) -> list[tuple[str
     count = sum(len(figure.images) for one in drawn for figure in one.maps)
     each = min(_MAP_BYTES, int(MOST_BYTES * _MAPS_SHARE * 3 / 4) // max(count, 1))
     return [
-        (
-            one.title,
-            [
-                MapFigure(
-                    [
-                        PageImage(what, f"{one.title}, {figure.text}: {what}", data_url(image, each), image.width)
-                        for what, image in figure.images.items()
-                    ],
-                    figure.text,
-                )
-                for figure in one.maps
-            ],
-        )
+        (one.title, [MapFigure(list(_map_images(one.title, figure, each)), figure.text) for figure in one.maps])
         for one in drawn
     ]
+
+
+def _map_images(title: str, figure: Map, most: int) -> Iterator[PageImage]:
+    for what, image in figure.images.items():
+        yield PageImage(what, f"{title}, {figure.text}: {what}", data_url(image, most), image.width)
 
 
 def file_url(path: Path, most: int) -> str:

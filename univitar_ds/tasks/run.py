@@ -176,7 +176,8 @@ def _with_texts(
             continue
         views = options.views.of(setup, items.modality)
         if views == [setup]:
-            found = (whole := whole or _features_of(opened, setup, [source], data, options))[0]
+            whole = whole or _features_of(opened, setup, [source], data, options)
+            found = whole[0]
         else:
             found = mean_of([one for view in views for one in _features_of(opened, view, [source], data, options)])
         embedded = items.embeddings(found, opened.texts)
@@ -222,11 +223,15 @@ def _about_probe(task: str, both: Labelled, modality: Modality, sources: Sequenc
     """Returns a sentence about the items of a probe."""
     counts = [f"{len(classes):,} {modality}s" for classes in (both.train_classes, both.test_classes)]
     learned, scored = (f"{count} of {source.label}" for count, source in zip(counts, sources, strict=True))
-    splits = [f", split {source.split}" if source.split else "" for source in sources]
+    splits = [_split_text(source) for source in sources]
     return (
         f"{task}: {learned}{splits[0]}, are the training items, and {scored}{splits[1]}, are scored, by their pooled "
         f"features; {len(both.classes)} classes."
     )
+
+
+def _split_text(source: SourceConfig) -> str:
+    return f", split {source.split}" if source.split else ""
 
 
 def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> list[list[Items]]:
@@ -240,8 +245,9 @@ def _listed(setup: AnySetup, sources: Sequence[SourceConfig], needs: _Needs) -> 
     listed = [read_items(source, settings) for source in sources]
     for source, both in zip(sources, listed, strict=True):
         if not any(getattr(sample, needs) for items in both for sample in items.samples):
-            split = f", split {source.split}" if source.split else ""
-            raise DataError(f"no item has a {needs} in {source.path}{split}; name other data or another split")
+            raise DataError(
+                f"no item has a {needs} in {source.path}{_split_text(source)}; name other data or another split"
+            )
     paths = [{sample.shard.path for items in both for sample in items.samples} for both in listed]
     of_each = [set(map(real_place, own)) for own in paths]
     if shared := set.intersection(*of_each) if len(of_each) > 1 else set():
